@@ -1,0 +1,5 @@
+import sys
+
+from convit.cli import main
+
+sys.exit(main())

@@ -1,0 +1,168 @@
+"""Which kernels exist, which can run a problem, and the choice between them.
+
+The precedence is ``backend=``, ``with use_backend(...)``, ``CONVIT_BACKEND``, automatic. A forced backend runs or raises; only the
+automatic choice moves on to the next, and it logs why once. Nothing is imported or probed before a backend is asked about.
+"""
+
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from difflib import get_close_matches
+from types import ModuleType
+from typing import NamedTuple
+
+logger = logging.getLogger("convit")
+
+# name -> the module of its kernel, one file per device and tool
+MODULES = {
+    "reference": "convit.kernels.gpsa.reference",
+    "sdpa": "convit.kernels.gpsa.any_sdpa",
+    "cpp": "convit.kernels.gpsa.cpu_cpp",
+    "triton": "convit.kernels.gpsa.gpu_triton",
+    "aot": "convit.kernels.gpsa.cpu_aot",
+    "akg": "convit.kernels.gpsa.ascend_akg",
+    "tbe": "convit.kernels.gpsa.ascend_tbe",
+}
+
+# (framework, device) -> order of preference; "" stands for every other device of the framework
+ORDER = {
+    ("torch", "cpu"): ("cpp", "sdpa", "reference"),
+    ("torch", "cuda"): ("triton", "sdpa", "reference"),
+    ("torch", ""): ("sdpa", "reference"),
+    ("mindspore", "cpu"): ("aot", "reference"),
+    ("mindspore", "ascend"): ("akg", "tbe", "reference"),
+    ("mindspore", "gpu"): ("akg", "reference"),
+    ("mindspore", ""): ("reference",),
+}
+
+_forced: ContextVar[str | None] = ContextVar("convit_backend", default=None)
+_loaded: dict[str, ModuleType | str] = {}
+_logged: set[tuple[str, str]] = set()
+
+
+class Problem(NamedTuple):
+    """What a backend is asked to run: enough for ``why_not``, nothing of the tensors themselves."""
+
+    framework: str  # "torch" or "mindspore"
+    device: str  # torch device type or MindSpore device target, lower case
+    dtype: str  # of q, k and v: "float32", "bfloat16", ...
+    batch: int
+    heads: int
+    tokens: int
+    head_dim: int
+    grid: tuple[int, int]
+    dropout_p: float = 0.0
+
+    def __str__(self) -> str:
+        shape = f"[{self.batch}, {self.heads}, {self.tokens}, {self.head_dim}]"
+        dropout = f", dropout_p={self.dropout_p}" if self.dropout_p else ""
+        return f"gpsa(q={shape} {self.dtype} on {self.device}, grid={self.grid}{dropout})"
+
+
+def check_name(name: str) -> str:
+    """Return ``name`` if it is a backend's; raise ``ValueError`` with the nearest one otherwise."""
+    if name in MODULES:
+        return name
+    near = get_close_matches(name, MODULES, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown backend {name!r}{hint} Known: {', '.join(MODULES)}")
+
+
+def _module(name: str) -> ModuleType | str:
+    """The backend's module, or the reason why it could not be imported."""
+    if name not in _loaded:
+        try:
+            _loaded[name] = importlib.import_module(MODULES[name])
+        except ModuleNotFoundError as error:
+            if error.name == MODULES[name]:
+                _loaded[name] = "this version of ConViT does not contain it"
+            else:
+                _loaded[name] = f"{error.name} is not installed"
+        except Exception as error:  # a broken installation is a reason, and it must read as itself
+            _loaded[name] = f"failed to import: {type(error).__name__}: {error}"
+    return _loaded[name]
+
+
+def why_not(name: str, problem: Problem) -> str | None:
+    """Why backend ``name`` cannot run ``problem``; ``None`` if it can.
+
+    Args:
+        name: One of ``convit.backends()``.
+        problem: What ``convit.gpsa`` would be asked; see ``Problem``.
+    """
+    module = _module(check_name(name))
+    return module if isinstance(module, str) else module.why_not(problem)
+
+
+def backends() -> tuple[str, ...]:
+    """Names of all backends, whether or not they can run here."""
+    return tuple(MODULES)
+
+
+def order(problem: Problem) -> tuple[str, ...]:
+    """The backends that the automatic choice tries for ``problem``, first choice first."""
+    return ORDER.get((problem.framework, problem.device), ORDER[problem.framework, ""])
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force a backend inside a ``with`` block, for this thread or task; ``None`` returns to the automatic choice.
+
+    Raises:
+        ValueError: ``name`` is no backend.
+    """
+    token = _forced.set("" if name is None else check_name(name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced_backend(argument: str | None) -> str | None:
+    """The backend that the argument, the context or the environment forces, in this order; ``None`` if none does."""
+    name = argument
+    if name is None:
+        name = _forced.get()
+    if name is None:
+        name = os.environ.get("CONVIT_BACKEND") or None
+    if not name or name == "auto":
+        return None
+    return check_name(name)
+
+
+def choose(problem: Problem, forced: str | None) -> ModuleType:
+    """The module that runs ``problem``: the forced backend, else the first of the device's that can.
+
+    Raises:
+        RuntimeError: The forced backend cannot run the problem, or none can; the message lists each one's reason.
+    """
+    names = (forced,) if forced else order(problem)
+    reasons = {}
+    for name in names:
+        reason = why_not(name, problem)
+        if reason is None:
+            if reasons:
+                _log_once(problem, name, reasons)
+            return _loaded[name]
+        reasons[name] = reason
+    raise RuntimeError(_refusal(problem, forced, reasons))
+
+
+def _log_once(problem: Problem, chosen: str, reasons: dict[str, str]) -> None:
+    for name, reason in reasons.items():
+        if (name, reason) not in _logged:
+            _logged.add((name, reason))
+            logger.info("%s: %s instead of %s: %s", problem, chosen, name, reason)
+
+
+def _refusal(problem: Problem, forced: str | None, reasons: dict[str, str]) -> str:
+    lines = [f"convit: backend {forced!r} cannot run {problem}" if forced else f"convit: no backend for {problem}"]
+    if forced:
+        reasons = reasons | {name: why_not(name, problem) or "can run it" for name in order(problem) if name != forced}
+    width = max(map(len, reasons))
+    lines += [f"  {name:<{width}}  {reason}" for name, reason in reasons.items()]
+    lines.append("Choose another backend, leave the choice to convit, or set backend='reference' to run the definition.")
+    return "\n".join(lines)

@@ -1,0 +1,47 @@
+"""The console script ``convit``; ``python -m convit`` is the same.
+
+Each command is a module with ``add_arguments(parser)`` and ``run(args) -> int | None``, imported only when its command is called.
+Exit status: 0 done, 1 a known failure (its message on stderr, no traceback), 2 wrong usage.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+
+import convit
+
+COMMANDS = {
+    "train": ("train a model from a recipe", "convit.train"),
+    "validate": ("measure a checkpoint on a validation set", "convit.validate"),
+    "infer": ("classify images", "convit.infer"),
+    "plot": ("draw the pictures of a training run", "convit.plot"),
+    "export": ("write a model for another runtime", "convit.export"),
+    "convert": ("convert a checkpoint between timm, FAIR, safetensors and MindCV", "convit.convert"),
+    "env": ("print versions, devices and which backend can run what", "convit.env"),
+    "demo": ("see a ConViT work on real images", "convit.demo"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="convit", description="ConViT with fused kernels.")
+    parser.add_argument("--version", action="version", version=f"convit {convit.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    called = next((word for word in argv if not word.startswith("-")), None)
+    module = None
+    for name, (summary, home) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == called:
+            module = importlib.import_module(home)
+            module.add_arguments(command)
+    args = parser.parse_args(argv)
+    try:
+        return module.run(args) or 0
+    except KeyboardInterrupt:
+        return 130
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
+        if os.environ.get("CONVIT_TRACEBACK"):
+            raise
+        print(f"convit {args.command}: {error}", file=sys.stderr)
+        return 1

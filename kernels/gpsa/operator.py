@@ -1,0 +1,83 @@
+"""The torch operator ``convit::gpsa`` that the compiled kernels implement: one schema, one kernel per device.
+
+    out [B, H, N, D], lse [B, H, N] = convit::gpsa(q, k, v, pos_weight [H, 3], gating [H], grid_h, grid_w, scale)
+    dq, dk, dv, dpos_weight, dgating = convit::gpsa_backward(grad_out, q, k, v, pos_weight, gating, out, lse, grid_h, grid_w, scale)
+
+q, k, v: one dtype, any strides with unit last stride. pos_weight, gating: contiguous float32. ``lse`` is the float32
+log-sum-exp (natural logarithm) of the scaled content scores. ``out``, and each gradient of q, k and v, is a [B, H, N, D] view of
+memory laid out [B, N, H, D], so that joining the heads copies nothing.
+
+``cpu_cpp`` and ``gpu_triton`` register themselves with ``register``; this file owns the schema, the shapes the compiler sees,
+autograd and autocast.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("convit", "DEF")
+_library.define(
+    "gpsa(Tensor q, Tensor k, Tensor v, Tensor pos_weight, Tensor gating, SymInt grid_h, SymInt grid_w, float scale)"
+    " -> (Tensor, Tensor)"
+)
+_library.define(
+    "gpsa_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor pos_weight, Tensor gating, Tensor out, Tensor lse,"
+    " SymInt grid_h, SymInt grid_w, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def register(dispatch_key: str, forward: Callable, backward: Callable) -> None:
+    """Make ``forward`` and ``backward`` the operator's kernels for ``dispatch_key`` ("CPU" or "CUDA")."""
+    _library.impl("gpsa", forward, dispatch_key)
+    _library.impl("gpsa_backward", backward, dispatch_key)
+
+
+def empty_heads(like: Tensor) -> Tensor:
+    """An uninitialised [B, H, N, D] view of [B, N, H, D] memory, with the dtype and device of ``like`` [B, H, N, D]."""
+    batch, heads, tokens, dim = like.shape
+    return like.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
+
+
+@torch.library.register_fake("convit::gpsa")
+def _fake_forward(q, k, v, pos_weight, gating, grid_h, grid_w, scale):
+    return empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("convit::gpsa_backward")
+def _fake_backward(grad_out, q, k, v, pos_weight, gating, out, lse, grid_h, grid_w, scale):
+    return empty_heads(q), empty_heads(k), empty_heads(v), torch.empty_like(pos_weight), torch.empty_like(gating)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, pos_weight, gating, ctx.grid_h, ctx.grid_w, ctx.scale = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, pos_weight, gating, out, lse)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_out, _grad_lse):
+    if grad_out is None:
+        return (None,) * 8
+    if grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    grads = torch.ops.convit.gpsa_backward(grad_out, *ctx.saved_tensors, ctx.grid_h, ctx.grid_w, ctx.scale)
+    return *grads, None, None, None
+
+
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError(
+        "convit.gpsa: the fused kernels have no second derivative; use backend='reference' (or convit.use_backend) for double backward"
+    )
+
+
+torch.library.register_autograd("convit::gpsa", _backward, setup_context=_save)
+torch.library.register_autograd("convit::gpsa_backward", _no_second_derivative)
+
+
+def gpsa(
+    q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gating: Tensor, grid: tuple[int, int], scale: float, dropout_p: float
+) -> Tensor:
+    """Run the operator on arguments that ``convit.gpsa`` checked and a ``why_not`` accepted. Returns [B, H, N, D]."""
+    return torch.ops.convit.gpsa(q, k, v, pos_weight.float().contiguous(), gating.float().contiguous(), *grid, scale)[0]

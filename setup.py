@@ -1,0 +1,60 @@
+"""Build rules; the metadata is in pyproject.toml. ``CONVIT_BUILD_EXT``: auto (default) builds if it can, 1 fails loudly, 0 skips."""
+
+import os
+import sys
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_ext import build_ext
+
+MODE = os.environ.get("CONVIT_BUILD_EXT", "auto")
+if MODE not in ("auto", "0", "1"):
+    sys.exit(f"CONVIT_BUILD_EXT must be auto, 0 or 1, got {MODE!r}")
+
+
+def extensions() -> list:
+    if MODE == "0":
+        return []
+    try:
+        from pybind11.setup_helpers import Pybind11Extension
+    except ImportError:
+        if MODE == "1":
+            raise
+        return []
+    return [
+        Pybind11Extension(
+            "convit._C",
+            ["csrc/bindings.cpp", "csrc/gpsa.cpp"],
+            depends=["csrc/gpsa.h"],
+            include_dirs=["csrc"],
+            cxx_std=17,
+        )
+    ]
+
+
+class BuildExt(build_ext):
+    """Delete the old library first, so that a failed or skipped build never leaves a stale one to be loaded."""
+
+    def run(self) -> None:
+        root = Path(self.build_lib) if not self.inplace else Path(__file__).parent
+        for old in (root / "convit").glob("_C.*"):
+            old.unlink()
+        try:
+            super().run()
+        except Exception as error:
+            if MODE == "1":
+                raise
+            print(f"convit: the C++ kernels were not built ({error}); the portable paths will serve", file=sys.stderr)
+
+    def copy_extensions_to_source(self) -> None:
+        for extension in list(self.extensions):
+            if not Path(self.get_ext_fullpath(extension.name)).exists() and not self.inplace:
+                self.extensions.remove(extension)
+        super().copy_extensions_to_source()
+
+
+if MODE == "0":
+    for old in (Path(__file__).parent / "convit").glob("_C.*"):
+        old.unlink()
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt})
