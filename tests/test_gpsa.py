@@ -46,7 +46,9 @@ def test_tables_are_the_factors_of_the_position_softmax(grid):
 
 
 @pytest.mark.parametrize("backend", TORCH_BACKENDS)
-@pytest.mark.parametrize("scale, strength, gate", [(1e3, 1.0, 0.0), (1.0, 1e4, 0.0), (1.0, 1.0, 100.0), (1.0, 1.0, -100.0), (30.0, 50.0, 90.0)])
+@pytest.mark.parametrize(
+    "scale, strength, gate", [(1e3, 1.0, 0.0), (1.0, 1e4, 0.0), (1.0, 1.0, 100.0), (1.0, 1.0, -100.0), (30.0, 50.0, 90.0)]
+)
 def test_extreme_but_finite_input_gives_finite_output(backend, scale, strength, gate):
     case = Case(1, 4, 24, (5, 7))
     reason = convit.why_not(backend, problem(case, torch.float32))
@@ -181,7 +183,14 @@ sizes = st.integers(1, 5)
 
 
 @settings(max_examples=40, deadline=None)
-@given(batch=sizes, heads=sizes, dim=st.integers(1, 20), gh=sizes, gw=sizes, wrong=st.sampled_from([None, "k", "v", "pos_weight", "gating", "grid"]))
+@given(
+    batch=sizes,
+    heads=sizes,
+    dim=st.integers(1, 20),
+    gh=sizes,
+    gw=sizes,
+    wrong=st.sampled_from([None, "k", "v", "pos_weight", "gating", "grid"]),
+)
 def test_arguments_either_work_or_are_named(batch, heads, dim, gh, gw, wrong):
     case = Case(batch, heads, dim, (gh, gw))
     inputs, _ = make_inputs(case)
