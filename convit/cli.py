@@ -29,15 +29,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"convit {convit.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     called = next((word for word in argv if not word.startswith("-")), None)
-    module = None
     for name, (summary, home) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == called:
             module = importlib.import_module(home)
             module.add_arguments(command)
+            command.set_defaults(run=module.run)
     args = parser.parse_args(argv)
     try:
-        return module.run(args) or 0
+        return args.run(args) or 0
     except KeyboardInterrupt:
         return 130
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:

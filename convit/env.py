@@ -12,7 +12,6 @@ import convit
 from convit.backends import MODULES, Problem, forced_backend, order, why_not
 
 PACKAGES = ("torch", "numpy", "timm", "triton", "mindspore", "onnxruntime", "openvino")
-SHAPE = {"batch": 8, "heads": 4, "tokens": 196, "head_dim": 48, "grid": (14, 14)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,8 +60,9 @@ def _devices() -> list[tuple[str, str]]:
         import torch
 
         devices.append(("torch", "cpu"))
-        if torch.accelerator.is_available():
-            devices.append(("torch", torch.accelerator.current_accelerator().type))
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None and torch.accelerator.is_available():
+            devices.append(("torch", accelerator.type))
     if _version("mindspore"):
         devices.append(("mindspore", os.environ.get("DEVICE_TARGET", "cpu").lower()))
     return devices
@@ -70,7 +70,7 @@ def _devices() -> list[tuple[str, str]]:
 
 def _device(framework: str, device: str) -> dict[str, Any]:
     """Each backend's answer for a ConViT-Tiny layer in float32, and the automatic choice."""
-    problem = Problem(framework, device, "float32", **SHAPE)
+    problem = Problem(framework, device, "float32", batch=8, heads=4, tokens=196, head_dim=48, grid=(14, 14))
     names = order(problem)
     reasons = {name: why_not(name, problem) for name in [*names, *(name for name in MODULES if name not in names)]}
     chosen = next((name for name in names if reasons[name] is None), None)

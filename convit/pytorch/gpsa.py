@@ -1,6 +1,7 @@
 """The attention modules of ConViT: GPSA and MHSA, with timm's signatures and state dicts."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class GPSA(nn.Module):
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
         self.locality_strength = locality_strength
-        where = {"device": device, "dtype": dtype}
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.qk = nn.Linear(dim, dim * 2, bias=qkv_bias, **where)
         self.v = nn.Linear(dim, dim, bias=qkv_bias, **where)
         self.attn_drop = nn.Dropout(attn_drop)
@@ -170,7 +171,7 @@ class MHSA(nn.Module):
         _check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
-        where = {"device": device, "dtype": dtype}
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias, **where)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, **where)
