@@ -5,21 +5,43 @@ In graph mode the checks and the choice run once, while the graph is compiled, o
 """
 
 from collections.abc import Callable
+from types import ModuleType
 
 import mindspore as ms
-from mindspore import Tensor
+from mindspore import Tensor, ops
 
 from convit.backends import Problem, choose, forced_backend
 
 
-@ms.constexpr(reuse_result=False)
-def _kernel(shapes: tuple, dtypes: tuple, grid: tuple, dropout_p: float, backend: str | None) -> Callable:
-    """Check what is known of the arguments and return the chosen backend's ``gpsa``."""
+def _chosen(shapes: tuple, dtypes: tuple, grid: tuple, dropout_p: float, backend: str | None) -> ModuleType:
     batch, heads, tokens, head_dim = check(shapes, dtypes, grid, dropout_p)
     device = ms.get_context("device_target").lower()
     dtype = str(dtypes[0]).lower()
     problem = Problem("mindspore", device, dtype, batch, heads, tokens, head_dim, tuple(grid), dropout_p)
-    return choose(problem, forced_backend(backend)).gpsa
+    return choose(problem, forced_backend(backend))
+
+
+# What a constexpr returns while a graph is compiled, a function here, becomes part of the graph. The choice depends on more than
+# the arguments (use_backend, CONVIT_BACKEND, device_target), so no result is reused.
+@ms.constexpr(reuse_result=False)
+def _kernel(shapes: tuple, dtypes: tuple, grid: tuple, dropout_p: float, backend: str | None) -> Callable:
+    """The chosen backend's function for q, k, v of [B, H, N, D]."""
+    return _chosen(shapes, dtypes, grid, dropout_p, backend).gpsa
+
+
+@ms.constexpr(reuse_result=False)
+def _kernel_bnhd(shapes: tuple, dtypes: tuple, grid: tuple, dropout_p: float, backend: str | None) -> Callable:
+    """The chosen backend's function for q, k, v of [B, N, H, D]."""
+    kernel = _chosen(shapes, dtypes, grid, dropout_p, backend)
+    return getattr(kernel, "gpsa_bnhd", None) or _between_transposes(kernel.gpsa)
+
+
+def _between_transposes(kernel: Callable) -> Callable:
+    def gpsa_bnhd(q, k, v, pos_weight, gating, grid, scale, dropout_p):
+        q, k, v = ops.transpose(q, (0, 2, 1, 3)), ops.transpose(k, (0, 2, 1, 3)), ops.transpose(v, (0, 2, 1, 3))
+        return ops.transpose(kernel(q, k, v, pos_weight, gating, grid, scale, dropout_p), (0, 2, 1, 3))
+
+    return gpsa_bnhd
 
 
 def check(shapes: tuple, dtypes: tuple, grid: tuple, dropout_p: float) -> tuple[int, int, int, int]:
@@ -95,3 +117,24 @@ def gpsa(
     if scale is None:
         scale = q.shape[3] ** -0.5
     return kernel(q, k, v, pos_weight, gating, grid, scale, dropout_p)
+
+
+def gpsa_bnhd(
+    q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gating: Tensor, grid: tuple[int, int], scale: float, dropout_p: float
+) -> Tensor:
+    """``gpsa`` with q, k, v and the output [B, N, H, D]: the layout of the projections, which some backends take as it is."""
+    batch, tokens, heads, head_dim = q.shape
+    shape = (batch, heads, tokens, head_dim)
+    dtypes = (q.dtype, k.dtype, v.dtype, pos_weight.dtype, gating.dtype)
+    kernel = _kernel_bnhd((shape, shape, shape, pos_weight.shape, gating.shape), dtypes, grid, dropout_p, None)
+    return kernel(q, k, v, pos_weight, gating, grid, scale, dropout_p)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float) -> Tensor:
+    """Plain softmax attention with q, k, v and the output [B, N, H, D]; softmax in float32, attention dropout ``dropout_p``."""
+    q, k, v = ops.transpose(q, (0, 2, 1, 3)), ops.transpose(k, (0, 2, 1, 3)), ops.transpose(v, (0, 2, 1, 3))
+    scores = ops.cast(ops.BatchMatMul(transpose_b=True)(q * scale, k), ms.float32)
+    attn = ops.cast(ops.softmax(scores, -1), v.dtype)
+    if dropout_p > 0:
+        attn = ops.dropout(attn, dropout_p)
+    return ops.transpose(ops.BatchMatMul()(attn, v), (0, 2, 1, 3))
