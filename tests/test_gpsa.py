@@ -259,7 +259,7 @@ def test_forced_backend_that_cannot_run_lists_every_reason():
 def test_automatic_choice_moves_on_and_says_why_once(caplog, monkeypatch):
     module = sys.modules["convit.backends"]
     monkeypatch.setattr(module, "_logged", set())
-    monkeypatch.setitem(module._loaded, "cpp", "built for another Python")
+    monkeypatch.setitem(module._loaded, MODULES["cpp"], "built for another Python")
     inputs, _ = make_inputs(Case(1, 2, 8, (3, 3)))
     with caplog.at_level(logging.INFO, logger="convit"):
         for _ in range(3):
