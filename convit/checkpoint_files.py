@@ -31,7 +31,7 @@ SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".ckpt")
 WEIGHT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _SETTINGS = "convit"
 
-_SAFETENSORS = {
+_SAFETENSORS: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -46,7 +46,7 @@ _SAFETENSORS = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
-_MINDSPORE = {
+_MINDSPORE: dict[str, np.dtype] = {
     "Float64": np.dtype("<f8"),
     "Float32": np.dtype("<f4"),
     "Float16": np.dtype("<f2"),
@@ -258,7 +258,7 @@ def _read_safetensors(path: Path, data: bytearray) -> tuple[Tensors, Settings | 
         raise ValueError(f"{path} is no safetensors file: its header cannot be read ({error!r})") from error
     body = memoryview(data)[8 + length :]
     expected = 0
-    tensors: Tensors = dict.fromkeys(entries)  # type: ignore[arg-type]  # keeps the order of the header
+    tensors: Tensors = {}
     for name, (kind, shape, start, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if kind not in _SAFETENSORS:
             raise ValueError(f"{path}: {name} has dtype {kind}, which is not supported")
@@ -272,7 +272,7 @@ def _read_safetensors(path: Path, data: bytearray) -> tuple[Tensors, Settings | 
         expected = end
     if expected != len(body):
         raise ValueError(f"{path} is damaged: {len(body) - expected} bytes follow the last tensor")
-    return tensors, _settings(path, metadata.get(_SETTINGS))
+    return {name: tensors[name] for name in entries}, _settings(path, metadata.get(_SETTINGS))
 
 
 def _write_safetensors(file: BinaryIO, tensors: Tensors, settings: Settings | None) -> None:
@@ -340,6 +340,12 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         at += length
 
 
+def _bytes(value: int | memoryview) -> memoryview:
+    if isinstance(value, int):
+        raise ValueError(f"number {value}")
+    return value
+
+
 def _read_mindspore(path: Path, data: bytearray) -> tuple[Tensors, Settings | None]:
     body = memoryview(data)
     if data[-17:-10] == b"crc_num":
@@ -349,9 +355,9 @@ def _read_mindspore(path: Path, data: bytearray) -> tuple[Tensors, Settings | No
     parts: dict[str, tuple[str, tuple[int, ...], list[memoryview]]] = {}
     try:
         for number, value in _fields(body):
-            if number != 1 or isinstance(value, int):
+            if number != 1:
                 raise ValueError(f"field {number}")
-            _read_value(value, parts)
+            _read_value(_bytes(value), parts)
     except IndexError:
         raise ValueError(f"{path} is truncated, or is no MindSpore checkpoint") from None
     except (ValueError, TypeError) as error:
@@ -377,25 +383,25 @@ def _read_mindspore(path: Path, data: bytearray) -> tuple[Tensors, Settings | No
 
 def _read_value(message: memoryview, parts: dict[str, tuple[str, tuple[int, ...], list[memoryview]]]) -> None:
     fields = dict(_fields(message))
-    tag = str(fields[1], "utf-8") if 1 in fields else ""
+    tag = str(_bytes(fields[1]), "utf-8") if 1 in fields else ""
     if 3 in fields:
         raise ValueError(f"hash-table parameter {tag!r}")
     if not tag or 2 not in fields:
         raise ValueError("value without a name or a tensor")
     dims: list[int] = []
     kind, content = "", memoryview(b"")
-    for number, value in _fields(fields[2]):  # type: ignore[arg-type]
+    for number, value in _fields(_bytes(fields[2])):
         if number == 1 and isinstance(value, int):
             dims.append(value)
         elif number == 1:  # packed
-            at = 0
-            while at < len(value):
-                size, at = _varint(value, at)
+            at, packed = 0, _bytes(value)
+            while at < len(packed):
+                size, at = _varint(packed, at)
                 dims.append(size)
         elif number == 2:
-            kind = str(value, "utf-8")  # type: ignore[arg-type]
-        elif number == 3 and not isinstance(value, int):
-            content = value
+            kind = str(_bytes(value), "utf-8")
+        elif number == 3:
+            content = _bytes(value)
     known = parts.setdefault(tag, (kind, tuple(dims), []))
     if known[:2] != (kind, tuple(dims)):
         raise ValueError(f"second tensor {tag!r} {dims} {kind} after {list(known[1])} {known[0]}")

@@ -18,14 +18,14 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from convit.checkpoint_files import BFLOAT16, Settings, Tensors, from_torch, read_file, to_torch, write_file
-from convit.pretrained import fetch
+from convit.pretrained import fetch, variants
 
 __all__ = [
     "Checkpoint",
@@ -149,27 +149,28 @@ def load_checkpoint(model: Any, path: str | os.PathLike[str], *, strict_head: bo
     return _load(model, read(path, key=key), path, strict_head)
 
 
-def load_pretrained(model: Any, name_or_path: str | os.PathLike[str]) -> Any:
+def load_pretrained(model: Any, name_or_path: str | os.PathLike[str], *, strict_head: bool = True) -> Any:
     """Load published weights by a variant's name, or a file, into a PyTorch model; see ``fetch`` and ``load_checkpoint``.
 
-    A name takes timm's weights where timm has the variant, MindCV's otherwise. As users of timm expect, a model with another number of
-    classes keeps its own head, and the patch embedding is adapted to another number of channels. A file has to fit.
+    For published weights the patch embedding is adapted to the model's number of channels, as timm does; a file has to fit.
+
+    Args:
+        model: The model.
+        name_or_path: A variant ("convit_tiny"), or a file.
+        strict_head: False keeps the model's own classifier where the weights' has another shape.
 
     Raises:
         OSError: The weights cannot be downloaded; the message has the address and how to pass a file.
-        ValueError: The download has the wrong checksum, or the file does not fit the model.
+        ValueError: The download has the wrong checksum, or the weights do not fit the model.
     """
-    from convit.pretrained import variants
-
     if str(name_or_path) not in variants():
-        return load_checkpoint(model, name_or_path)
-    path = fetch(str(name_or_path), "timm" if str(name_or_path) in variants("timm") else "mindcv")
+        return load_checkpoint(model, name_or_path, strict_head=strict_head)
+    path = fetch(str(name_or_path))
     checkpoint = read(path)
     channels = _unwrap(model).patch_embed.proj.weight.shape[1]
     name = "patch_embed.proj.weight"
-    tensors = checkpoint.tensors | {name: _adapt_channels(checkpoint.tensors[name], channels)}
-    adapted = Checkpoint(tensors, checkpoint.act, checkpoint.norm_eps, checkpoint.source, checkpoint.grid)
-    return _load(model, adapted, path, strict_head=False)
+    adapted = checkpoint.tensors | {name: _adapt_channels(checkpoint.tensors[name], channels)}
+    return _load(model, replace(checkpoint, tensors=adapted), path, strict_head)
 
 
 def save_checkpoint(model: Any, path: str | os.PathLike[str]) -> None:

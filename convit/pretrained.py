@@ -41,7 +41,7 @@ def variants(source: str | None = None) -> tuple[str, ...]:
     return tuple(ADDRESSES[source]) if source else tuple(dict.fromkeys(name for names in ADDRESSES.values() for name in names))
 
 
-def fetch(name: str, source: str = "timm") -> Path:
+def fetch(name: str, source: str | None = None) -> Path:
     """The path of a variant's published weights; downloaded at first, then from the cache.
 
     The cache is ``convit`` in torch hub's folder of checkpoints (``TORCH_HOME``). A file appears there only when it is complete and its
@@ -49,12 +49,15 @@ def fetch(name: str, source: str = "timm") -> Path:
 
     Args:
         name: The variant.
-        source: "timm" (tiny, small, base), "mindcv" (all six) or "fair" (tiny, small, base).
+        source: "timm" (tiny, small, base), "mindcv" (all six) or "fair" (tiny, small, base); default: timm's if it has the variant,
+            else MindCV's.
 
     Raises:
         ValueError: Unknown name or source; or the checksum is wrong.
         OSError: The download failed; the message has the address and how to pass a file instead.
     """
+    if source is None:
+        source = "mindcv" if name in ADDRESSES["mindcv"] and name not in ADDRESSES["timm"] else "timm"
     if source not in ADDRESSES:
         raise ValueError(f"source must be one of {', '.join(ADDRESSES)}, got {source!r}")
     if name not in ADDRESSES[source]:
