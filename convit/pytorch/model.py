@@ -395,7 +395,8 @@ def create_model(name: str, pretrained: bool | str | PathLike = False, **kwargs:
 
     Args:
         name: One of ``list_models()``.
-        pretrained: True fetches published ImageNet-1K weights; a path loads that checkpoint (timm, FAIR, MindCV or ours).
+        pretrained: True fetches published ImageNet-1K weights; a path loads that checkpoint (timm, FAIR, MindCV or ours). If
+            ``num_classes`` is given and is not the checkpoint's, the model keeps its own head.
         **kwargs: Arguments of ``ConViT`` that differ from the variant's, such as ``img_size`` or ``num_classes``.
 
     Returns:
@@ -425,6 +426,5 @@ def create_model(name: str, pretrained: bool | str | PathLike = False, **kwargs:
     if pretrained is not False:
         from convit import checkpoints
 
-        path = checkpoints.fetch(name) if pretrained is True else pretrained
-        checkpoints.load_checkpoint(model, path, strict_head=False)
+        checkpoints.load_pretrained(model, name if pretrained is True else pretrained, strict_head="num_classes" not in kwargs)
     return model
