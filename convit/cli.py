@@ -30,19 +30,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"convit {convit.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     called = next((word for word in argv if not word.startswith("-")), None)
-    module = options = None
     for name, (summary, home) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False)
         if name == called:
             module = importlib.import_module(home)
             module.add_arguments(command)
-            options = command
+            command.set_defaults(run=module.run, options=command)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        near = get_close_matches(unknown[0].split("=")[0], options._option_string_actions, n=1)
-        options.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        flags = [flag for action in args.options._actions for flag in action.option_strings]
+        near = get_close_matches(unknown[0].split("=")[0], flags, n=1)
+        args.options.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]!r}?" if near else ""))
     try:
-        return module.run(args) or 0
+        return args.run(args) or 0
     except KeyboardInterrupt:
         return 130
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
