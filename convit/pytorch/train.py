@@ -59,8 +59,10 @@ class Result:
     history: list[dict[str, Any]]
 
 
-def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
+def build_model(recipe: Recipe, num_classes: int, strict_head: bool = True) -> nn.Module:
     """The model that ``recipe`` describes, with ``num_classes`` outputs, on CPU, its weights drawn from the seed or loaded.
+
+    ``strict_head`` False keeps a fresh classifier where the weights have another number of classes: to fine-tune.
 
     Raises:
         ValueError: Unknown name, keys that do not fit together, or weights that do not fit the model.
@@ -84,7 +86,7 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
     else:
         model = convit.create_model(recipe.model, pretrained=recipe.pretrained, **given)
     if recipe.ckpt_path:
-        convit.load_checkpoint(model, recipe.ckpt_path)
+        convit.load_checkpoint(model, recipe.ckpt_path, strict_head=strict_head)
     return model
 
 
@@ -179,7 +181,7 @@ class _Run:
         from timm.utils import ModelEmaV3
 
         recipe, world = self.recipe, self.world
-        model = build_model(recipe, self.data.num_classes).to(self.device)
+        model = build_model(recipe, self.data.num_classes, strict_head=False).to(self.device)
         if recipe.channels_last:
             model = model.to(memory_format=torch.channels_last)
         model.set_grad_checkpointing(recipe.grad_checkpointing)
