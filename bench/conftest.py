@@ -94,5 +94,3 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
     terminalreporter.section("ConViT benchmark: times over ours, medians of interleaved rounds")
     for line in report.summary(report.Run.from_session(config.bench)).splitlines():
         terminalreporter.write_line(line)
-
-
