@@ -98,7 +98,7 @@ def _model() -> tuple[Any, bool]:
     try:
         return convit.create_model("convit_tiny", pretrained=True).eval(), True
     except (OSError, ImportError) as error:
-        print(f"published weights cannot be fetched: {str(error).splitlines()[0]}")
+        print(f"published weights: {str(error).split('. ')[0]}")
         return convit.create_model("convit_tiny").eval(), False
 
 
