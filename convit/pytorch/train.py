@@ -59,8 +59,10 @@ class Result:
     history: list[dict[str, Any]]
 
 
-def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
+def build_model(recipe: Recipe, num_classes: int, strict_head: bool = True) -> nn.Module:
     """The model that ``recipe`` describes, with ``num_classes`` outputs, on CPU, its weights drawn from the seed or loaded.
+
+    ``strict_head`` False keeps a fresh classifier where the weights have another number of classes: to fine-tune.
 
     Raises:
         ValueError: Unknown name, keys that do not fit together, or weights that do not fit the model.
@@ -84,7 +86,7 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
     else:
         model = convit.create_model(recipe.model, pretrained=recipe.pretrained, **given)
     if recipe.ckpt_path:
-        convit.load_checkpoint(model, recipe.ckpt_path)
+        convit.load_checkpoint(model, recipe.ckpt_path, strict_head=strict_head)
     return model
 
 
@@ -179,7 +181,7 @@ class _Run:
         from timm.utils import ModelEmaV3
 
         recipe, world = self.recipe, self.world
-        model = build_model(recipe, self.data.num_classes).to(self.device)
+        model = build_model(recipe, self.data.num_classes, strict_head=False).to(self.device)
         if recipe.channels_last:
             model = model.to(memory_format=torch.channels_last)
         model.set_grad_checkpointing(recipe.grad_checkpointing)
@@ -215,7 +217,7 @@ class _Run:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.parallel = nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
-        self.dtype = _amp_dtype(recipe, self.device)
+        self.dtype = amp_dtype(recipe, self.device)
         scale = recipe.loss_scale if recipe.loss_scale > 1 else 65536.0
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=scale, enabled=self.dtype is torch.float16)
         self.mixup = None
@@ -458,6 +460,7 @@ class _Run:
         if better or keep:
             weights = self.ema.module.state_dict() if self.ema is not None else self.states.get()[0]
             slim = {"state_dict": weights, "recipe": dataclasses.asdict(recipe), "epoch": at.epoch, "top1": record.get("top1", math.nan)}
+            slim["classes"] = list(self.data.source.classes)
             if better and self.chief:
                 save(self.output / "best.pth", slim)
             if keep:
@@ -488,6 +491,7 @@ class _Run:
             "progress": dataclasses.asdict(self.progress),
             "recipe": dataclasses.asdict(self.recipe),
             "global_batch": self.data.global_batch,
+            "classes": list(self.data.source.classes),
         }
         if self.ema is not None:
             state["state_dict_ema"] = self.ema.module.state_dict()
@@ -562,7 +566,8 @@ def _scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, lr: float, step
     return scheduler
 
 
-def _amp_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
+def amp_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
+    """The type of mixed precision on ``device``; ``None`` for float32."""
     if recipe.amp_level == "O0":
         return None
     if recipe.amp_dtype != "auto":
