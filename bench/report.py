@@ -158,6 +158,8 @@ def _versus(run: Run, groups: list[list[Entry]], case: Callable, own: Callable, 
             continue
         cells = ["–" if (e := _find(entries, peer)) is None else _times(e.over(mine)) + "×" for peer in others]
         rows.append([case(mine), _where(mine.problem), *own(mine), *cells])
+    if not rows:
+        return ""
     leaders = " / ".join(dict.fromkeys(first))
     return _table([head[0], "threads" if device == "cpu" else "type", *(h.format(mine=leaders) for h in head[1:]), *others], rows)
 
