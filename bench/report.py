@@ -156,10 +156,12 @@ def _versus(run: Run, groups: list[list[Entry]], case: Callable, own: Callable, 
         mine = leader(entries)
         if mine is None:
             continue
-        cells = ["–" if (e := _find(entries, peer)) is None else _times(e.over(mine)) for peer in others]
+        cells = ["–" if (e := _find(entries, peer)) is None else _times(e.over(mine)) + "×" for peer in others]
         rows.append([case(mine), _where(mine.problem), *own(mine), *cells])
-    where = "threads" if device == "cpu" else "type"
-    return _table([head[0], where, *(h.format(mine=" / ".join(dict.fromkeys(first))) for h in head[1:]), *(f"{p} / ours" for p in others)], rows)
+    if not rows:
+        return ""
+    leaders = " / ".join(dict.fromkeys(first))
+    return _table([head[0], "threads" if device == "cpu" else "type", *(h.format(mine=leaders) for h in head[1:]), *others], rows)
 
 
 def _absent(run: Run, kinds: tuple[str, ...]) -> str:

@@ -1,11 +1,14 @@
 """The layers around the attention: MindSpore's own cells and parameter names, computed from the operators that are fast everywhere.
 
 On CPU ``nn.Conv2d`` takes most of the time of a ViT (the patches of a 224 image: half a second for a batch of 8) and ``nn.Dense``
-twice that of its matrix product. Both become one ``MatMul`` here; the results differ by rounding alone.
+twice that of its matrix product: both become one ``MatMul`` here. LayerNorm and GELU run the C++ library's kernels where that is built.
+The results differ by rounding alone.
 """
 
 from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import TruncatedNormal
+
+from convit.kernels.layers import cpu_aot
 
 Size = int | tuple[int, int]
 
@@ -73,6 +76,18 @@ class PatchEmbed(nn.Cell):
         return self.proj(x)
 
 
+class LayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm`` over the last axis."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__((dim,), epsilon=eps)
+
+    def construct(self, x: Tensor) -> Tensor:
+        if cpu_aot.can_run(x.dtype):
+            return cpu_aot.layer_norm(x, self.gamma, self.beta, self.epsilon)
+        return self.layer_norm(x, self.gamma.astype(x.dtype), self.beta.astype(x.dtype))[0]
+
+
 class GELU(nn.Cell):
     """``tanh`` of MindCV's checkpoints or ``erf`` of timm's and FAIR's."""
 
@@ -82,6 +97,8 @@ class GELU(nn.Cell):
         self.tanh_gelu = ops.GeLU()
 
     def construct(self, x: Tensor) -> Tensor:
+        if cpu_aot.can_run(x.dtype):
+            return cpu_aot.gelu(x, self.approximate)
         if self.approximate:
             return self.tanh_gelu(x)
         return 0.5 * x * (1.0 + ops.erf(x * 0.7071067811865476))

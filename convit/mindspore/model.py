@@ -12,7 +12,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import TruncatedNormal, initializer
 
 from convit.mindspore.gpsa import GPSA, MHSA
-from convit.mindspore.layers import Dense, DropPath, Mlp, PatchEmbed, Size
+from convit.mindspore.layers import Dense, DropPath, LayerNorm, Mlp, PatchEmbed, Size
 
 VARIANTS: dict[str, dict[str, int]] = {
     "convit_tiny": {"embed_dim": 192, "num_heads": 4},
@@ -42,11 +42,11 @@ class Block(nn.Cell):
     ) -> None:
         super().__init__()
         self.use_gpsa = use_gpsa
-        self.norm1 = nn.LayerNorm((dim,), epsilon=norm_eps)
+        self.norm1 = LayerNorm(dim, norm_eps)
         attention = GPSA if use_gpsa else MHSA
         self.attn = attention(dim, num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=drop)
         self.drop_path = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm((dim,), epsilon=norm_eps)
+        self.norm2 = LayerNorm(dim, norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop, approximate_gelu)
 
     def construct(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -132,7 +132,7 @@ class ConViT(nn.Cell):
                 )
             )
         self.blocks = nn.CellList(blocks)
-        self.norm = nn.LayerNorm((embed_dim,), epsilon=norm_eps)
+        self.norm = LayerNorm(embed_dim, norm_eps)
         self.classifier = Dense(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         self.init_weights()
 
