@@ -177,7 +177,7 @@ def test_unknown_options_suggest_the_nearest(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["train", "--bach_size", "3"])
     assert stopped.value.code == 2
-    assert "--bach_size; did you mean '--batch_size'?" in capsys.readouterr().err
+    assert "--bach_size 3; did you mean '--batch_size'?" in capsys.readouterr().err
 
 
 def test_config_needs_no_framework():

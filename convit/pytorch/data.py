@@ -431,14 +431,15 @@ class TrainData:
                     done += 1
                     yield images, targets, bad
                 return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, OSError, EOFError) as error:
+                # a worker's own exception arrives as "Caught ..."; the rest are the many ways in which its death shows
+                if not self.recipe.num_parallel_workers or str(error).startswith("Caught "):
                     raise
                 self.worker_deaths += 1
                 self._loader = None
                 if self.worker_deaths > WORKER_RESTARTS:
                     raise RuntimeError(f"data-loading workers died {self.worker_deaths} times; the last: {error}") from None
-                logger.warning("a data-loading worker died (%s); started new ones, no sample is lost", error)
+                logger.warning("a data-loading worker died (%s); started new ones, no sample is lost", error or type(error).__name__)
 
     def _make_loader(self) -> DataLoader:
         if self._loader is None:
@@ -452,6 +453,7 @@ class TrainData:
                 pin_memory=self.device.type == "cuda",
                 persistent_workers=recipe.num_parallel_workers > 0,
                 worker_init_fn=_one_thread,
+                generator=torch.Generator(),  # its own, so that starting an epoch in the middle draws nothing from ours
             )
         return self._loader
 
@@ -513,6 +515,7 @@ class EvalData:
                 collate_fn=_collate_eval,
                 pin_memory=device.type == "cuda",
                 worker_init_fn=_one_thread,
+                generator=torch.Generator(),
             )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

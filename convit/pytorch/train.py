@@ -1,7 +1,7 @@
 """Training in PyTorch on timm's engine: optimisers, schedules, moving average, mixing and losses are timm's; the loop is here.
 
-The loop is stateless but for ``Progress``: before every optimiser step the generator is seeded from (seed, epoch, step, rank), and
-the data of a step follows from (seed, epoch, step). So a run that is killed at any moment and resumed from its last checkpoint
+The loop is stateless but for ``Progress``: before every forward pass the generator is seeded from (seed, epoch, step, rank,
+pass), and its data follows from (seed, epoch, step). So a run that is killed at any moment and resumed from its last checkpoint
 repeats, bit for bit on one CPU process, what the unbroken run does.
 """
 
@@ -346,7 +346,6 @@ class _Run:
     def _step(self, batches: Any) -> tuple[float, float]:
         """One optimiser step. Returns its loss, averaged over the global batch, and the seconds it waited for data."""
         at, recipe, world = self.progress, self.recipe, self.world
-        torch.manual_seed(mix_seed(recipe.seed, at.epoch, at.step, world.rank, 2))
         waited, loss_sum, bad = 0.0, 0.0, 0
         for part in range(self.data.accumulation):
             began = time.perf_counter()
@@ -361,6 +360,7 @@ class _Run:
                 images, targets = self._mix(images, targets, part)
             if recipe.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
+            torch.manual_seed(mix_seed(recipe.seed, at.epoch, at.step, world.rank, part, 2))
             with self._last_part(part == self.data.accumulation - 1):
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
                     loss = self.criterion(self.parallel(images).float(), targets)
