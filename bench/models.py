@@ -2,21 +2,28 @@
 
 import atexit
 import copy
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from peers import Call, Peer, backends, where
 from torch import Tensor, nn
 
 import convit
 from convit.backends import Problem
+from convit.checkpoints import to_mindcv
 
 IMAGE = 224
 
@@ -99,6 +106,13 @@ def reference_outputs(model: Model, truth: str) -> tuple[Tensor, Tensor]:
     build = timm_vit if truth == "vit" else timm_convit if find_spec("timm") else ours
     model = replace(model, device="cpu")
     module = _module(build, model)
+    if truth == "mindcv":  # the same model with MindCV's GELU and LayerNorm
+        module = copy.deepcopy(module)
+        for part in module.modules():
+            if isinstance(part, nn.GELU):
+                part.approximate = "tanh"
+            elif isinstance(part, nn.LayerNorm):
+                part.eps = 1e-7
     with torch.inference_mode(), convit.use_backend("reference"):
         eager = module(images(model)[:CHECKED])
         exact = copy.deepcopy(module).double()(images(model, torch.float64)[:CHECKED])
@@ -155,6 +169,56 @@ def _openvino(model: Model) -> Call:
     return lambda: tuple(torch.from_numpy(y.copy()) for y in request.infer({0: x}).values())
 
 
+class _MindCV:
+    """A call that runs one inference in MindCV's own process; the message there and back costs some 0.1 ms."""
+
+    def __init__(self, model: Model):
+        self.folder = Path(tempfile.mkdtemp(prefix="convit-bench-"))
+        weights = {key: value.numpy() for key, value in _weights(model.name).items()}
+        np.savez(self.folder / "weights.npz", **to_mindcv(weights))
+        np.save(self.folder / "images.npy", images(model).numpy())
+        command = [_mindcv_python(), str(Path(__file__).with_name("mindcv_worker.py")), model.name, str(model.threads), str(self.folder)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # its warnings are read away as they come: a full pipe would stop it
+        self.errors: list[str] = []
+        threading.Thread(target=lambda: self.errors.extend(self.process.stderr), daemon=True).start()
+        weakref.finalize(self, _end, self.process, self.folder)
+        self._expect("ready")
+        self.logits = torch.from_numpy(np.load(self.folder / "logits.npy"))
+
+    def _expect(self, word: str) -> None:
+        if self.process.stdout.readline().strip() != word:
+            self.process.wait()
+            raise RuntimeError(f"MindCV's process ended with status {self.process.returncode}: {''.join(self.errors[-5:])}")
+
+    def __call__(self) -> tuple:
+        self.process.stdin.write("run\n")
+        self.process.stdin.flush()
+        self._expect("done")
+        return (self.logits,)
+
+
+def _end(process: subprocess.Popen, folder: Path) -> None:
+    process.kill()
+    process.communicate()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _mindcv_python() -> str | None:
+    """The Python of an environment with MindSpore and MindCV."""
+    if find_spec("mindspore") and find_spec("mindcv"):
+        return sys.executable
+    return os.environ.get("CONVIT_BENCH_MINDCV")
+
+
+def _mindcv_missing(model: Model) -> str | None:
+    if model.device != "cpu":
+        return "measured on cpu only"
+    if _mindcv_python() is None:
+        return "not installed here, and CONVIT_BENCH_MINDCV does not name the Python of an environment that has it and MindSpore"
+    return None
+
+
 def _needs(*modules: str, device: str | None = None) -> Callable[[Model], str | None]:
     def missing(model: Model) -> str | None:
         absent = [name for name in modules if find_spec(name) is None]
@@ -207,4 +271,5 @@ def model_peers(device: str) -> list[Peer]:
         Peer("torch.compile(timm)", compiled, timm, truth="convit", slow=compiles),
         Peer("ONNX Runtime", _onnxruntime, _needs(*runtimes, "onnxruntime", device="cpu"), truth="convit"),
         Peer("OpenVINO", _openvino, _needs(*runtimes, "openvino", device="cpu"), truth="convit"),
+        Peer("MindCV, graph mode", _MindCV, _mindcv_missing, truth="mindcv", slow=compiles),
     ]
