@@ -144,13 +144,15 @@ def choose(problem: Problem, forced: str | None) -> ModuleType:
         RuntimeError: The forced backend cannot run the problem, or none can; the message lists each one's reason.
     """
     names = (forced,) if forced else order(problem)
-    reasons = {}
+    reasons: dict[str, str] = {}
     for name in names:
         reason = why_not(name, problem)
         if reason is None:
             if reasons:
                 _log_once(problem, name, reasons)
-            return _module(name, problem.framework)
+            module = _module(name, problem.framework)
+            assert isinstance(module, ModuleType)
+            return module
         reasons[name] = reason
     raise RuntimeError(_refusal(problem, forced, reasons))
 

@@ -22,10 +22,16 @@ constexpr bool many_registers = CONVIT_REGISTERS >= 32;
 constexpr i64 query_vectors = CONVIT_QUERY_VECTORS;
 constexpr i64 query_block = query_vectors * W;
 constexpr i64 backward_block = 2 * query_block;
-constexpr i64 key_tile = 512;
+constexpr i64 key_tile = 256;
 constexpr float log2_e = 1.44269504088896341f, ln_2 = 0.693147180559945309f;
 constexpr float lowest = -3.402823466e+38f;
 
+// Arrays of vectors stay in registers only if every loop over them is unrolled.
+#if defined(__clang__)
+#define CONVIT_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define CONVIT_UNROLL _Pragma("GCC unroll 16")
+#endif
 #define CONVIT_INLINE static inline __attribute__((always_inline))
 
 CONVIT_INLINE i64 min(i64 a, i64 b) { return a < b ? a : b; }
@@ -120,7 +126,13 @@ CONVIT_INLINE void store_row(DType dtype, const MutableHeads& x, i64 b, i64 h, i
 }
 
 static void load_rows(DType dtype, const Heads& x, i64 b, i64 h, i64 begin, i64 end, i64 dim, i64 padded, float* to) {
-    for (i64 n = begin; n < end; ++n) load_row(dtype, row_of(dtype, x, b, h, n), dim, padded, to + (n - begin) * padded);
+    const i64 bytes = dim * (dtype == DType::float32 ? 4 : 2);
+    for (i64 n = begin; n < end; ++n) {
+        // the rows of a head lie far apart in the packed projections: no hardware prefetcher follows them
+        const char* ahead = static_cast<const char*>(row_of(dtype, x, b, h, min(n + 12, end - 1)));
+        for (i64 at = 0; at < bytes; at += 64) __builtin_prefetch(ahead + at);
+        load_row(dtype, row_of(dtype, x, b, h, n), dim, padded, to + (n - begin) * padded);
+    }
 }
 
 typedef float vec4 __attribute__((vector_size(16)));
@@ -162,7 +174,9 @@ struct Store {
     i64 ld;
     template <int R, int NV>
     __attribute__((always_inline)) inline void operator()(i64 row, i64 col, vec (&acc)[R][NV]) const {
+        CONVIT_UNROLL
         for (int r = 0; r < R; ++r)
+            CONVIT_UNROLL
             for (int n = 0; n < NV; ++n) store(c + (row + r) * ld + col + n * W, acc[r][n]);
     }
 };
@@ -172,7 +186,9 @@ struct Add {
     i64 ld;
     template <int R, int NV>
     __attribute__((always_inline)) inline void operator()(i64 row, i64 col, vec (&acc)[R][NV]) const {
+        CONVIT_UNROLL
         for (int r = 0; r < R; ++r)
+            CONVIT_UNROLL
             for (int n = 0; n < NV; ++n) {
                 float* p = c + (row + r) * ld + col + n * W;
                 store(p, load(p) + acc[r][n]);
@@ -187,7 +203,9 @@ struct Rescale {
     const float* factor;
     template <int R, int NV>
     __attribute__((always_inline)) inline void operator()(i64 row, i64 col, vec (&acc)[R][NV]) const {
+        CONVIT_UNROLL
         for (int r = 0; r < R; ++r)
+            CONVIT_UNROLL
             for (int n = 0; n < NV; ++n) {
                 float* p = c + (row + r) * ld + col + n * W;
                 store(p, load(p) * factor[row + r] + acc[r][n]);
@@ -202,8 +220,10 @@ struct StoreMax {
     float* maxima;
     template <int R, int NV>
     __attribute__((always_inline)) inline void operator()(i64 row, i64 col, vec (&acc)[R][NV]) const {
+        CONVIT_UNROLL
         for (int n = 0; n < NV; ++n) {
             vec m = load(maxima + col + n * W);
+            CONVIT_UNROLL
             for (int r = 0; r < R; ++r) {
                 store(c + (row + r) * ld + col + n * W, acc[r][n]);
                 m = maximum(acc[r][n], m);
@@ -221,9 +241,11 @@ struct StoreExp2 {
     float* sums;
     template <int R, int NV>
     __attribute__((always_inline)) inline void operator()(i64 row, i64 col, vec (&acc)[R][NV]) const {
+        CONVIT_UNROLL
         for (int n = 0; n < NV; ++n) {
             const vec m = load(shift + col + n * W);
             vec sum{};
+            CONVIT_UNROLL
             for (int r = 0; r < R; ++r) {
                 const vec p = exp2(acc[r][n] - m);
                 store(c + (row + r) * ld + col + n * W, p);
@@ -242,8 +264,10 @@ struct StoreDot {
     float* sums;
     template <int R, int NV>
     __attribute__((always_inline)) inline void operator()(i64 row, i64 col, vec (&acc)[R][NV]) const {
+        CONVIT_UNROLL
         for (int n = 0; n < NV; ++n) {
             vec sum{};
+            CONVIT_UNROLL
             for (int r = 0; r < R; ++r) {
                 const i64 at = (row + r) * ld + col + n * W;
                 store(c + at, acc[r][n]);
@@ -257,14 +281,22 @@ struct StoreDot {
 // A is [rows][K] with unit stride along K (by_rows) or along the rows; `lda` is the other stride.
 template <bool by_rows, int R, int NV, class Epilogue>
 CONVIT_INLINE void tile(i64 row, i64 col, i64 depth, const float* a, i64 lda, const float* b, i64 ldb, const Epilogue& epilogue) {
-    vec acc[R][NV] = {};
+    vec acc[R][NV];
+    CONVIT_UNROLL
+    for (int r = 0; r < R; ++r) {
+        CONVIT_UNROLL
+        for (int n = 0; n < NV; ++n) acc[r][n] = vec{};  // not "= {}": that is a call to clear memory
+    }
     const float* pa = by_rows ? a + row * lda : a + row;
     const float* pb = b + col;
     for (i64 k = 0; k < depth; ++k) {
         vec bv[NV];
+        CONVIT_UNROLL
         for (int n = 0; n < NV; ++n) bv[n] = load(pb + n * W);
+        CONVIT_UNROLL
         for (int r = 0; r < R; ++r) {
             const vec av = splat(by_rows ? pa[r * lda] : pa[r]);
+            CONVIT_UNROLL
             for (int n = 0; n < NV; ++n) acc[r][n] += av * bv[n];
         }
         pa += by_rows ? 1 : lda;
@@ -303,17 +335,27 @@ static void multiply(i64 rows, i64 cols, i64 depth, const float* a, i64 lda, con
 // c[r][s] = sum over `groups` g and k < depth of a[r * row + g * group + k] * b[s * row + g * group + k]; depth a multiple of W.
 template <int R, int S>
 CONVIT_INLINE void dot_tile(const float* a, const float* b, i64 row, i64 groups, i64 group, i64 depth, float* c, i64 ldc) {
-    vec acc[R][S] = {};
+    vec acc[R][S];
+    CONVIT_UNROLL
+    for (int r = 0; r < R; ++r) {
+        CONVIT_UNROLL
+        for (int s = 0; s < S; ++s) acc[r][s] = vec{};
+    }
     for (i64 g = 0; g < groups; ++g)
         for (i64 k = 0; k < depth; k += W) {
             vec bv[S];
+            CONVIT_UNROLL
             for (int s = 0; s < S; ++s) bv[s] = load(b + s * row + g * group + k);
+            CONVIT_UNROLL
             for (int r = 0; r < R; ++r) {
                 const vec av = load(a + r * row + g * group + k);
+                CONVIT_UNROLL
                 for (int s = 0; s < S; ++s) acc[r][s] += av * bv[s];
             }
         }
+    CONVIT_UNROLL
     for (int r = 0; r < R; ++r)
+        CONVIT_UNROLL
         for (int s = 0; s < S; ++s) c[r * ldc + s] = lane_sum(acc[r][s]);
 }
 
@@ -583,7 +625,13 @@ static void backward(const BackwardJob& job) {
         }
         multiply<true>(n, padded, count, x.p, cols, grad, padded, Add{x.dv, padded});
         multiply<true>(n, padded, count, x.dp, cols, x.rows, padded, Add{x.dk, padded});
-        multiply<false>(count, padded, n, x.dp, cols, x.k, padded, Store{x.dq, padded});
+        for (i64 j = 0; j < n; j += key_tile) {  // in steps: one long float32 sum over the keys would lose digits
+            const i64 keys = min(key_tile, n - j);
+            if (j == 0)
+                multiply<false>(count, padded, keys, x.dp, cols, x.k, padded, Store{x.dq, padded});
+            else
+                multiply<false>(count, padded, keys, x.dp + j * cols, cols, x.k + j * padded, padded, Add{x.dq, padded});
+        }
         for (i64 i = 0; i < count; ++i) {
             float* dq = x.dq + i * padded;
             const float weight = job.content_gate / x.sum[i] * s.scale;

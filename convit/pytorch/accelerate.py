@@ -43,7 +43,7 @@ def accelerate(model: Model) -> Model:
         module._buffers.pop("rel_indices", None)
         module._non_persistent_buffers_set.discard("rel_indices")
         module.__dict__.pop("rel_indices", None)
-        if ours is GPSA and grid is not None:
+        if isinstance(module, GPSA) and grid is not None:
             module.default_grid = tuple(grid)
     return model
 

@@ -1,6 +1,7 @@
 """The attention modules of ConViT: GPSA and MHSA, with timm's signatures and state dicts."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class GPSA(nn.Module):
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
         self.locality_strength = locality_strength
-        where = {"device": device, "dtype": dtype}
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.qk = nn.Linear(dim, dim * 2, bias=qkv_bias, **where)
         self.v = nn.Linear(dim, dim, bias=qkv_bias, **where)
         self.attn_drop = nn.Dropout(attn_drop)
@@ -94,9 +95,7 @@ class GPSA(nn.Module):
         q, k = self._query_key(x)
         v = self.v(x).view(batch, tokens, self.num_heads, -1).transpose(1, 2)
         dropout_p = self.attn_drop.p if self.training else 0.0
-        out = ops.gpsa(
-            q, k, v, self._position_weight(), self.gating_param, self._grid(tokens, grid), scale=self.scale, dropout_p=dropout_p
-        )
+        out = ops.gpsa(q, k, v, self._position_weight(), self.gating_param, self._grid(tokens, grid), scale=self.scale, dropout_p=dropout_p)
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, tokens, dim)))
 
     def get_attention(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
@@ -106,9 +105,7 @@ class GPSA(nn.Module):
         attn = reference.attention_map(q, k, self._position_weight(), self.gating_param, grid, self.scale)
         return self.attn_drop(attn.to(x.dtype))
 
-    def get_attention_map(
-        self, x: Tensor, return_map: bool = False, grid: tuple[int, int] | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def get_attention_map(self, x: Tensor, return_map: bool = False, grid: tuple[int, int] | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Mean attention distance in patches per head, [H]; with ``return_map`` also the map averaged over the batch, [H, N, N]."""
         attn = self.get_attention(x, grid).mean(0)
         distance = _mean_distance(attn, self._grid(x.shape[1], grid))
@@ -174,7 +171,7 @@ class MHSA(nn.Module):
         _check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
-        where = {"device": device, "dtype": dtype}
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias, **where)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, **where)
@@ -188,9 +185,7 @@ class MHSA(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=self.scale)
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, tokens, dim)))
 
-    def get_attention_map(
-        self, x: Tensor, return_map: bool = False, grid: tuple[int, int] | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def get_attention_map(self, x: Tensor, return_map: bool = False, grid: tuple[int, int] | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Mean attention distance in patches per head, [H]; with ``return_map`` also the map averaged over the batch, [H, N, N].
 
         Tokens before the last gh * gw (class token, registers) have no place on the grid: the distance is taken over the attention

@@ -191,7 +191,7 @@ class ConViT(nn.Module):
         super().__init__()
         if not 0 <= local_up_to_layer <= depth:
             raise ValueError(f"local_up_to_layer must be in 0..depth = 0..{depth}, got {local_up_to_layer}")
-        where = {"device": device, "dtype": dtype}
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.global_pool = _check_pool(global_pool)
@@ -200,6 +200,7 @@ class ConViT(nn.Module):
         self.num_reg_tokens = reg_tokens
         self.num_prefix_tokens = 1 + reg_tokens
         self.grad_checkpointing = False
+        self.pretrained_cfg: dict[str, Any] = {}
 
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, dynamic_img_size, **where)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **where))
@@ -209,7 +210,7 @@ class ConViT(nn.Module):
         self.pos_drop = nn.Dropout(pos_drop_rate)
         blocks = []
         for i in range(depth):
-            options = {"qkv_bias": qkv_bias, "attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate, **where}
+            options: dict[str, Any] = {"qkv_bias": qkv_bias, "attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate, **where}
             if i < local_up_to_layer:
                 attn: GPSA | MHSA = GPSA(embed_dim, num_heads, locality_strength=locality_strength, **options)
             else:
@@ -269,7 +270,7 @@ class ConViT(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> list[Any] | tuple[Tensor, list[Any]]:
+    ) -> Any:
         """Final tokens and the outputs of chosen blocks, as timm's VisionTransformer gives them.
 
         Args:
@@ -328,10 +329,10 @@ class ConViT(nn.Module):
         if global_pool is not None:
             self.global_pool = _check_pool(global_pool)
         self.num_classes = num_classes
-        where = {"device": self.cls_token.device, "dtype": self.cls_token.dtype}
+        where: dict[str, Any] = {"device": self.cls_token.device, "dtype": self.cls_token.dtype}
         self.head = nn.Linear(self.embed_dim, num_classes, **where) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
-        if num_classes > 0:
+        if isinstance(self.head, nn.Linear):
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
@@ -394,7 +395,8 @@ def create_model(name: str, pretrained: bool | str | PathLike = False, **kwargs:
 
     Args:
         name: One of ``list_models()``.
-        pretrained: True fetches published ImageNet-1K weights; a path loads that checkpoint (timm, FAIR, MindCV or ours).
+        pretrained: True fetches published ImageNet-1K weights; a path loads that checkpoint (timm, FAIR, MindCV or ours). If
+            ``num_classes`` is given and is not the checkpoint's, the model keeps its own head.
         **kwargs: Arguments of ``ConViT`` that differ from the variant's, such as ``img_size`` or ``num_classes``.
 
     Returns:
@@ -424,6 +426,5 @@ def create_model(name: str, pretrained: bool | str | PathLike = False, **kwargs:
     if pretrained is not False:
         from convit import checkpoints
 
-        path = checkpoints.fetch(name) if pretrained is True else pretrained
-        checkpoints.load_checkpoint(model, path, strict_head=False)
+        checkpoints.load_pretrained(model, name if pretrained is True else pretrained, strict_head="num_classes" not in kwargs)
     return model

@@ -1,0 +1,864 @@
+"""GPSA on NVIDIA (sm_80 and later) and AMD (gfx942) GPUs in Triton: the kernels of the operator in ``operator.py``.
+
+    out_i = sum_j ((1 - g) Pc + g P)_ij v_j,    Pc = softmax(scale q k^T),    P = Py (x) Px,    g = sigmoid(gating)
+
+q, k, v [B, H, N, D]; patches i = yi * gw + xi. Weights of P are computed where they are used, from ``pos_weight``: a row of Px or
+Py is exp((j - j*) (w + w2 (j + j* - 2i))) with j* the key of the largest logit, exact at any locality strength; no table is stored.
+
+1. Padded grid of at most 256 slots ("tile"): a program holds BM query rows against all keys, laid on a grid padded to powers of
+   two, so that its tile of P is the outer product of a row of Py and one of Px. The gate is folded into the row of Py; one
+   product with v remains. Backward: dq with the gate and weight gradients; dk and dv; a reduction.
+2. Larger N ("loop"): P v by one small product along each axis, then a plain online softmax that adds it in the epilogue.
+   Backward: P^T dO by the same products, the weight gradient from moments of one axis at a time, then dq; dk and dv.
+
+Nothing N x N leaves the chip, nothing is added atomically: the same input gives the same bits. Deviations from ``reference.py``:
+no attention dropout; no float64; past 2^24 the exponent of a score is scaled down instead of overflowing (``_cap``).
+"""
+
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from convit.kernels.gpsa import operator
+
+_INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+_ENOUGH = 512  # heads in the batch from which on one program takes several query blocks
+_SLOTS = 256  # the largest padded grid that the tile kernels hold
+
+
+class _Config(NamedTuple):
+    rows: int  # BM: query rows of a tile (fwd, dq), or of a step (dkdv)
+    keys: int  # BN: keys of a step (fwd, dq), or of a tile (dkdv); steps of a program at most (fwd_tile, dq_tile)
+    warps: int
+    stages: int
+
+
+# kernel -> [(family, element bytes, largest BD, configuration)]; the first row that fits is taken, "" stands for any family
+_CONFIGS = {
+    "fwd_tile": [("", 2, 64, _Config(64, 4, 4, 1)), ("", 2, 128, _Config(64, 4, 8, 1)), ("", 4, 128, _Config(32, 8, 8, 1))],
+    "dq_tile": [("", 2, 128, _Config(64, 4, 8, 1)), ("", 4, 128, _Config(32, 8, 8, 1))],
+    "dkdv_tile": [("", 2, 64, _Config(32, 256, 8, 1)), ("", 2, 128, _Config(32, 128, 8, 1)), ("", 4, 128, _Config(32, 128, 8, 1))],
+    "fwd_loop": [("", 2, 128, _Config(64, 64, 4, 2)), ("", 4, 128, _Config(64, 32, 4, 2))],
+    "dq_loop": [("", 2, 128, _Config(64, 64, 4, 2)), ("", 4, 128, _Config(64, 32, 4, 1))],
+    "dkdv_loop": [("", 2, 128, _Config(64, 64, 4, 2)), ("", 4, 128, _Config(32, 64, 4, 1))],
+    "mix": [("", 4, 128, _Config(64, 64, 4, 2))],
+    "moments": [("", 4, 128, _Config(64, 64, 4, 2))],
+}
+_SMALL = _Config(64, 64, 4, 1)  # of the two kernels that touch no tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------- shared parts
+@triton.jit
+def _rows(ptr, i, stride_n, d):
+    """Addresses of rows i, columns d; 64-bit, since i * stride_n may pass 2^31."""
+    return ptr + i.to(tl.int64)[:, None] * stride_n + d[None, :]
+
+
+@triton.jit
+def _exp(x):
+    return tl.exp2(x * _LOG2E)
+
+
+@triton.jit
+def _peak(w, w2, at, size):
+    """The key coordinate of the largest logit w (j - at) + w2 (j - at)^2 over 0 <= j < size."""
+    vertex = at + tl.where(w2 < 0, w / tl.where(w2 < 0, -2.0 * w2, 1.0), 0.0)
+    low = tl.where(w2 < 0, tl.floor(tl.minimum(tl.maximum(vertex, 0.0), size - 1.0)), 0.0)
+    high = tl.where(w2 < 0, tl.minimum(low + 1.0, size - 1.0), size - 1.0)
+    return tl.where((high - low) * (w + w2 * (high + low - 2.0 * at)) > 0, high, low)
+
+
+@triton.jit
+def _axis_weights(w, w2, at, to, size):
+    """Position weights along one axis, before normalisation: in [0, 1], 1 at the largest, 0 where ``to`` is outside.
+
+    w, w2 scalars for exponents of 2; ``at`` the query and ``to`` the key coordinates, float32, of shapes that broadcast.
+    """
+    best = _peak(w, w2, at, size)
+    slope = w + w2 * (best - 2.0 * at)
+    logit = (to - best) * (slope + w2 * to)  # never above 0 but for rounding: -|logit| costs nothing and cannot overflow
+    return tl.where(to < size, tl.exp2(-tl.abs(logit)), 0.0)
+
+
+@triton.jit
+def _cap(magnitude, scale_log2):
+    """The factor of the exponent s * scale_log2 that keeps a row finite.
+
+    A fused multiply-add forms s * scale_log2 - m exactly, but m is rounded: past 2^24 the difference could overflow exp2. Scores
+    that large cannot be told apart to one unit of the exponent in float32 anyway.
+    """
+    limit = 16777216.0
+    return tl.where(magnitude * scale_log2 > limit, limit / magnitude, scale_log2)
+
+
+@triton.jit
+def _place(pid, blocks, H):
+    """Program -> (block, batch*head, batch, head); one axis of programs, since the others stop at 65,535."""
+    bh = pid // blocks
+    return pid % blocks, bh.to(tl.int64), (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+
+
+# ------------------------------------------------------------------------------------------------------- small grids: whole rows
+@triton.jit
+def _pin(x):
+    """x as the result of a reduction, which the compiler computes once where it lies instead of again in each layout it is used in."""
+    return tl.sum(x[:, :, None], 2)
+
+
+@triton.jit
+def _table(w, w2, at, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """Rows ``at`` of Px or Py, [rows, PADDED] float32."""
+    p = _axis_weights(w, w2, at.to(tl.float32)[:, None], tl.arange(0, PADDED).to(tl.float32)[None, :], SIZE)
+    return p * (1.0 / tl.sum(p, 1))[:, None]
+
+
+@triton.jit
+def _centred(p, at, PADDED: tl.constexpr):
+    """p times the distance, and times its square, each less its mean under p: [rows, PADDED]."""
+    r = tl.arange(0, PADDED).to(tl.float32)[None, :] - at.to(tl.float32)[:, None]
+    return p * (r - tl.sum(p * r, 1)[:, None]), p * (r * r - tl.sum(p * r * r, 1)[:, None])
+
+
+@triton.jit
+def _pos_weight(w_ptr, h):
+    """w0, w1, w2 of head h for exponents of 2."""
+    w_ptr += h * 3
+    return tl.load(w_ptr) * _LOG2E, tl.load(w_ptr + 1) * _LOG2E, tl.load(w_ptr + 2) * _LOG2E
+
+
+@triton.jit
+def _slots(first, SLOTS: tl.constexpr, GH: tl.constexpr, GW: tl.constexpr, GWP: tl.constexpr):
+    """Token and validity of each slot of whole rows of the padded grid, from row ``first`` on."""
+    s = tl.arange(0, SLOTS)
+    y = first + s // GWP
+    x = s % GWP
+    return y * GW + x, (y < GH) & (x < GW)
+
+
+@triton.jit
+def _fwd_tile_kernel(
+    q_ptr, k_ptr, v_ptr, w_ptr, gating_ptr,  # [B,H,N,D] x3, [H,3], [H]
+    out_ptr, lse_ptr,  # [B,N,H,D], [B,H,N]
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    scale_log2, H,
+    GH: tl.constexpr, GW: tl.constexpr, GHP: tl.constexpr, GWP: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr, POSITION: tl.constexpr,
+):  # fmt: skip
+    """One program: STEPS blocks of BM query slots. Queries and keys lie on the padded grid: a block has BM / GWP rows of Py and
+    all of them share the rows of Px."""
+    N: tl.constexpr = GH * GW
+    BN: tl.constexpr = GHP * GWP
+    BY: tl.constexpr = BM // GWP
+    block, bh, b, h = _place(tl.program_id(0), (GH + BY * STEPS - 1) // (BY * STEPS), H)
+    d = tl.arange(0, BD)
+    j, key = _slots(0, BN, GH, GW, GWP)
+    key_mask = key[:, None] & (d < D)[None, :]
+    k = tl.load(_rows(k_ptr + b * stride_kb + h * stride_kh, j, stride_kn, d), mask=key_mask, other=0.0)  # [BN, BD]
+    v = tl.load(_rows(v_ptr + b * stride_vb + h * stride_vh, j, stride_vn, d), mask=key_mask, other=0.0)  # [BN, BD]
+    q_ptr += b * stride_qb + h * stride_qh
+    out_ptr += (b * N * H + h) * D
+    lse_ptr += bh * N
+    if POSITION:
+        w0, w1, w2 = _pos_weight(w_ptr, h)
+        lam = tl.minimum(tl.load(gating_ptr + h), 60.0)
+        odds = _exp(lam)
+        px = _pin(_table(w0, w2, tl.arange(0, GWP), GW, GWP))  # [GWP, GWP]
+    for step in range(STEPS):
+        y0 = (block * STEPS + step) * BY
+        i, query = _slots(y0, BM, GH, GW, GWP)
+        row_mask = query[:, None] & (d < D)[None, :]
+        q = tl.load(_rows(q_ptr, i, stride_qn, d), mask=row_mask, other=0.0)  # [BM, BD]
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+        s = tl.where(key[None, :], s, float("-inf"))
+        m = tl.max(s, 1)
+        factor = _cap(tl.abs(m), scale_log2)
+        if POSITION:
+            # The mix times l, and times 1 / max(g, 1 - g) so that it neither overflows float16 nor vanishes: with lam = gating,
+            #     e^-max(lam, 0) p + (e^lam e^-max(lam, 0) l) Py Px,    normalised by l' (1 + e^lam), l' = e^-max(lam, 0) l.
+            # The first factor is a shift of the exponent, the second goes into the row of Py. Past 60 the shift changes nothing.
+            shift = m * factor + tl.maximum(lam, 0.0) * _LOG2E
+            p = tl.exp2(s * factor[:, None] - shift[:, None])
+            total = tl.sum(p, 1)
+            py = _pin(_table(w1, w2, y0 + tl.arange(0, BY), GH, GHP))  # [BY, GHP]
+            py = py[:, None, :] * tl.reshape(total * odds, (BY, GWP))[:, :, None]  # [BY, GWP, GHP]
+            p += tl.reshape(py[:, :, :, None] * px[None, :, None, :], (BM, BN))
+            inverse = 1.0 / (total * (1.0 + odds))
+        else:
+            shift = m * factor
+            p = tl.exp2(s * factor[:, None] - shift[:, None])
+            total = tl.sum(p, 1)
+            inverse = 1.0 / total
+        o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * inverse[:, None]
+        tl.store(_rows(out_ptr, i, H * D, d), o.to(v.dtype), mask=row_mask)
+        tl.store(lse_ptr + i, (shift + tl.log2(total)) * _LN2, mask=query)
+
+
+@triton.jit
+def _dq_tile_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, w_ptr, gating_ptr, lse_ptr,  # [B,H,N,D] x4, [H,3], [H], [B,H,N]
+    dq_ptr, delta_ptr, part_ptr,  # [B,N,H,D], [B,H,N], [B*H,blocks,4]
+    stride_ob, stride_oh, stride_on, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    scale, H,
+    GH: tl.constexpr, GW: tl.constexpr, GHP: tl.constexpr, GWP: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, the row sums delta of Pc dA, and this program's share of (dgating, dpos_weight) up to factors of the head."""
+    N: tl.constexpr = GH * GW
+    BN: tl.constexpr = GHP * GWP
+    BY: tl.constexpr = BM // GWP
+    blocks: tl.constexpr = (GH + BY * STEPS - 1) // (BY * STEPS)
+    block, bh, b, h = _place(tl.program_id(0), blocks, H)
+    d = tl.arange(0, BD)
+    j, key = _slots(0, BN, GH, GW, GWP)
+    key_mask = key[:, None] & (d < D)[None, :]
+    k = tl.load(_rows(k_ptr + b * stride_kb + h * stride_kh, j, stride_kn, d), mask=key_mask, other=0.0)  # [BN, BD]
+    v = tl.load(_rows(v_ptr + b * stride_vb + h * stride_vh, j, stride_vn, d), mask=key_mask, other=0.0)  # [BN, BD]
+    do_ptr += b * stride_ob + h * stride_oh
+    q_ptr += b * stride_qb + h * stride_qh
+    dq_ptr += (b * N * H + h) * D
+    lse_ptr += bh * N
+    delta_ptr += bh * N
+    w0, w1, w2 = _pos_weight(w_ptr, h)
+    dq_scale = scale / (1.0 + _exp(tl.load(gating_ptr + h)))
+    # sums over yj of dA times a row of Py, and of Py times the centred dy and dy^2; with a table of Px they give every moment
+    m0 = tl.zeros((BY, GWP, GWP), tl.float32)
+    m1 = tl.zeros((BY, GWP, GWP), tl.float32)
+    m2 = tl.zeros((BY, GWP, GWP), tl.float32)
+    deltas = tl.zeros((BM,), tl.float32)
+    for step in range(STEPS):
+        y0 = (block * STEPS + step) * BY
+        i, query = _slots(y0, BM, GH, GW, GWP)
+        row_mask = query[:, None] & (d < D)[None, :]
+        do = tl.load(_rows(do_ptr, i, stride_on, d), mask=row_mask, other=0.0)  # [BM, BD]
+        q = tl.load(_rows(q_ptr, i, stride_qn, d), mask=row_mask, other=0.0)  # [BM, BD]
+        lse = tl.load(lse_ptr + i, mask=query, other=1e30)
+        da = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BM, BN], zero at padded rows and slots
+        da4 = tl.reshape(da, (BY, GWP, GHP, GWP))
+        y = y0 + tl.arange(0, BY)
+        py = _table(w1, w2, y, GH, GHP)  # [BY, GHP]
+        py1, py2 = _centred(py, y, GHP)
+        m0 += tl.sum(da4 * _pin(py)[:, None, :, None], 2)
+        m1 += tl.sum(da4 * _pin(py1)[:, None, :, None], 2)
+        m2 += tl.sum(da4 * _pin(py2)[:, None, :, None], 2)
+        factor = _cap(tl.abs(lse), _LOG2E)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+        p = tl.exp2(s * (scale * factor)[:, None] - (lse * factor)[:, None])
+        p = tl.where(key[None, :], p, 0.0)
+        delta = tl.sum(p * da, 1)
+        ds = p * (da - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, input_precision=PRECISION) * dq_scale
+        tl.store(_rows(dq_ptr, i, H * D, d), dq.to(q.dtype), mask=row_mask)
+        tl.store(delta_ptr + i, delta, mask=query)
+        deltas += delta
+    px = _table(w0, w2, tl.arange(0, GWP), GW, GWP)  # [GWP, GWP]
+    px1, px2 = _centred(px, tl.arange(0, GWP), GWP)
+    part = part_ptr + (bh * blocks + block) * 4
+    tl.store(part, tl.sum(tl.reshape(m0 * px[None, :, :], (BM * GWP,)), 0) - tl.sum(deltas, 0))
+    tl.store(part + 1, tl.sum(tl.reshape(m0 * px1[None, :, :], (BM * GWP,)), 0))
+    tl.store(part + 2, tl.sum(tl.reshape(m1 * px[None, :, :], (BM * GWP,)), 0))
+    tl.store(part + 3, tl.sum(tl.reshape(m0 * px2[None, :, :] + m2 * px[None, :, :], (BM * GWP,)), 0))
+
+
+@triton.jit
+def _dkdv_tile_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, w_ptr, gating_ptr, lse_ptr, delta_ptr,  # [B,H,N,D] x4, [H,3], [H], [B,H,N] x2
+    dk_ptr, dv_ptr,  # [B,N,H,D] x2
+    stride_ob, stride_oh, stride_on, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    scale, H,
+    GH: tl.constexpr, GW: tl.constexpr, GHP: tl.constexpr, GWP: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of BN slots: whole rows of the padded grid, against all queries. Tiles are [keys, queries]."""
+    N: tl.constexpr = GH * GW
+    ROWS: tl.constexpr = BN // GWP
+    BY: tl.constexpr = BM // GWP
+    block, bh, b, h = _place(tl.program_id(0), (GH + ROWS - 1) // ROWS, H)
+    d = tl.arange(0, BD)
+    j, key = _slots(block * ROWS, BN, GH, GW, GWP)
+    key_mask = key[:, None] & (d < D)[None, :]
+    k = tl.load(_rows(k_ptr + b * stride_kb + h * stride_kh, j, stride_kn, d), mask=key_mask, other=0.0)  # [BN, BD]
+    v = tl.load(_rows(v_ptr + b * stride_vb + h * stride_vh, j, stride_vn, d), mask=key_mask, other=0.0)  # [BN, BD]
+    do_ptr += b * stride_ob + h * stride_oh
+    q_ptr += b * stride_qb + h * stride_qh
+    lse_ptr += bh * N
+    delta_ptr += bh * N
+    w0, w1, w2 = _pos_weight(w_ptr, h)
+    lam = tl.load(gating_ptr + h)
+    gate = 1.0 / (1.0 + _exp(-lam))
+    rest = tl.log2(1.0 + _exp(lam))  # -log2(1 - g), a shift of the exponent
+    px = _pin(tl.trans(_table(w0, w2, tl.arange(0, GWP), GW, GWP)))  # [GWP keys, GWP queries]
+    dk = tl.zeros((BN, BD), tl.float32)
+    dv = tl.zeros((BN, BD), tl.float32)
+    for y0 in range(0, GH, BY):
+        i, query = _slots(y0, BM, GH, GW, GWP)
+        row_mask = query[:, None] & (d < D)[None, :]
+        q = tl.load(_rows(q_ptr, i, stride_qn, d), mask=row_mask, other=0.0)  # [BM, BD]
+        do = tl.load(_rows(do_ptr, i, stride_on, d), mask=row_mask, other=0.0)  # [BM, BD]
+        lse = tl.load(lse_ptr + i, mask=query, other=1e30)
+        delta = tl.load(delta_ptr + i, mask=query, other=0.0)
+        factor = _cap(tl.abs(lse), _LOG2E)
+        at = (y0 + tl.arange(0, BY)).to(tl.float32)[None, :]
+        to = (block * ROWS + tl.arange(0, ROWS)).to(tl.float32)[:, None]
+        py = _axis_weights(w1, w2, at, tl.arange(0, GHP).to(tl.float32)[:, None], GH)  # [GHP, BY]
+        norm = gate / tl.sum(py, 0)
+        if ROWS != GHP:
+            py = _axis_weights(w1, w2, at, to, GH)  # [ROWS, BY]
+        py = _pin(py * norm[None, :])
+        # rows of padded slots may hold anything: they are not stored, and no row meets another
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BM]
+        p = tl.exp2(s * (scale * factor)[None, :] - (lse * factor + rest)[None, :])  # (1 - g) Pc
+        mix = p + tl.reshape(py[:, None, :, None] * px[None, :, None, :], (BN, BM))
+        dv = tl.dot(mix.to(do.dtype), do, dv, input_precision=PRECISION)
+        da = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BN, BM]
+        dk = tl.dot((p * (da - delta[None, :])).to(q.dtype), q, dk, input_precision=PRECISION)
+    tl.store(_rows(dk_ptr + (b * N * H + h) * D, j, H * D, d), (dk * scale).to(k.dtype), mask=key_mask)
+    tl.store(_rows(dv_ptr + (b * N * H + h) * D, j, H * D, d), dv.to(v.dtype), mask=key_mask)
+
+
+# -------------------------------------------------------------------------------------------------------- large grids: per axis
+@triton.jit
+def _norm_kernel(w_ptr, sum_ptr, GH, GW, BM: tl.constexpr, BK: tl.constexpr):
+    """Sums of the unnormalised rows of Px, then of Py: [H, GW + GH]. One program: a head, an axis, BM rows."""
+    blocks_x = (GW + BM - 1) // BM
+    blocks = blocks_x + (GH + BM - 1) // BM
+    h = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    is_x = block < blocks_x
+    size = tl.where(is_x, GW, GH)
+    w = tl.load(w_ptr + h * 3 + tl.where(is_x, 0, 1)) * _LOG2E
+    w2 = tl.load(w_ptr + h * 3 + 2) * _LOG2E
+    i = tl.where(is_x, block, block - blocks_x) * BM + tl.arange(0, BM)
+    total = tl.zeros((BM,), tl.float32)
+    for start in range(0, size, BK):
+        to = (start + tl.arange(0, BK)).to(tl.float32)
+        total += tl.sum(_axis_weights(w, w2, i.to(tl.float32)[:, None], to[None, :], size), 1)
+    tl.store(sum_ptr + h * (GW + GH) + tl.where(is_x, 0, GW) + i, total, mask=i < size)
+
+
+@triton.jit
+def _mix_kernel(
+    in_ptr, w_ptr, sum_ptr, out_ptr,  # [B,H,N,D], [H,3], [H,GW+GH] (read if TRANSPOSE), [B,N,H,D]
+    stride_b, stride_h, stride_n, H, GH, GW,
+    X: tl.constexpr, TRANSPOSE: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Product with Px along x, or with Py along y, or with its transpose. One program: a line of the axis, BM of its patches."""
+    size = GW if X else GH
+    step = 1 if X else GW
+    blocks = (size + BM - 1) // BM
+    block, bh, b, h = _place(tl.program_id(0), blocks * (GH if X else GW), H)
+    line = block // blocks
+    first = line * GW if X else line
+    to = (block % blocks) * BM + tl.arange(0, BM)
+    d = tl.arange(0, BD)
+    w = tl.load(w_ptr + h * 3 + (0 if X else 1)) * _LOG2E
+    w2 = tl.load(w_ptr + h * 3 + 2) * _LOG2E
+    in_ptr += b * stride_b + h * stride_h
+    acc = tl.zeros((BM, BD), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    for start in range(0, size, BK):
+        t = start + tl.arange(0, BK)
+        x = tl.load(_rows(in_ptr, first + t * step, stride_n, d), mask=(t < size)[:, None] & (d < D)[None, :], other=0.0)  # [BK, BD]
+        if TRANSPOSE:
+            norm = tl.load(sum_ptr + h * (GW + GH) + (0 if X else GW) + t, mask=t < size, other=float("inf"))
+            p = _axis_weights(w, w2, t.to(tl.float32)[None, :], to.to(tl.float32)[:, None], size) / norm[None, :]  # [BM, BK]
+        else:
+            p = _axis_weights(w, w2, to.to(tl.float32)[:, None], t.to(tl.float32)[None, :], size)
+            total += tl.sum(p, 1)
+        acc = tl.dot(p.to(x.dtype), x, acc, input_precision=PRECISION)
+    if not TRANSPOSE:
+        acc = acc / total[:, None]
+    N = (GH * GW).to(tl.int64)
+    rows = _rows(out_ptr + (b * N * H + h) * D, first + to * step, H * D, d)
+    tl.store(rows, acc.to(out_ptr.dtype.element_ty), mask=(to < size)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _moments_kernel(
+    do_ptr, u_ptr, w_ptr, part_ptr,  # [B,H,N,D], [B,N,H,D] = product of v with the other axis, [H,3], [B*H,parts,4]
+    stride_b, stride_h, stride_n, H, GH, GW, parts, part0,
+    X: tl.constexpr, GATE: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One axis's share of dpos_weight: moments of P dP along a line, dP = dO u^T, never stored. GATE: also the sum of P dP."""
+    size = GW if X else GH
+    step = 1 if X else GW
+    blocks = (size + BM - 1) // BM
+    block, bh, b, h = _place(tl.program_id(0), blocks * (GH if X else GW), H)
+    line = block // blocks
+    first = line * GW if X else line
+    i = (block % blocks) * BM + tl.arange(0, BM)
+    d = tl.arange(0, BD)
+    at = i.to(tl.float32)[:, None]
+    w = tl.load(w_ptr + h * 3 + (0 if X else 1)) * _LOG2E
+    w2 = tl.load(w_ptr + h * 3 + 2) * _LOG2E
+    mask = (i < size)[:, None] & (d < D)[None, :]
+    do = tl.load(_rows(do_ptr + b * stride_b + h * stride_h, first + i * step, stride_n, d), mask=mask, other=0.0)  # [BM, BD]
+    N = (GH * GW).to(tl.int64)
+    u_ptr += (b * N * H + h) * D
+    # moments of order 0, 1, 2 about the largest weight, of P dP and of P
+    best = _peak(w, w2, at, size)
+    p0 = tl.zeros((BM,), tl.float32)
+    p1 = tl.zeros((BM,), tl.float32)
+    p2 = tl.zeros((BM,), tl.float32)
+    c0 = tl.zeros((BM,), tl.float32)
+    c1 = tl.zeros((BM,), tl.float32)
+    c2 = tl.zeros((BM,), tl.float32)
+    for start in range(0, size, BK):
+        t = start + tl.arange(0, BK)
+        u = tl.load(_rows(u_ptr, first + t * step, H * D, d), mask=(t < size)[:, None] & (d < D)[None, :], other=0.0)  # [BK, BD]
+        dp = tl.dot(do, tl.trans(u), input_precision=PRECISION)  # [BM, BK]
+        to = t.to(tl.float32)[None, :]
+        p = _axis_weights(w, w2, at, to, size)
+        r = to - best
+        pr = p * r
+        p0 += tl.sum(p, 1)
+        p1 += tl.sum(pr, 1)
+        p2 += tl.sum(pr * r, 1)
+        c0 += tl.sum(p * dp, 1)
+        c1 += tl.sum(pr * dp, 1)
+        c2 += tl.sum(pr * r * dp, 1)
+    inverse = 1.0 / p0
+    e0 = c0 * inverse  # expectation of dP
+    z1 = (c1 - e0 * p1) * inverse  # covariance of dP with r, and with r^2
+    z2 = (c2 - e0 * p2) * inverse
+    shift = tl.sum(best - at, 1)  # d = r + shift, so cov(dP, d^2) = z2 + 2 shift z1
+    part = part_ptr + (bh * parts + part0 + block) * 4
+    tl.store(part, tl.sum(e0, 0) if GATE else 0.0)
+    tl.store(part + 1, tl.sum(z1, 0) if X else 0.0)
+    tl.store(part + 2, 0.0 if X else tl.sum(z1, 0))
+    tl.store(part + 3, tl.sum(z2 + 2.0 * shift * z1, 0))
+
+
+@triton.jit
+def _fwd_loop_step(
+    q, k_ptr, v_ptr, j, N, stride_kn, stride_vn, m, total, acc, scale_log2,
+    D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, BD)
+    mask = (d < D)[None, :] & (j < N)[:, None] if MASK else (d < D)[None, :]
+    k = tl.load(_rows(k_ptr, j, stride_kn, d), mask=mask, other=0.0)  # [BN, BD]
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+    if MASK:
+        s = tl.where((j < N)[None, :], s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1))
+    safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    factor = _cap(tl.abs(safe), scale_log2)
+    p = tl.exp2(s * factor[:, None] - (safe * factor)[:, None])
+    alpha = tl.exp2((m - safe) * factor)
+    total = total * alpha + tl.sum(p, 1)
+    v = tl.load(_rows(v_ptr, j, stride_vn, d), mask=mask, other=0.0)  # [BN, BD]
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return m_new, total, acc
+
+
+@triton.jit
+def _fwd_loop_kernel(
+    q_ptr, k_ptr, v_ptr, position_ptr, gating_ptr,  # [B,H,N,D] x3, P v [B,N,H,D], [H]
+    out_ptr, lse_ptr,  # [B,N,H,D], [B,H,N]
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    scale_log2, H, N,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    POSITION: tl.constexpr,
+):  # fmt: skip
+    block, bh, b, h = _place(tl.program_id(0), (N + BM - 1) // BM, H)
+    i = block * BM + tl.arange(0, BM)
+    d = tl.arange(0, BD)
+    row_mask = (i < N)[:, None] & (d < D)[None, :]
+    q = tl.load(_rows(q_ptr + b * stride_qb + h * stride_qh, i, stride_qn, d), mask=row_mask, other=0.0)  # [BM, BD]
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    m = tl.full((BM,), float("-inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, BD), tl.float32)
+    full = N // BN * BN
+    for start in range(0, full, BN):
+        j = start + tl.arange(0, BN)
+        m, total, acc = _fwd_loop_step(
+            q, k_ptr, v_ptr, j, N, stride_kn, stride_vn, m, total, acc, scale_log2, D, BD, PRECISION, False
+        )
+    if TAIL:
+        j = full + tl.arange(0, BN)
+        m, total, acc = _fwd_loop_step(q, k_ptr, v_ptr, j, N, stride_kn, stride_vn, m, total, acc, scale_log2, D, BD, PRECISION, True)
+    rows = _rows((b * N * H + h) * D, i, H * D, d)
+    if POSITION:
+        lam = tl.load(gating_ptr + h)
+        o = acc * (1.0 / (total * (1.0 + _exp(lam))))[:, None]
+        o += tl.load(position_ptr + rows, mask=row_mask, other=0.0).to(tl.float32) * (1.0 / (1.0 + _exp(-lam)))
+    else:
+        o = acc * (1.0 / total)[:, None]
+    tl.store(out_ptr + rows, o.to(q.dtype), mask=row_mask)
+    lse = m * _cap(tl.abs(m), scale_log2) + tl.log2(total)
+    tl.store(lse_ptr + bh * N + i, lse * _LN2, mask=i < N)
+
+
+@triton.jit
+def _dq_loop_step(
+    q, do, k_ptr, v_ptr, j, N, stride_kn, stride_vn, row_scale, row_shift, centre, excess, acc, mean,
+    D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, BD)
+    mask = (d < D)[None, :] & (j < N)[:, None] if MASK else (d < D)[None, :]
+    k = tl.load(_rows(k_ptr, j, stride_kn, d), mask=mask, other=0.0)  # [BN, BD]
+    v = tl.load(_rows(v_ptr, j, stride_vn, d), mask=mask, other=0.0)  # [BN, BD]
+    p = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+    p = tl.exp2(p * row_scale[:, None] - row_shift[:, None])
+    if MASK:
+        p = tl.where((j < N)[None, :], p, 0.0)
+    da = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BM, BN]
+    ds = p * (da - centre[:, None])
+    excess += tl.sum(ds, 1)
+    acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+    mean = tl.dot(p.to(k.dtype), k, mean, input_precision=PRECISION)
+    return excess, acc, mean
+
+
+@triton.jit
+def _dq_loop_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, gating_ptr, lse_ptr,  # [B,H,N,D] x4, [B,N,H,D], [H], [B,H,N]
+    dq_ptr, delta_ptr, part_ptr,  # [B,N,H,D], [B,H,N], [B*H,parts,4]
+    stride_ob, stride_oh, stride_on, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    scale, H, N, parts,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, delta = row sums of Pc dA, and minus their sum.
+
+    delta is not to be had from the rounded output: with g near 1 what is left after taking out the positional part is rounding.
+    dO . out only centres dA; the exact delta is the centre plus the row sum of what was centred, and dq is corrected by the mean key.
+    """
+    blocks = (N + BM - 1) // BM
+    block, bh, b, h = _place(tl.program_id(0), blocks, H)
+    i = block * BM + tl.arange(0, BM)
+    d = tl.arange(0, BD)
+    row_mask = (i < N)[:, None] & (d < D)[None, :]
+    q = tl.load(_rows(q_ptr + b * stride_qb + h * stride_qh, i, stride_qn, d), mask=row_mask, other=0.0)  # [BM, BD]
+    do = tl.load(_rows(do_ptr + b * stride_ob + h * stride_oh, i, stride_on, d), mask=row_mask, other=0.0)  # [BM, BD]
+    rows = _rows((b * N * H + h) * D, i, H * D, d)
+    out = tl.load(out_ptr + rows, mask=row_mask, other=0.0)
+    centre = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+    lse = tl.load(lse_ptr + bh * N + i, mask=i < N, other=1e30)
+    factor = _cap(tl.abs(lse), _LOG2E)
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    excess = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, BD), tl.float32)
+    mean = tl.zeros((BM, BD), tl.float32)
+    full = N // BN * BN
+    for start in range(0, full, BN):
+        j = start + tl.arange(0, BN)
+        excess, acc, mean = _dq_loop_step(
+            q, do, k_ptr, v_ptr, j, N, stride_kn, stride_vn, scale * factor, lse * factor, centre, excess, acc, mean,
+            D, BD, PRECISION, False,
+        )  # fmt: skip
+    if TAIL:
+        j = full + tl.arange(0, BN)
+        excess, acc, mean = _dq_loop_step(
+            q, do, k_ptr, v_ptr, j, N, stride_kn, stride_vn, scale * factor, lse * factor, centre, excess, acc, mean,
+            D, BD, PRECISION, True,
+        )  # fmt: skip
+    delta = centre + excess
+    dq = (acc - excess[:, None] * mean) * (scale / (1.0 + _exp(tl.load(gating_ptr + h))))
+    tl.store(dq_ptr + rows, dq.to(q.dtype), mask=row_mask)
+    tl.store(delta_ptr + bh * N + i, delta, mask=i < N)
+    part = part_ptr + (bh * parts + block) * 4
+    tl.store(part, -tl.sum(delta, 0))
+    tl.store(part + 1 + tl.arange(0, 2), tl.zeros((2,), tl.float32))
+    tl.store(part + 3, 0.0)
+
+
+@triton.jit
+def _dkdv_loop_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, position_ptr, gating_ptr, lse_ptr, delta_ptr,  # [B,H,N,D] x4, P^T dO [B,N,H,D], [H], [B,H,N] x2
+    dk_ptr, dv_ptr,  # [B,N,H,D] x2
+    stride_ob, stride_oh, stride_on, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    scale, H, N,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of BN keys, over all queries. Tiles are [keys, queries]."""
+    block, bh, b, h = _place(tl.program_id(0), (N + BN - 1) // BN, H)
+    j = block * BN + tl.arange(0, BN)
+    d = tl.arange(0, BD)
+    key_mask = (j < N)[:, None] & (d < D)[None, :]
+    k = tl.load(_rows(k_ptr + b * stride_kb + h * stride_kh, j, stride_kn, d), mask=key_mask, other=0.0)  # [BN, BD]
+    v = tl.load(_rows(v_ptr + b * stride_vb + h * stride_vh, j, stride_vn, d), mask=key_mask, other=0.0)  # [BN, BD]
+    do_ptr += b * stride_ob + h * stride_oh
+    q_ptr += b * stride_qb + h * stride_qh
+    dk = tl.zeros((BN, BD), tl.float32)
+    dv = tl.zeros((BN, BD), tl.float32)
+    for start in range(0, N, BM):
+        i = start + tl.arange(0, BM)
+        row_mask = (i < N)[:, None] & (d < D)[None, :]
+        q = tl.load(_rows(q_ptr, i, stride_qn, d), mask=row_mask, other=0.0)  # [BM, BD]
+        do = tl.load(_rows(do_ptr, i, stride_on, d), mask=row_mask, other=0.0)  # [BM, BD]
+        lse = tl.load(lse_ptr + bh * N + i, mask=i < N, other=1e30)
+        delta = tl.load(delta_ptr + bh * N + i, mask=i < N, other=0.0)
+        factor = _cap(tl.abs(lse), _LOG2E)
+        p = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BM]
+        p = tl.exp2(p * (scale * factor)[None, :] - (lse * factor)[None, :])
+        da = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BN, BM]
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        dk = tl.dot((p * (da - delta[None, :])).to(q.dtype), q, dk, input_precision=PRECISION)
+    lam = tl.load(gating_ptr + h)
+    rest = 1.0 / (1.0 + _exp(lam))
+    rows = _rows((b * N * H + h) * D, j, H * D, d)
+    dv = dv * rest + tl.load(position_ptr + rows, mask=key_mask, other=0.0).to(tl.float32) * (1.0 / (1.0 + _exp(-lam)))
+    tl.store(dk_ptr + rows, (dk * (scale * rest)).to(k.dtype), mask=key_mask)
+    tl.store(dv_ptr + rows, dv.to(v.dtype), mask=key_mask)
+
+
+@triton.jit
+def _reduce_kernel(part_ptr, gating_ptr, dw_ptr, dgating_ptr, H, B, parts, BLOCK: tl.constexpr):
+    """[B*H, parts, 4] -> dpos_weight [H, 3] and dgating [H], summed in a fixed order. One program per head."""
+    h = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, 4)
+    acc = tl.zeros((BLOCK, 4), tl.float32)
+    for start in range(0, B * parts, BLOCK):
+        r = start + tl.arange(0, BLOCK)
+        rows = ((r // parts).to(tl.int64) * H + h) * parts + r % parts
+        acc += tl.load(part_ptr + rows[:, None] * 4 + c[None, :], mask=(r < B * parts)[:, None], other=0.0)
+    total = tl.sum(acc, 0)  # [4]
+    lam = tl.load(gating_ptr + h)
+    gate = 1.0 / (1.0 + _exp(-lam))
+    tl.store(dw_ptr + h * 3 + c - 1, total * gate, mask=c > 0)
+    tl.store(dgating_ptr + h + c, total * (gate / (1.0 + _exp(lam))), mask=c == 0)
+
+
+# ------------------------------------------------------------------------------------------------------------------- launchers
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _padded(grid: tuple[int, int]) -> tuple[int, int] | None:
+    """The padded key grid of the tile kernels, at least 16 slots; ``None`` if ``grid`` is too large or too awkward for them."""
+    gh, gw = grid
+    columns = _power_of_two(gw)
+    rows = max(_power_of_two(gh), 16 // columns)
+    return (rows, columns) if rows * columns <= _SLOTS and max(rows, columns) <= 64 else None
+
+
+@functools.cache
+def _family(index: int | None) -> str:
+    """Key of the configuration table: "sm80", "sm90", ..., "gfx942"; the interpreter is "interpret"."""
+    if _INTERPRET:
+        return "interpret"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    major, _ = torch.cuda.get_device_capability(index)
+    return f"sm{major}0"
+
+
+@functools.cache
+def _config(kernel: str, family: str, size: int, block_d: int) -> _Config:
+    for chip, element, largest, config in _CONFIGS[kernel]:
+        if chip in ("", family) and size <= element and block_d <= largest:
+            return config
+    raise AssertionError(f"no configuration of {kernel} for {family}, {size} bytes, D <= {block_d}")
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """``tl.dot``'s input precision: torch's own setting decides whether float32 products may use tf32."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _launch(kernel, programs: int, config: _Config, *args, **constants) -> None:
+    kernel[(programs,)](*args, num_warps=config.warps, num_stages=config.stages, **constants)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+class _Plan:
+    """What the launchers of one call share: sizes, constants and configurations."""
+
+    def __init__(self, q: Tensor, grid_h: int, grid_w: int):
+        self.batch, self.heads, self.tokens, dim = q.shape
+        self.grid = grid_h, grid_w
+        self.padded = _padded(self.grid)
+        self.block_d = max(16, _power_of_two(dim))
+        self.size = q.element_size()
+        self.family = _family(q.device.index)
+        self.common = {"D": dim, "BD": self.block_d, "PRECISION": _precision(q.dtype)}
+        if self.padded:
+            self.tile = {"GH": grid_h, "GW": grid_w, "GHP": self.padded[0], "GWP": self.padded[1], **self.common}
+
+    def config(self, kernel: str) -> _Config:
+        return _config(kernel, self.family, self.size, self.block_d)
+
+    def programs(self, rows: int) -> int:
+        return self.batch * self.heads * -(-self.tokens // rows)
+
+    def tile_rows(self, slots: int) -> int:
+        """``slots`` as whole rows of the padded grid, no more than it has and no less than a matrix instruction takes."""
+        rows, columns = self.padded
+        return max(min(slots, rows * columns), columns, 16)
+
+    def query_blocks(self, config: _Config) -> tuple[int, int, int]:
+        """Query slots of a step, steps of a program, programs of a head: as few programs as still fill the chip."""
+        slots = self.tile_rows(config.rows)
+        blocks = -(-self.grid[0] // (slots // self.padded[1]))
+        steps = min(blocks, config.keys) if self.batch * self.heads >= _ENOUGH else 1
+        return slots, steps, -(-blocks // steps)
+
+    def lines(self, x: bool, rows: int) -> int:
+        """Blocks of ``rows`` patches over all the lines of one axis."""
+        gh, gw = self.grid
+        return gh * -(-gw // rows) if x else gw * -(-gh // rows)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gating: Tensor, grid_h: int, grid_w: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    q, k, v = _unit(q), _unit(k), _unit(v)
+    out = operator.empty_heads(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    plan = _Plan(q, grid_h, grid_w)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    scale_log2 = scale * _LOG2E.value
+    with torch.cuda.device_of(q):
+        if plan.padded:
+            c = plan.config("fwd_tile")
+            rows, steps, blocks = plan.query_blocks(c)
+            _launch(
+                _fwd_tile_kernel, plan.batch * plan.heads * blocks, c, q, k, v, pos_weight, gating, out, lse, *strides, scale_log2, plan.heads,
+                BM=rows, STEPS=steps, POSITION=True, **plan.tile,
+            )  # fmt: skip
+            return out, lse
+        c = plan.config("fwd_loop")
+        position = _mix(plan, v, pos_weight, None, (True, False))
+        _launch(
+            _fwd_loop_kernel, plan.programs(c.rows), c, q, k, v, position, gating, out, lse, *strides, scale_log2, plan.heads, plan.tokens,
+            BM=c.rows, BN=c.keys, TAIL=plan.tokens % c.keys != 0, POSITION=True, **plan.common,
+        )  # fmt: skip
+    return out, lse
+
+
+def _mix(plan: _Plan, x: Tensor, pos_weight: Tensor, sums: Tensor | None, axes: tuple[bool, ...]) -> Tensor:
+    """Product of ``x`` [B, H, N, D] with Px (True) and Py (False) in turn, or with their transposes where ``sums`` are given."""
+    c = plan.config("mix")
+    for is_x in axes:
+        if plan.grid[is_x] == 1:
+            continue  # one patch along this axis: the factor is 1
+        out = operator.empty_heads(x)
+        _launch(
+            _mix_kernel, plan.batch * plan.heads * plan.lines(is_x, c.rows), c, x, pos_weight, sums, out, *x.stride()[:3],
+            plan.heads, *plan.grid, X=is_x, TRANSPOSE=sums is not None, BM=c.rows, BK=c.keys, **plan.common,
+        )  # fmt: skip
+        x = out
+    return x if x.transpose(1, 2).is_contiguous() else operator.empty_heads(x).copy_(x)
+
+
+def _backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gating: Tensor, out: Tensor, lse: Tensor,
+    grid_h: int, grid_w: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_out, q, k, v = _unit(grad_out), _unit(q), _unit(k), _unit(v)
+    dq, dk, dv = operator.empty_heads(q), operator.empty_heads(k), operator.empty_heads(v)
+    if dq.numel() == 0:
+        return dq, dk, dv, torch.zeros_like(pos_weight), torch.zeros_like(gating)
+    plan = _Plan(q, grid_h, grid_w)
+    with torch.cuda.device_of(q):
+        launch = _backward_tile if plan.padded else _backward_loop
+        part = launch(plan, grad_out, q, k, v, pos_weight, gating, out, lse, dq, dk, dv, scale)
+        dpos_weight, dgating = torch.empty_like(pos_weight), torch.empty_like(gating)
+        parts = part.shape[1]
+        _launch(_reduce_kernel, plan.heads, _SMALL, part, gating, dpos_weight, dgating, plan.heads, plan.batch, parts, BLOCK=256)
+    return dq, dk, dv, dpos_weight, dgating
+
+
+def _backward_tile(plan, grad_out, q, k, v, pos_weight, gating, out, lse, dq, dk, dv, scale) -> Tensor:
+    strides = (*grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    delta = torch.empty_like(lse)
+    c = plan.config("dq_tile")
+    rows, steps, blocks = plan.query_blocks(c)
+    part = lse.new_empty((plan.batch * plan.heads, blocks, 4))
+    _launch(
+        _dq_tile_kernel, plan.batch * plan.heads * blocks, c, grad_out, q, k, v, pos_weight, gating, lse, dq, delta, part, *strides, scale, plan.heads,
+        BM=rows, STEPS=steps, **plan.tile,
+    )  # fmt: skip
+    c = plan.config("dkdv_tile")
+    rows, keys = plan.tile_rows(c.rows), plan.tile_rows(c.keys)
+    blocks = -(-plan.grid[0] // (keys // plan.padded[1]))
+    _launch(
+        _dkdv_tile_kernel, plan.batch * plan.heads * blocks, c, grad_out, q, k, v, pos_weight, gating, lse, delta, dk, dv,
+        *strides, scale, plan.heads, BM=rows, BN=keys, **plan.tile,
+    )  # fmt: skip
+    return part
+
+
+def _backward_loop(plan, grad_out, q, k, v, pos_weight, gating, out, lse, dq, dk, dv, scale) -> Tensor:
+    strides = (*grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    delta = torch.empty_like(lse)
+    gh, gw = plan.grid
+    sums = lse.new_empty((plan.heads, gw + gh))
+    c = _SMALL
+    _launch(_norm_kernel, plan.heads * (-(-gw // c.rows) + -(-gh // c.rows)), c, pos_weight, sums, gh, gw, BM=c.rows, BK=c.keys)
+    moments, c = plan.config("moments"), plan.config("dq_loop")
+    blocks = -(-plan.tokens // c.rows)
+    axes = [is_x for is_x in (True, False) if plan.grid[is_x] > 1]
+    counts = [plan.lines(is_x, moments.rows) for is_x in axes]
+    parts = blocks + sum(counts)
+    part = lse.new_empty((plan.batch * plan.heads, parts, 4))
+    _launch(
+        _dq_loop_kernel, plan.programs(c.rows), c, grad_out, q, k, v, out, gating, lse, dq, delta, part, *strides, scale, plan.heads,
+        plan.tokens, parts, BM=c.rows, BN=c.keys, TAIL=plan.tokens % c.keys != 0, **plan.common,
+    )  # fmt: skip
+    for number, is_x in enumerate(axes):
+        u = _mix(plan, v, pos_weight, None, (not is_x,))
+        _launch(
+            _moments_kernel, plan.batch * plan.heads * counts[number], moments, grad_out, u, pos_weight, part, *grad_out.stride()[:3],
+            plan.heads, gh, gw, parts, blocks + sum(counts[:number]), X=is_x, GATE=number == 0, BM=moments.rows, BK=moments.keys,
+            **plan.common,
+        )  # fmt: skip
+    position = _mix(plan, grad_out, pos_weight, sums, (True, False))
+    c = plan.config("dkdv_loop")
+    _launch(
+        _dkdv_loop_kernel, plan.programs(c.keys), c, grad_out, q, k, v, position, gating, lse, delta, dk, dv, *strides, scale, plan.heads,
+        plan.tokens, BM=c.rows, BN=c.keys, **plan.common,
+    )  # fmt: skip
+    return part
+
+
+operator.register("CPU" if _INTERPRET else "CUDA", _forward, _backward)
+
+
+# --------------------------------------------------------------------------------------------------------------------- backend
+@functools.cache
+def _no_device() -> str | None:
+    if _INTERPRET:
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA or ROCm device is usable (torch.cuda.is_available() is false)"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        major, minor = torch.cuda.get_device_capability()
+        return f"compute capability {major}.{minor} is older than 8.0"
+    return None
+
+
+def why_not(problem) -> str | None:
+    if problem.framework != "torch":
+        return "the tensors are not torch tensors"
+    device = "cpu" if _INTERPRET else "cuda"
+    if problem.device != device:
+        return f"tensor is on {problem.device}" + (", and TRITON_INTERPRET runs the kernels on cpu" if _INTERPRET else "")
+    if problem.dropout_p > 0:
+        return "attention dropout is not supported"
+    if problem.dtype not in ("float32", "float16", "bfloat16"):
+        return f"{problem.dtype} is not supported (float32, float16 and bfloat16 are)"
+    if _INTERPRET and problem.dtype == "bfloat16":
+        return "Triton's interpreter computes bfloat16 wrongly"
+    if problem.head_dim > 128:
+        return f"head dimension {problem.head_dim} is larger than 128"
+    return _no_device()
+
+
+gpsa = operator.gpsa
