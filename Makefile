@@ -32,8 +32,11 @@ types:
 	rm -rf build/types && mkdir -p build/types/convit
 	ln -s $(CURDIR)/convit/* $(CURDIR)/kernels build/types/convit/
 
+# BENCH takes further options, such as BENCH=--bench-full
 bench: .venv/ready
-	$(BIN)/pytest bench/ --benchmark-only
+	mkdir -p build
+	$(BIN)/pytest bench/ --benchmark-only --benchmark-json=build/bench.json $(BENCH)
+	$(BIN)/python bench/report.py --add build/bench.json
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info convit/_C.* .pytest_cache .mypy_cache .ruff_cache .hypothesis

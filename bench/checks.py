@@ -79,8 +79,9 @@ def _expected(core: Core, truth: str) -> tuple[tuple[Tensor | None, ...], tuple[
 
         exact = tuple(None if x is None else x.detach().clone() for x in outputs(torch.float64))
         eager = outputs(None)
-    errors = tuple(0.0 if x is None else relative_error(y, x) for x, y in zip(exact, eager, strict=True))
-    return exact, errors
+    errors = [0.0 if x is None else relative_error(y, x) for x, y in zip(exact, eager, strict=True)]
+    # a gradient of H or 3 H numbers can be right by luck: its yardstick is the worst of the eager outputs
+    return exact, tuple(max(errors) if i > 2 and e else e for i, e in enumerate(errors))
 
 
 @cache

@@ -55,6 +55,7 @@ def bench(request, benchmark):
             benchmark.skipped = True
             pytest.skip(f"{peer.name}: {competitor.missing}")
         if competitor.error:
+            benchmark.skipped = True  # it has nothing to time, and the failure says so
             raise competitor.error
         benchmark.extra_info.update(competitor.info)
         session.replay(benchmark, competitor)

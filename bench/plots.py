@@ -1,5 +1,6 @@
 """The report's plots: times over ours, memory against N, rates against the roofline. PNG for the page, SVG to zoom into."""
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -128,6 +129,7 @@ def memory(run: Run):
     figure, ax = plt.subplots(figsize=(5.2, 3.6))
     found = series(run, "tokens")
     ours = next(iter(found), None)
+    labels = []
     for peer, entries in found.items():
         sized = [(e.tokens, (e.info["peak"] + e.info["held"]) / 1e6) for e in entries if e.info.get("peak")]
         if len(sized) < 2:
@@ -136,8 +138,13 @@ def memory(run: Run):
         mine = peer == ours
         ax.plot(x, y, marker="o", markersize=4, linewidth=2 if mine else 1.4, color=_colour(peer, ours), zorder=3 if mine else 2)
         large = [point for point in sized if point[0] >= LARGE]
-        law = f"\n∝ N$^{{{exponent(large):.1f}}}$" if len(large) > 1 else ""
-        ax.annotate(peer + law, (x[-1], y[-1]), (6, 0), textcoords="offset points", va="center", color=_colour(peer, ours), fontsize=8)
+        law = f"  ∝ N$^{{{exponent(large):.1f}}}$" if len(large) > 1 else ""
+        labels.append((y[-1], peer + law, _colour(peer, ours)))
+    # beside the last points, moved apart where two would overlap
+    height = float("-inf")
+    for value, text, colour in sorted(labels):
+        height = max(math.log10(value), height + 0.16)
+        ax.annotate(text, (x[-1], 10**height), (7, 0), textcoords="offset points", va="center", color=colour, fontsize=8)
     ax.set(xscale="log", yscale="log", xlabel="patches N", ylabel="peak memory of a forward pass, MB")
     ax.set_title("Memory against the number of patches (batch 1, 4 heads of 48)", pad=10)
     ticks = sorted({e.tokens for entries in found.values() for e in entries})
@@ -158,7 +165,7 @@ def roofline(run: Run):
     threads = sorted({g[0].problem["threads"] for g in groups})
     keys = {f"{g[0].problem['device']} {g[0].problem['dtype']} {g[0].problem['threads']}": g[0] for g in groups}
     intensities = [e.info["flops"] / e.info["bytes"] for g in groups for e in g] or [1.0]
-    low, high = min(intensities) / 8, max(intensities) * 2.5
+    low, high = min(intensities) / 12, max(intensities) * 2
     for key, e in keys.items():
         peaks = run.record["rooflines"][key]
         ridge = peaks["flops"] / peaks["bytes"]
@@ -180,13 +187,16 @@ def roofline(run: Run):
             ax.plot(x, y, marker, markersize=5.5, color=colour, markerfacecolor=colour if filled else "white", markeredgewidth=1.3)
             seen[e.peer] = colour
     handles = [plt.Line2D([], [], marker="o", linestyle="", color=colour, label=peer) for peer, colour in seen.items()]
-    handles += [plt.Line2D([], [], marker=m, linestyle="", color="#777777", markerfacecolor=f, label=label) for m, f, label in (
-        ("o", "white", "forward"), ("o", "#777777", "forward + backward"),
-        *((("s", "white", f"square: {threads[-1]} threads"),) if len(threads) > 1 else ()))]  # fmt: skip
-    ax.legend(handles=handles, loc="lower right", fontsize=7.5)
+    shapes = [("o", "white", "forward"), ("o", "#777777", "forward + backward")]
+    if len(threads) > 1:
+        shapes += [("o", "white", f"{threads[0]} thread"), ("s", "white", f"{threads[-1]} threads")]
+    handles += [plt.Line2D([], [], marker=m, linestyle="", color="#777777", markerfacecolor=f, label=label) for m, f, label in shapes]
+    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3, fontsize=7.5)
     ax.set(xscale="log", yscale="log", xlim=(low, high), xlabel="arithmetic per byte that must move (FLOP/B)", ylabel="GFLOP/s")
-    ax.xaxis.set_major_formatter(FuncFormatter(_plain))
-    ax.yaxis.set_major_formatter(FuncFormatter(_plain))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(_plain))
+        axis.set_minor_locator(NullLocator())
     ax.grid(which="major", zorder=0)
     ax.set_title("Attention core against the measured roofline", pad=10)
     figure.tight_layout()

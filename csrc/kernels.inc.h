@@ -22,10 +22,16 @@ constexpr bool many_registers = CONVIT_REGISTERS >= 32;
 constexpr i64 query_vectors = CONVIT_QUERY_VECTORS;
 constexpr i64 query_block = query_vectors * W;
 constexpr i64 backward_block = 2 * query_block;
-constexpr i64 key_tile = 512;
+constexpr i64 key_tile = 256;
 constexpr float log2_e = 1.44269504088896341f, ln_2 = 0.693147180559945309f;
 constexpr float lowest = -3.402823466e+38f;
 
+// Arrays of vectors stay in registers only if every loop over them is unrolled.
+#if defined(__clang__)
+#define CONVIT_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define CONVIT_UNROLL _Pragma("GCC unroll 16")
+#endif
 #define CONVIT_INLINE static inline __attribute__((always_inline))
 
 CONVIT_INLINE i64 min(i64 a, i64 b) { return a < b ? a : b; }
@@ -119,8 +125,25 @@ CONVIT_INLINE void store_row(DType dtype, const MutableHeads& x, i64 b, i64 h, i
     }
 }
 
+// The rows of a head lie far apart in the packed projections and no hardware prefetcher follows them.
+CONVIT_INLINE void prefetch_row(DType dtype, const Heads& x, i64 b, i64 h, i64 n, i64 dim) {
+    const char* row = static_cast<const char*>(row_of(dtype, x, b, h, n));
+    for (i64 at = 0; at < dim * (dtype == DType::float32 ? 4 : 2); at += 64) __builtin_prefetch(row + at, 0, 2);
+}
+
 static void load_rows(DType dtype, const Heads& x, i64 b, i64 h, i64 begin, i64 end, i64 dim, i64 padded, float* to) {
-    for (i64 n = begin; n < end; ++n) load_row(dtype, row_of(dtype, x, b, h, n), dim, padded, to + (n - begin) * padded);
+    for (i64 n = begin; n < end; ++n) {
+        prefetch_row(dtype, x, b, h, min(n + 12, end - 1), dim);
+        load_row(dtype, row_of(dtype, x, b, h, n), dim, padded, to + (n - begin) * padded);
+    }
+}
+
+// Rows [begin, end) of the next head, while this one is computed; not of long rows, which would push out what is in use.
+template <class Job>
+static void prefetch_next(const Job& job, const Heads& x, i64 begin, i64 end) {
+    const Shape& s = *job.shape;
+    if (job.next_b >= s.batch || s.tokens() * s.dim > 64 * 1024) return;
+    for (i64 n = begin; n < end; ++n) prefetch_row(s.dtype, x, job.next_b, job.next_h, n, s.dim);
 }
 
 typedef float vec4 __attribute__((vector_size(16)));
@@ -133,14 +156,15 @@ typedef std::int32_t ivec4 __attribute__((vector_size(16)));
 #define CONVIT_SHUFFLE4(a, b, i, j, k, l) __builtin_shuffle(a, b, ivec4{i, j, k, l})
 #endif
 
-// to[c][r] = factor * from[r][c] for r < rows, c < cols; 0 for the other r < ld. ld is a multiple of 4; from has padded rows of `padded`.
-static void transpose(const float* from, i64 rows, i64 cols, i64 padded, float factor, float* to, i64 ld) {
+// to[c][r] = factor * from[r][c] for r < rows, c < cols; 0 for the other r < ld. ld is a multiple of 4. Rows of `from` are `stride` apart
+// and readable, as `to` is writable, up to cols rounded up to 4.
+static void transpose(const float* from, i64 rows, i64 cols, i64 stride, float factor, float* to, i64 ld) {
     i64 r = 0;
     for (; r + 4 <= rows; r += 4) {
-        const float* x = from + r * padded;
-        for (i64 c = 0; c < cols; c += 4) {  // padded is a multiple of 4 and so is the room behind `to`
-            const vec4 a = *reinterpret_cast<const vec4_u*>(x + c), b = *reinterpret_cast<const vec4_u*>(x + padded + c);
-            const vec4 d = *reinterpret_cast<const vec4_u*>(x + 2 * padded + c), e = *reinterpret_cast<const vec4_u*>(x + 3 * padded + c);
+        const float* x = from + r * stride;
+        for (i64 c = 0; c < cols; c += 4) {
+            const vec4 a = *reinterpret_cast<const vec4_u*>(x + c), b = *reinterpret_cast<const vec4_u*>(x + stride + c);
+            const vec4 d = *reinterpret_cast<const vec4_u*>(x + 2 * stride + c), e = *reinterpret_cast<const vec4_u*>(x + 3 * stride + c);
             const vec4 ab_lo = CONVIT_SHUFFLE4(a, b, 0, 4, 1, 5), ab_hi = CONVIT_SHUFFLE4(a, b, 2, 6, 3, 7);
             const vec4 de_lo = CONVIT_SHUFFLE4(d, e, 0, 4, 1, 5), de_hi = CONVIT_SHUFFLE4(d, e, 2, 6, 3, 7);
             float* y = to + c * ld + r;
@@ -151,7 +175,7 @@ static void transpose(const float* from, i64 rows, i64 cols, i64 padded, float f
         }
     }
     for (; r < ld; ++r)
-        for (i64 c = 0; c < cols; ++c) to[c * ld + r] = r < rows ? factor * from[r * padded + c] : 0.f;
+        for (i64 c = 0; c < cols; ++c) to[c * ld + r] = r < rows ? factor * from[r * stride + c] : 0.f;
 }
 
 // ------------------------------------------------------------------------------------------------------ matrix product
@@ -162,7 +186,9 @@ struct Store {
     i64 ld;
     template <int R, int NV>
     __attribute__((always_inline)) inline void operator()(i64 row, i64 col, vec (&acc)[R][NV]) const {
+        CONVIT_UNROLL
         for (int r = 0; r < R; ++r)
+            CONVIT_UNROLL
             for (int n = 0; n < NV; ++n) store(c + (row + r) * ld + col + n * W, acc[r][n]);
     }
 };
@@ -172,7 +198,9 @@ struct Add {
     i64 ld;
     template <int R, int NV>
     __attribute__((always_inline)) inline void operator()(i64 row, i64 col, vec (&acc)[R][NV]) const {
+        CONVIT_UNROLL
         for (int r = 0; r < R; ++r)
+            CONVIT_UNROLL
             for (int n = 0; n < NV; ++n) {
                 float* p = c + (row + r) * ld + col + n * W;
                 store(p, load(p) + acc[r][n]);
@@ -187,7 +215,9 @@ struct Rescale {
     const float* factor;
     template <int R, int NV>
     __attribute__((always_inline)) inline void operator()(i64 row, i64 col, vec (&acc)[R][NV]) const {
+        CONVIT_UNROLL
         for (int r = 0; r < R; ++r)
+            CONVIT_UNROLL
             for (int n = 0; n < NV; ++n) {
                 float* p = c + (row + r) * ld + col + n * W;
                 store(p, load(p) * factor[row + r] + acc[r][n]);
@@ -202,8 +232,10 @@ struct StoreMax {
     float* maxima;
     template <int R, int NV>
     __attribute__((always_inline)) inline void operator()(i64 row, i64 col, vec (&acc)[R][NV]) const {
+        CONVIT_UNROLL
         for (int n = 0; n < NV; ++n) {
             vec m = load(maxima + col + n * W);
+            CONVIT_UNROLL
             for (int r = 0; r < R; ++r) {
                 store(c + (row + r) * ld + col + n * W, acc[r][n]);
                 m = maximum(acc[r][n], m);
@@ -221,9 +253,11 @@ struct StoreExp2 {
     float* sums;
     template <int R, int NV>
     __attribute__((always_inline)) inline void operator()(i64 row, i64 col, vec (&acc)[R][NV]) const {
+        CONVIT_UNROLL
         for (int n = 0; n < NV; ++n) {
             const vec m = load(shift + col + n * W);
             vec sum{};
+            CONVIT_UNROLL
             for (int r = 0; r < R; ++r) {
                 const vec p = exp2(acc[r][n] - m);
                 store(c + (row + r) * ld + col + n * W, p);
@@ -242,8 +276,10 @@ struct StoreDot {
     float* sums;
     template <int R, int NV>
     __attribute__((always_inline)) inline void operator()(i64 row, i64 col, vec (&acc)[R][NV]) const {
+        CONVIT_UNROLL
         for (int n = 0; n < NV; ++n) {
             vec sum{};
+            CONVIT_UNROLL
             for (int r = 0; r < R; ++r) {
                 const i64 at = (row + r) * ld + col + n * W;
                 store(c + at, acc[r][n]);
@@ -257,14 +293,22 @@ struct StoreDot {
 // A is [rows][K] with unit stride along K (by_rows) or along the rows; `lda` is the other stride.
 template <bool by_rows, int R, int NV, class Epilogue>
 CONVIT_INLINE void tile(i64 row, i64 col, i64 depth, const float* a, i64 lda, const float* b, i64 ldb, const Epilogue& epilogue) {
-    vec acc[R][NV] = {};
+    vec acc[R][NV];
+    CONVIT_UNROLL
+    for (int r = 0; r < R; ++r) {
+        CONVIT_UNROLL
+        for (int n = 0; n < NV; ++n) acc[r][n] = vec{};  // not "= {}": that is a call to clear memory
+    }
     const float* pa = by_rows ? a + row * lda : a + row;
     const float* pb = b + col;
     for (i64 k = 0; k < depth; ++k) {
         vec bv[NV];
+        CONVIT_UNROLL
         for (int n = 0; n < NV; ++n) bv[n] = load(pb + n * W);
+        CONVIT_UNROLL
         for (int r = 0; r < R; ++r) {
             const vec av = splat(by_rows ? pa[r * lda] : pa[r]);
+            CONVIT_UNROLL
             for (int n = 0; n < NV; ++n) acc[r][n] += av * bv[n];
         }
         pa += by_rows ? 1 : lda;
@@ -303,17 +347,27 @@ static void multiply(i64 rows, i64 cols, i64 depth, const float* a, i64 lda, con
 // c[r][s] = sum over `groups` g and k < depth of a[r * row + g * group + k] * b[s * row + g * group + k]; depth a multiple of W.
 template <int R, int S>
 CONVIT_INLINE void dot_tile(const float* a, const float* b, i64 row, i64 groups, i64 group, i64 depth, float* c, i64 ldc) {
-    vec acc[R][S] = {};
+    vec acc[R][S];
+    CONVIT_UNROLL
+    for (int r = 0; r < R; ++r) {
+        CONVIT_UNROLL
+        for (int s = 0; s < S; ++s) acc[r][s] = vec{};
+    }
     for (i64 g = 0; g < groups; ++g)
         for (i64 k = 0; k < depth; k += W) {
             vec bv[S];
+            CONVIT_UNROLL
             for (int s = 0; s < S; ++s) bv[s] = load(b + s * row + g * group + k);
+            CONVIT_UNROLL
             for (int r = 0; r < R; ++r) {
                 const vec av = load(a + r * row + g * group + k);
+                CONVIT_UNROLL
                 for (int s = 0; s < S; ++s) acc[r][s] += av * bv[s];
             }
         }
+    CONVIT_UNROLL
     for (int r = 0; r < R; ++r)
+        CONVIT_UNROLL
         for (int s = 0; s < S; ++s) c[r * ldc + s] = lane_sum(acc[r][s]);
 }
 
@@ -416,8 +470,16 @@ static void forward(const ForwardJob& job) {
 
     for (i64 i0 = job.begin; i0 < job.end; i0 += query_block) {
         const i64 count = min(query_block, job.end - i0), cols = round_up(count, W);
-        load_rows(s.dtype, job.q, job.b, job.h, i0, i0 + count, dim, padded, x.rows);
-        transpose(x.rows, count, dim, padded, s.scale * log2_e, x.qt, cols);
+        const float* rows = x.rows;
+        i64 row_stride = padded;
+        if (s.dtype == DType::float32 && dim % 4 == 0) {  // each row of q is read once: straight from where it is
+            rows = static_cast<const float*>(row_of(s.dtype, job.q, job.b, job.h, i0));
+            row_stride = job.q.stride_n;
+        } else {
+            load_rows(s.dtype, job.q, job.b, job.h, i0, i0 + count, dim, padded, x.rows);
+        }
+        for (const Heads* next : {&job.q, &job.k, &job.v}) prefetch_next(job, *next, i0, i0 + count);
+        transpose(rows, count, dim, row_stride, s.scale * log2_e, x.qt, cols);
         for (i64 c = 0; c < cols; ++c) {
             x.max[c] = lowest;
             x.sum[c] = 0.f;
@@ -556,6 +618,7 @@ static void backward(const BackwardJob& job) {
         const i64 count = min(backward_block, n - i0), cols = round_up(count, W);
         float* grad = x.grad + i0 * padded;
         load_rows(s.dtype, job.q, job.b, job.h, i0, i0 + count, dim, padded, x.rows);
+        for (const Heads* next : {&job.q, &job.k, &job.v, &job.grad_out}) prefetch_next(job, *next, i0, i0 + count);
         transpose(x.rows, count, dim, padded, s.scale * log2_e, x.qt, cols);
         transpose(grad, count, dim, padded, 1.f, x.gt, cols);
         for (i64 c = 0; c < cols; ++c) {
@@ -583,7 +646,13 @@ static void backward(const BackwardJob& job) {
         }
         multiply<true>(n, padded, count, x.p, cols, grad, padded, Add{x.dv, padded});
         multiply<true>(n, padded, count, x.dp, cols, x.rows, padded, Add{x.dk, padded});
-        multiply<false>(count, padded, n, x.dp, cols, x.k, padded, Store{x.dq, padded});
+        for (i64 j = 0; j < n; j += key_tile) {  // in steps: one long float32 sum over the keys would lose digits
+            const i64 keys = min(key_tile, n - j);
+            if (j == 0)
+                multiply<false>(count, padded, keys, x.dp, cols, x.k, padded, Store{x.dq, padded});
+            else
+                multiply<false>(count, padded, keys, x.dp + j * cols, cols, x.k + j * padded, padded, Add{x.dq, padded});
+        }
         for (i64 i = 0; i < count; ++i) {
             float* dq = x.dq + i * padded;
             const float weight = job.content_gate / x.sum[i] * s.scale;
