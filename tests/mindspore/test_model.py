@@ -67,8 +67,8 @@ def test_a_training_step_is_mindcvs(mode, name):
         parameters = model.trainable_params()
         loss, grads = ms.value_and_grad(Loss(model), None, parameters)(images(), labels)
         nn.Momentum(parameters, 0.1, 0.9)(grads)
-        names = [p.name for p in parameters]
-        results.append((loss.asnumpy(), {n: g.asnumpy() for n, g in zip(names, grads, strict=True)}, dict(zip(names, parameters, strict=True))))
+        gradients = {p.name: g.asnumpy() for p, g in zip(parameters, grads, strict=True)}
+        results.append((loss.asnumpy(), gradients, {p.name: p for p in parameters}))
     (their_loss, their_grads, their_weights), (loss, grads, weights) = results
     assert loss == pytest.approx(their_loss, rel=1e-6)
     for name, expected in their_grads.items():
