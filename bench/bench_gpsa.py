@@ -1,6 +1,6 @@
 """The attention core, from packed projections to the joined heads: ours against its peers, and how it scales.
 
-    pytest bench/bench_gpsa.py --benchmark-only                 # add -k "3136 and fwd+bwd" for a part of it
+pytest bench/bench_gpsa.py --benchmark-only                 # add -k "3136 and fwd+bwd" for a part of it
 """
 
 import pytest

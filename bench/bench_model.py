@@ -1,6 +1,6 @@
 """Whole models, inference at 224 x 224: ours against timm, a plain ViT and the runtimes that timm's ConViT exports to.
 
-    pytest bench/bench_model.py --benchmark-only                # add -k tiny for a part of it
+pytest bench/bench_model.py --benchmark-only                # add -k tiny for a part of it
 """
 
 import pytest

@@ -55,6 +55,7 @@ def bench(request, benchmark):
             benchmark.skipped = True
             pytest.skip(f"{peer.name}: {competitor.missing}")
         if competitor.error:
+            benchmark.skipped = True  # it has nothing to time, and the failure says so
             raise competitor.error
         benchmark.extra_info.update(competitor.info)
         session.replay(benchmark, competitor)
@@ -94,5 +95,3 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
     terminalreporter.section("ConViT benchmark: times over ours, medians of interleaved rounds")
     for line in report.summary(report.Run.from_session(config.bench)).splitlines():
         terminalreporter.write_line(line)
-
-

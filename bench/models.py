@@ -1,21 +1,29 @@
 """Whole models as competitors: ours, timm's ConViT and ViT, and timm's ConViT in other runtimes. float32 inference at 224 x 224."""
 
 import atexit
+import copy
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from peers import Call, Peer, backends, where
 from torch import Tensor, nn
 
 import convit
 from convit.backends import Problem
+from convit.checkpoints import to_mindcv
 
 IMAGE = 224
 
@@ -50,14 +58,10 @@ def _weights(name: str) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def _place(module: nn.Module, model: Model) -> nn.Module:
-    return module.eval().to(model.device, getattr(torch, model.dtype))
-
-
 def ours(model: Model) -> nn.Module:
     module = convit.create_model(model.name)
     module.load_state_dict(_weights(model.name))
-    return _place(module, model)
+    return module
 
 
 def timm_convit(model: Model) -> nn.Module:
@@ -65,7 +69,11 @@ def timm_convit(model: Model) -> nn.Module:
 
     module = timm.create_model(model.name)
     module.load_state_dict(_weights(model.name))
-    return _place(module, model)
+    return module
+
+
+def accelerated(model: Model) -> nn.Module:
+    return convit.accelerate(timm_convit(model))
 
 
 def timm_vit(model: Model) -> nn.Module:
@@ -77,22 +85,37 @@ def timm_vit(model: Model) -> nn.Module:
     heads = like.blocks[0].attn.num_heads
     set_fused_attn(True)
     torch.manual_seed(0)
-    module = VisionTransformer(img_size=IMAGE, embed_dim=like.embed_dim, depth=len(like.blocks), num_heads=heads, qkv_bias=False)
-    return _place(module, model)
+    return VisionTransformer(img_size=IMAGE, embed_dim=like.embed_dim, depth=len(like.blocks), num_heads=heads, qkv_bias=False)
 
 
-REFERENCES: dict[str, Callable[[Model], nn.Module]] = {
-    "convit": lambda model: timm_convit(model) if find_spec("timm") else ours(model),
-    "vit": timm_vit,
-}
+@lru_cache(maxsize=4)
+def _built(build: Callable[[Model], nn.Module], name: str, dtype: str, device: str) -> nn.Module:
+    """One module serves every batch and thread count."""
+    return build(Model(name, 1, 1, dtype, device)).eval().to(device, getattr(torch, dtype))
+
+
+def _module(build: Callable[[Model], nn.Module], model: Model) -> nn.Module:
+    return _built(build, model.name, model.dtype, model.device)
+
+
+CHECKED = 2  # images of a batch whose logits are checked
 
 
 def reference_outputs(model: Model, truth: str) -> tuple[Tensor, Tensor]:
-    """Logits of the reference model in float64 and in the problem's own dtype."""
-    module = REFERENCES[truth](replace(model, device="cpu"))
+    """Logits of the reference model for the first images, in float64 and in the problem's own dtype."""
+    build = timm_vit if truth == "vit" else timm_convit if find_spec("timm") else ours
+    model = replace(model, device="cpu")
+    module = _module(build, model)
+    if truth == "mindcv":  # the same model with MindCV's GELU and LayerNorm
+        module = copy.deepcopy(module)
+        for part in module.modules():
+            if isinstance(part, nn.GELU):
+                part.approximate = "tanh"
+            elif isinstance(part, nn.LayerNorm):
+                part.eps = 1e-7
     with torch.inference_mode(), convit.use_backend("reference"):
-        eager = module(images(replace(model, device="cpu")))
-        exact = module.double()(images(replace(model, device="cpu"), torch.float64))
+        eager = module(images(model)[:CHECKED])
+        exact = copy.deepcopy(module).double()(images(model, torch.float64)[:CHECKED])
     return exact, eager
 
 
@@ -116,7 +139,7 @@ def _export(model: Model) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="convit-bench-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = folder / f"{model.name}-{model.batch}.onnx"
-    module = timm_convit(model)
+    module = _module(timm_convit, model)
     x = images(model)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -146,6 +169,56 @@ def _openvino(model: Model) -> Call:
     return lambda: tuple(torch.from_numpy(y.copy()) for y in request.infer({0: x}).values())
 
 
+class _MindCV:
+    """A call that runs one inference in MindCV's own process; the message there and back costs some 0.1 ms."""
+
+    def __init__(self, model: Model):
+        self.folder = Path(tempfile.mkdtemp(prefix="convit-bench-"))
+        weights = {key: value.numpy() for key, value in _weights(model.name).items()}
+        np.savez(self.folder / "weights.npz", **to_mindcv(weights))
+        np.save(self.folder / "images.npy", images(model).numpy())
+        command = [_mindcv_python(), str(Path(__file__).with_name("mindcv_worker.py")), model.name, str(model.threads), str(self.folder)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # its warnings are read away as they come: a full pipe would stop it
+        self.errors: list[str] = []
+        threading.Thread(target=lambda: self.errors.extend(self.process.stderr), daemon=True).start()
+        weakref.finalize(self, _end, self.process, self.folder)
+        self._expect("ready")
+        self.logits = torch.from_numpy(np.load(self.folder / "logits.npy"))
+
+    def _expect(self, word: str) -> None:
+        if self.process.stdout.readline().strip() != word:
+            self.process.wait()
+            raise RuntimeError(f"MindCV's process ended with status {self.process.returncode}: {''.join(self.errors[-5:])}")
+
+    def __call__(self) -> tuple:
+        self.process.stdin.write("run\n")
+        self.process.stdin.flush()
+        self._expect("done")
+        return (self.logits,)
+
+
+def _end(process: subprocess.Popen, folder: Path) -> None:
+    process.kill()
+    process.communicate()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _mindcv_python() -> str | None:
+    """The Python of an environment with MindSpore and MindCV."""
+    if find_spec("mindspore") and find_spec("mindcv"):
+        return sys.executable
+    return os.environ.get("CONVIT_BENCH_MINDCV")
+
+
+def _mindcv_missing(model: Model) -> str | None:
+    if model.device != "cpu":
+        return "measured on cpu only"
+    if _mindcv_python() is None:
+        return "not installed here, and CONVIT_BENCH_MINDCV does not name the Python of an environment that has it and MindSpore"
+    return None
+
+
 def _needs(*modules: str, device: str | None = None) -> Callable[[Model], str | None]:
     def missing(model: Model) -> str | None:
         absent = [name for name in modules if find_spec(name) is None]
@@ -158,39 +231,45 @@ def _needs(*modules: str, device: str | None = None) -> Callable[[Model], str | 
     return missing
 
 
-def _ours(backend: str, slow: str | None = None) -> Peer:
-    def missing(model: Model) -> str | None:
-        attention = convit.create_model(model.name).blocks[0].attn
-        side = IMAGE // 16
-        shape = model.batch, attention.num_heads, side * side, attention.qk.in_features // attention.num_heads
-        return convit.why_not(backend, Problem("torch", model.device, model.dtype, *shape, (side, side)))
+def _why_not(backend: str, model: Model) -> str | None:
+    attention = _module(ours, model).blocks[0].attn
+    side = IMAGE // 16
+    shape = model.batch, attention.num_heads, side * side, attention.qk.in_features // attention.num_heads
+    return convit.why_not(backend, Problem("torch", model.device, model.dtype, *shape, (side, side)))
 
+
+def _ours(backend: str, first: bool) -> Peer:
     def build(model: Model) -> Call:
-        return _torch_call(ours(model), model, backend)
+        return _torch_call(_module(ours, model), model, backend)
 
-    return Peer(f"convit {backend}", build, missing, ours=True, truth="convit", slow=lambda model: slow)
+    def slow(model: Model) -> str | None:
+        fallback = first or _why_not(backends(model.device)[0], model)
+        return None if fallback and backend != "reference" else "a slower path; the attention core shows it"
 
-
-def _accelerated(model: Model) -> Call:
-    return _torch_call(convit.accelerate(timm_convit(model)), model)
+    return Peer(f"convit {backend}", build, lambda model: _why_not(backend, model), ours=True, truth="convit", slow=slow)
 
 
 def model_peers(device: str) -> list[Peer]:
     """Every competitor for whole models on ``device``."""
     timm = _needs("timm")
-    fused = [name for name in backends(device) if name != "reference"]
     runtimes = ("timm", "onnx", "onnxscript")
+
+    def torch_peer(name: str, build: Callable[[Model], nn.Module], truth: str = "convit", is_ours: bool = False) -> Peer:
+        return Peer(name, lambda model: _torch_call(_module(build, model), model), timm, is_ours, truth)
+
+    def compiled(model: Model) -> Call:
+        return _torch_call(torch.compile(_module(timm_convit, model)), model)
 
     def compiles(model: Model) -> str | None:
         return "compiles for a minute on CPU" if device == "cpu" else None
 
     return [
-        *(_ours(name) for name in fused),
-        _ours("reference", slow="the definition is slow; the attention core shows it"),
-        Peer("convit.accelerate(timm)", _accelerated, timm, ours=True, truth="convit"),
-        Peer("timm convit eager", lambda model: _torch_call(timm_convit(model), model), timm, truth="convit"),
-        Peer("timm ViT with SDPA", lambda model: _torch_call(timm_vit(model), model), timm, truth="vit"),
-        Peer("torch.compile(timm)", lambda m: _torch_call(torch.compile(timm_convit(m)), m), timm, truth="convit", slow=compiles),
+        *(_ours(name, first=name == backends(device)[0]) for name in backends(device)),
+        torch_peer("convit.accelerate(timm)", accelerated, is_ours=True),
+        torch_peer("timm convit eager", timm_convit),
+        torch_peer("timm ViT with SDPA", timm_vit, truth="vit"),
+        Peer("torch.compile(timm)", compiled, timm, truth="convit", slow=compiles),
         Peer("ONNX Runtime", _onnxruntime, _needs(*runtimes, "onnxruntime", device="cpu"), truth="convit"),
         Peer("OpenVINO", _openvino, _needs(*runtimes, "openvino", device="cpu"), truth="convit"),
+        Peer("MindCV, graph mode", _MindCV, _mindcv_missing, truth="mindcv", slow=compiles),
     ]

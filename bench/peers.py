@@ -212,14 +212,15 @@ def _sdpa_dense(core: Core) -> Call:
     inputs = CoreInputs(core)
     rel = relative_positions(core.grid, inputs.v.device).to(inputs.v.dtype)
 
-    def position() -> Tensor:
+    def position(rel: Tensor) -> Tensor:
         return F.linear(rel, inputs.pos_weight).permute(2, 0, 1).softmax(-1)
 
-    constant = None if core.backward else position().contiguous()
+    # weights that do not change allow the matrix itself to be kept, weights that train only the relative indices
+    constant = rel if core.backward else position(rel).contiguous()
 
     def forward() -> Tensor:
         q, k, v = inputs.heads()
-        p = position() if constant is None else constant
+        p = position(constant) if core.backward else constant
         gate = torch.sigmoid(inputs.gating).view(1, -1, 1, 1)
         return inputs.join(torch.lerp(F.scaled_dot_product_attention(q, k, v), p @ v, gate))
 

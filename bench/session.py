@@ -96,13 +96,15 @@ class Session:
             if series:
                 mine.info["series"] = series
             if isinstance(problem, Core):
+                mine.info |= {"flops": problem.flops, "bytes": problem.bytes}
                 mine.info["roofline"] = self.roofline(problem).seconds(problem.flops, problem.bytes)
                 if with_memory and not memory.why_not(problem.device):
                     mine.info["peak"], mine.info["held"] = memory.peak(peer.name, problem)
         if calls:
             for name, samples in timing.interleave(calls, self.device, self.rounds, self.budget, first).items():
                 group[name].samples = samples
-                group[name].info |= {"iterations": samples.iterations, "rounds": samples.rounds, "cpu": [float(f"{t:.4g}") for t in samples.cpu]}
+                group[name].info |= {"iterations": samples.iterations, "rounds": samples.rounds}
+                group[name].info["cpu"] = [float(f"{seconds:.4g}") for seconds in samples.cpu]
         return group
 
     def replay(self, benchmark, competitor: Competitor) -> None:

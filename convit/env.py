@@ -46,12 +46,16 @@ def _version(name: str) -> str | None:
 def _extension() -> dict[str, str]:
     """State of the compiled module ``convit._C``."""
     try:
-        from convit import _C
+        import convit._C as _C
     except ModuleNotFoundError:
         return {"state": "not built: install a C++17 compiler, then reinstall with CONVIT_BUILD_EXT=1 to see its errors"}
     except ImportError as error:
         return {"state": f"built, but it does not load here: {error}"}
-    return {"state": "built", "instruction set": _C.instruction_set()}
+    try:
+        used = _C.instruction_set()
+    except ValueError as error:
+        used = str(error)
+    return {"state": "built", "instruction set": used, "runnable": " ".join(_C.instruction_sets()), "threads": _C.thread_runtime()}
 
 
 def _devices() -> list[tuple[str, str]]:

@@ -1,11 +1,14 @@
 """The layers around the attention: MindSpore's own cells and parameter names, computed from the operators that are fast everywhere.
 
 On CPU ``nn.Conv2d`` takes most of the time of a ViT (the patches of a 224 image: half a second for a batch of 8) and ``nn.Dense``
-twice that of its matrix product. Both become one ``MatMul`` here; the results differ by rounding alone.
+twice that of its matrix product: both become one ``MatMul`` here. LayerNorm and GELU run the C++ library's kernels where that is built.
+The results differ by rounding alone.
 """
 
 from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import TruncatedNormal
+
+from convit.kernels.layers import cpu_aot
 
 Size = int | tuple[int, int]
 
@@ -14,20 +17,23 @@ def pair(size: Size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., C] times weight [D, C] transposed, plus bias [D], as one matrix product over all other axes: [..., D]."""
+    shape = x.shape
+    y = ops.MatMul(transpose_b=True)(ops.reshape(x, (-1, shape[-1])), weight)
+    if bias is not None:
+        y = ops.BiasAdd()(y, bias)
+    return ops.reshape(y, shape[:-1] + (weight.shape[0],))
+
+
 class Dense(nn.Dense):
-    """``nn.Dense`` on the last axis, as one matrix product over all others."""
+    """``nn.Dense``, computed by ``dense``."""
 
     def __init__(self, in_channels: int, out_channels: int, has_bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, has_bias=has_bias)
-        self.product = ops.MatMul(transpose_b=True)
-        self.add_bias = ops.BiasAdd()
 
     def construct(self, x: Tensor) -> Tensor:
-        shape = x.shape
-        y = self.product(ops.reshape(x, (-1, shape[-1])), self.weight)
-        if self.has_bias:
-            y = self.add_bias(y, self.bias)
-        return ops.reshape(y, shape[:-1] + (y.shape[-1],))
+        return dense(x, self.weight, self.bias if self.has_bias else None)
 
 
 class PatchProjection(nn.Conv2d):
@@ -35,8 +41,6 @@ class PatchProjection(nn.Conv2d):
 
     def __init__(self, in_channels: int, embed_dim: int, patch_size: tuple[int, int]) -> None:
         super().__init__(in_channels, embed_dim, patch_size, patch_size, pad_mode="pad", has_bias=True, weight_init=TruncatedNormal())
-        self.product = ops.MatMul(transpose_b=True)
-        self.add_bias = ops.BiasAdd()
 
     def construct(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
@@ -44,8 +48,7 @@ class PatchProjection(nn.Conv2d):
         gh, gw = height // ph, width // pw
         x = ops.transpose(ops.reshape(x, (batch, channels, gh, ph, gw, pw)), (0, 2, 4, 1, 3, 5))
         weight = ops.reshape(self.weight, (self.out_channels, -1))
-        y = self.add_bias(self.product(ops.reshape(x, (batch * gh * gw, -1)), weight), self.bias)
-        return ops.reshape(y, (batch, gh * gw, self.out_channels))
+        return dense(ops.reshape(x, (batch, gh * gw, -1)), weight, self.bias)
 
 
 class PatchEmbed(nn.Cell):
@@ -73,6 +76,22 @@ class PatchEmbed(nn.Cell):
         return self.proj(x)
 
 
+class LayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm`` over the last axis."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__((dim,), epsilon=eps)
+
+    def set_epsilon(self, eps: float) -> None:
+        self.epsilon = eps
+        self.layer_norm = ops.LayerNorm(self.begin_norm_axis, self.begin_params_axis, eps)
+
+    def construct(self, x: Tensor) -> Tensor:
+        if cpu_aot.can_run(x.dtype):
+            return cpu_aot.layer_norm(x, self.gamma, self.beta, self.epsilon)
+        return self.layer_norm(x, self.gamma.astype(x.dtype), self.beta.astype(x.dtype))[0]
+
+
 class GELU(nn.Cell):
     """``tanh`` of MindCV's checkpoints or ``erf`` of timm's and FAIR's."""
 
@@ -82,6 +101,8 @@ class GELU(nn.Cell):
         self.tanh_gelu = ops.GeLU()
 
     def construct(self, x: Tensor) -> Tensor:
+        if cpu_aot.can_run(x.dtype):
+            return cpu_aot.gelu(x, self.approximate)
         if self.approximate:
             return self.tanh_gelu(x)
         return 0.5 * x * (1.0 + ops.erf(x * 0.7071067811865476))

@@ -18,7 +18,7 @@ from convit.kernels.gpsa import operator
 from convit.kernels.gpsa.operator import empty_heads
 
 try:
-    from convit import _C
+    import convit._C as _C
 
     _broken = None
 except ModuleNotFoundError:

@@ -29,20 +29,21 @@ from convit.kernels.gpsa import operator
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
+_ENOUGH = 512  # heads in the batch from which on one program takes several query blocks
 _SLOTS = 256  # the largest padded grid that the tile kernels hold
 
 
 class _Config(NamedTuple):
     rows: int  # BM: query rows of a tile (fwd, dq), or of a step (dkdv)
-    keys: int  # BN: keys of a step (fwd, dq), or of a tile (dkdv); 0 for the tile kernels' whole row
+    keys: int  # BN: keys of a step (fwd, dq), or of a tile (dkdv); steps of a program at most (fwd_tile, dq_tile)
     warps: int
     stages: int
 
 
 # kernel -> [(family, element bytes, largest BD, configuration)]; the first row that fits is taken, "" stands for any family
 _CONFIGS = {
-    "fwd_tile": [("", 2, 64, _Config(64, 0, 4, 1)), ("", 2, 128, _Config(64, 0, 8, 1)), ("", 4, 128, _Config(32, 0, 8, 1))],
-    "dq_tile": [("", 2, 128, _Config(64, 0, 8, 1)), ("", 4, 128, _Config(32, 0, 8, 1))],
+    "fwd_tile": [("", 2, 64, _Config(64, 4, 4, 1)), ("", 2, 128, _Config(64, 4, 8, 1)), ("", 4, 128, _Config(32, 8, 8, 1))],
+    "dq_tile": [("", 2, 128, _Config(64, 4, 8, 1)), ("", 4, 128, _Config(32, 8, 8, 1))],
     "dkdv_tile": [("", 2, 64, _Config(32, 256, 8, 1)), ("", 2, 128, _Config(32, 128, 8, 1)), ("", 4, 128, _Config(32, 128, 8, 1))],
     "fwd_loop": [("", 2, 128, _Config(64, 64, 4, 2)), ("", 4, 128, _Config(64, 32, 4, 2))],
     "dq_loop": [("", 2, 128, _Config(64, 64, 4, 2)), ("", 4, 128, _Config(64, 32, 4, 1))],
@@ -50,6 +51,7 @@ _CONFIGS = {
     "mix": [("", 4, 128, _Config(64, 64, 4, 2))],
     "moments": [("", 4, 128, _Config(64, 64, 4, 2))],
 }
+_SMALL = _Config(64, 64, 4, 1)  # of the two kernels that touch no tensor
 
 
 # ---------------------------------------------------------------------------------------------------------------- shared parts
@@ -77,12 +79,12 @@ def _peak(w, w2, at, size):
 def _axis_weights(w, w2, at, to, size):
     """Position weights along one axis, before normalisation: in [0, 1], 1 at the largest, 0 where ``to`` is outside.
 
-    w, w2 scalars; ``at`` the query and ``to`` the key coordinates, float32, of shapes that broadcast.
+    w, w2 scalars for exponents of 2; ``at`` the query and ``to`` the key coordinates, float32, of shapes that broadcast.
     """
     best = _peak(w, w2, at, size)
     slope = w + w2 * (best - 2.0 * at)
-    logit = (to - best) * (slope + w2 * to)  # <= 0 but for rounding
-    return tl.where(to < size, _exp(tl.minimum(logit, 0.0)), 0.0)
+    logit = (to - best) * (slope + w2 * to)  # never above 0 but for rounding: -|logit| costs nothing and cannot overflow
+    return tl.where(to < size, tl.exp2(-tl.abs(logit)), 0.0)
 
 
 @triton.jit
@@ -105,14 +107,39 @@ def _place(pid, blocks, H):
 
 # ------------------------------------------------------------------------------------------------------- small grids: whole rows
 @triton.jit
-def _table_rows(w_ptr, h, yi, xi, GH: tl.constexpr, GW: tl.constexpr, GHP: tl.constexpr, GWP: tl.constexpr):
-    """Rows of Py [BM, GHP] and Px [BM, GWP], before normalisation, and the product of their sums [BM]."""
-    w0 = tl.load(w_ptr + h * 3)
-    w1 = tl.load(w_ptr + h * 3 + 1)
-    w2 = tl.load(w_ptr + h * 3 + 2)
-    px = _axis_weights(w0, w2, xi.to(tl.float32)[:, None], tl.arange(0, GWP).to(tl.float32)[None, :], GW)
-    py = _axis_weights(w1, w2, yi.to(tl.float32)[:, None], tl.arange(0, GHP).to(tl.float32)[None, :], GH)
-    return py, px, tl.sum(py, 1) * tl.sum(px, 1)
+def _pin(x):
+    """x as the result of a reduction, which the compiler computes once where it lies instead of again in each layout it is used in."""
+    return tl.sum(x[:, :, None], 2)
+
+
+@triton.jit
+def _table(w, w2, at, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """Rows ``at`` of Px or Py, [rows, PADDED] float32."""
+    p = _axis_weights(w, w2, at.to(tl.float32)[:, None], tl.arange(0, PADDED).to(tl.float32)[None, :], SIZE)
+    return p * (1.0 / tl.sum(p, 1))[:, None]
+
+
+@triton.jit
+def _centred(p, at, PADDED: tl.constexpr):
+    """p times the distance, and times its square, each less its mean under p: [rows, PADDED]."""
+    r = tl.arange(0, PADDED).to(tl.float32)[None, :] - at.to(tl.float32)[:, None]
+    return p * (r - tl.sum(p * r, 1)[:, None]), p * (r * r - tl.sum(p * r * r, 1)[:, None])
+
+
+@triton.jit
+def _pos_weight(w_ptr, h):
+    """w0, w1, w2 of head h for exponents of 2."""
+    w_ptr += h * 3
+    return tl.load(w_ptr) * _LOG2E, tl.load(w_ptr + 1) * _LOG2E, tl.load(w_ptr + 2) * _LOG2E
+
+
+@triton.jit
+def _slots(first, SLOTS: tl.constexpr, GH: tl.constexpr, GW: tl.constexpr, GWP: tl.constexpr):
+    """Token and validity of each slot of whole rows of the padded grid, from row ``first`` on."""
+    s = tl.arange(0, SLOTS)
+    y = first + s // GWP
+    x = s % GWP
+    return y * GW + x, (y < GH) & (x < GW)
 
 
 @triton.jit
@@ -122,47 +149,55 @@ def _fwd_tile_kernel(
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     scale_log2, H,
     GH: tl.constexpr, GW: tl.constexpr, GHP: tl.constexpr, GWP: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr, POSITION: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr, POSITION: tl.constexpr,
 ):  # fmt: skip
+    """One program: STEPS blocks of BM query slots. Queries and keys lie on the padded grid: a block has BM / GWP rows of Py and
+    all of them share the rows of Px."""
     N: tl.constexpr = GH * GW
     BN: tl.constexpr = GHP * GWP
-    block, bh, b, h = _place(tl.program_id(0), (N + BM - 1) // BM, H)
-    i = block * BM + tl.arange(0, BM)
+    BY: tl.constexpr = BM // GWP
+    block, bh, b, h = _place(tl.program_id(0), (GH + BY * STEPS - 1) // (BY * STEPS), H)
     d = tl.arange(0, BD)
-    slot = tl.arange(0, BN)
-    yj = slot // GWP
-    xj = slot % GWP
-    key = (yj < GH) & (xj < GW)
-    row_mask = (i < N)[:, None] & (d < D)[None, :]
+    j, key = _slots(0, BN, GH, GW, GWP)
     key_mask = key[:, None] & (d < D)[None, :]
-    q = tl.load(_rows(q_ptr + b * stride_qb + h * stride_qh, i, stride_qn, d), mask=row_mask, other=0.0)  # [BM, BD]
-    k = tl.load(_rows(k_ptr + b * stride_kb + h * stride_kh, yj * GW + xj, stride_kn, d), mask=key_mask, other=0.0)  # [BN, BD]
-    v = tl.load(_rows(v_ptr + b * stride_vb + h * stride_vh, yj * GW + xj, stride_vn, d), mask=key_mask, other=0.0)  # [BN, BD]
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
-    s = tl.where(key[None, :], s, float("-inf"))
-    m = tl.max(s, 1)
-    factor = _cap(tl.abs(m), scale_log2)
+    k = tl.load(_rows(k_ptr + b * stride_kb + h * stride_kh, j, stride_kn, d), mask=key_mask, other=0.0)  # [BN, BD]
+    v = tl.load(_rows(v_ptr + b * stride_vb + h * stride_vh, j, stride_vn, d), mask=key_mask, other=0.0)  # [BN, BD]
+    q_ptr += b * stride_qb + h * stride_qh
+    out_ptr += (b * N * H + h) * D
+    lse_ptr += bh * N
     if POSITION:
-        # The mix times l, and times 1 / max(g, 1 - g) so that it neither overflows float16 nor vanishes: with lam = gating,
-        #     e^-max(lam, 0) p + (e^lam e^-max(lam, 0) l) Py Px,    normalised by l' (1 + e^lam), l' = e^-max(lam, 0) l.
-        # The first factor is a shift of the exponent, the second is folded into the row of Py. Past 60 the shift changes nothing.
+        w0, w1, w2 = _pos_weight(w_ptr, h)
         lam = tl.minimum(tl.load(gating_ptr + h), 60.0)
         odds = _exp(lam)
-        shift = m * factor + tl.maximum(lam, 0.0) * _LOG2E
-        p = tl.exp2(s * factor[:, None] - shift[:, None])
-        total = tl.sum(p, 1)
-        py, px, norm = _table_rows(w_ptr, h, i // GW, i % GW, GH, GW, GHP, GWP)
-        py = py * (total * odds / norm)[:, None]
-        p += tl.reshape(py[:, :, None] * px[:, None, :], (BM, BN))
-        inverse = 1.0 / (total * (1.0 + odds))
-    else:
-        shift = m * factor
-        p = tl.exp2(s * factor[:, None] - shift[:, None])
-        total = tl.sum(p, 1)
-        inverse = 1.0 / total
-    o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * inverse[:, None]
-    tl.store(_rows(out_ptr + (b * N * H + h) * D, i, H * D, d), o.to(v.dtype), mask=row_mask)
-    tl.store(lse_ptr + bh * N + i, (shift + tl.log2(total)) * _LN2, mask=i < N)
+        px = _pin(_table(w0, w2, tl.arange(0, GWP), GW, GWP))  # [GWP, GWP]
+    for step in range(STEPS):
+        y0 = (block * STEPS + step) * BY
+        i, query = _slots(y0, BM, GH, GW, GWP)
+        row_mask = query[:, None] & (d < D)[None, :]
+        q = tl.load(_rows(q_ptr, i, stride_qn, d), mask=row_mask, other=0.0)  # [BM, BD]
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+        s = tl.where(key[None, :], s, float("-inf"))
+        m = tl.max(s, 1)
+        factor = _cap(tl.abs(m), scale_log2)
+        if POSITION:
+            # The mix times l, and times 1 / max(g, 1 - g) so that it neither overflows float16 nor vanishes: with lam = gating,
+            #     e^-max(lam, 0) p + (e^lam e^-max(lam, 0) l) Py Px,    normalised by l' (1 + e^lam), l' = e^-max(lam, 0) l.
+            # The first factor is a shift of the exponent, the second goes into the row of Py. Past 60 the shift changes nothing.
+            shift = m * factor + tl.maximum(lam, 0.0) * _LOG2E
+            p = tl.exp2(s * factor[:, None] - shift[:, None])
+            total = tl.sum(p, 1)
+            py = _pin(_table(w1, w2, y0 + tl.arange(0, BY), GH, GHP))  # [BY, GHP]
+            py = py[:, None, :] * tl.reshape(total * odds, (BY, GWP))[:, :, None]  # [BY, GWP, GHP]
+            p += tl.reshape(py[:, :, :, None] * px[None, :, None, :], (BM, BN))
+            inverse = 1.0 / (total * (1.0 + odds))
+        else:
+            shift = m * factor
+            p = tl.exp2(s * factor[:, None] - shift[:, None])
+            total = tl.sum(p, 1)
+            inverse = 1.0 / total
+        o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * inverse[:, None]
+        tl.store(_rows(out_ptr, i, H * D, d), o.to(v.dtype), mask=row_mask)
+        tl.store(lse_ptr + i, (shift + tl.log2(total)) * _LN2, mask=query)
 
 
 @triton.jit
@@ -172,55 +207,63 @@ def _dq_tile_kernel(
     stride_ob, stride_oh, stride_on, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     scale, H,
     GH: tl.constexpr, GW: tl.constexpr, GHP: tl.constexpr, GWP: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, the row sums delta of Pc dA, and this block's share of (dgating, dpos_weight) up to factors of the head."""
+    """dq, the row sums delta of Pc dA, and this program's share of (dgating, dpos_weight) up to factors of the head."""
     N: tl.constexpr = GH * GW
     BN: tl.constexpr = GHP * GWP
-    blocks: tl.constexpr = (N + BM - 1) // BM
+    BY: tl.constexpr = BM // GWP
+    blocks: tl.constexpr = (GH + BY * STEPS - 1) // (BY * STEPS)
     block, bh, b, h = _place(tl.program_id(0), blocks, H)
-    i = block * BM + tl.arange(0, BM)
     d = tl.arange(0, BD)
-    slot = tl.arange(0, BN)
-    yj = slot // GWP
-    xj = slot % GWP
-    key = (yj < GH) & (xj < GW)
-    row_mask = (i < N)[:, None] & (d < D)[None, :]
+    j, key = _slots(0, BN, GH, GW, GWP)
     key_mask = key[:, None] & (d < D)[None, :]
-    do = tl.load(_rows(do_ptr + b * stride_ob + h * stride_oh, i, stride_on, d), mask=row_mask, other=0.0)  # [BM, BD]
-    v = tl.load(_rows(v_ptr + b * stride_vb + h * stride_vh, yj * GW + xj, stride_vn, d), mask=key_mask, other=0.0)  # [BN, BD]
-    da = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BM, BN], zero at padded rows and slots
-    # position first, so that its tiles are dead before the content's are made. Sums of P dA over y and over x give its moments.
-    xi = i % GW
-    yi = i // GW
-    py, px, norm = _table_rows(w_ptr, h, yi, xi, GH, GW, GHP, GWP)
-    py = py / norm[:, None]  # px sums to sx and py to 1 / sx: their products are P
-    sx = tl.sum(px, 1)
-    da3 = tl.reshape(da, (BM, GHP, GWP))
-    along_x = px * tl.sum(da3 * py[:, :, None], 1)  # [BM, GWP] sums over y of P dA
-    along_y = py * tl.sum(da3 * px[:, None, :], 2)  # [BM, GHP]
-    dp = tl.sum(along_x, 1)
-    zx = along_x - px * (dp / sx)[:, None]
-    zy = along_y - py * (dp * sx)[:, None]
-    dx = tl.arange(0, GWP).to(tl.float32)[None, :] - xi.to(tl.float32)[:, None]
-    dy = tl.arange(0, GHP).to(tl.float32)[None, :] - yi.to(tl.float32)[:, None]
+    k = tl.load(_rows(k_ptr + b * stride_kb + h * stride_kh, j, stride_kn, d), mask=key_mask, other=0.0)  # [BN, BD]
+    v = tl.load(_rows(v_ptr + b * stride_vb + h * stride_vh, j, stride_vn, d), mask=key_mask, other=0.0)  # [BN, BD]
+    do_ptr += b * stride_ob + h * stride_oh
+    q_ptr += b * stride_qb + h * stride_qh
+    dq_ptr += (b * N * H + h) * D
+    lse_ptr += bh * N
+    delta_ptr += bh * N
+    w0, w1, w2 = _pos_weight(w_ptr, h)
+    dq_scale = scale / (1.0 + _exp(tl.load(gating_ptr + h)))
+    # sums over yj of dA times a row of Py, and of Py times the centred dy and dy^2; with a table of Px they give every moment
+    m0 = tl.zeros((BY, GWP, GWP), tl.float32)
+    m1 = tl.zeros((BY, GWP, GWP), tl.float32)
+    m2 = tl.zeros((BY, GWP, GWP), tl.float32)
+    deltas = tl.zeros((BM,), tl.float32)
+    for step in range(STEPS):
+        y0 = (block * STEPS + step) * BY
+        i, query = _slots(y0, BM, GH, GW, GWP)
+        row_mask = query[:, None] & (d < D)[None, :]
+        do = tl.load(_rows(do_ptr, i, stride_on, d), mask=row_mask, other=0.0)  # [BM, BD]
+        q = tl.load(_rows(q_ptr, i, stride_qn, d), mask=row_mask, other=0.0)  # [BM, BD]
+        lse = tl.load(lse_ptr + i, mask=query, other=1e30)
+        da = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BM, BN], zero at padded rows and slots
+        da4 = tl.reshape(da, (BY, GWP, GHP, GWP))
+        y = y0 + tl.arange(0, BY)
+        py = _table(w1, w2, y, GH, GHP)  # [BY, GHP]
+        py1, py2 = _centred(py, y, GHP)
+        m0 += tl.sum(da4 * _pin(py)[:, None, :, None], 2)
+        m1 += tl.sum(da4 * _pin(py1)[:, None, :, None], 2)
+        m2 += tl.sum(da4 * _pin(py2)[:, None, :, None], 2)
+        factor = _cap(tl.abs(lse), _LOG2E)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+        p = tl.exp2(s * (scale * factor)[:, None] - (lse * factor)[:, None])
+        p = tl.where(key[None, :], p, 0.0)
+        delta = tl.sum(p * da, 1)
+        ds = p * (da - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, input_precision=PRECISION) * dq_scale
+        tl.store(_rows(dq_ptr, i, H * D, d), dq.to(q.dtype), mask=row_mask)
+        tl.store(delta_ptr + i, delta, mask=query)
+        deltas += delta
+    px = _table(w0, w2, tl.arange(0, GWP), GW, GWP)  # [GWP, GWP]
+    px1, px2 = _centred(px, tl.arange(0, GWP), GWP)
     part = part_ptr + (bh * blocks + block) * 4
-    tl.store(part + 1, tl.sum(tl.sum(zx * dx, 1), 0))
-    tl.store(part + 2, tl.sum(tl.sum(zy * dy, 1), 0))
-    tl.store(part + 3, tl.sum(tl.sum(zx * dx * dx, 1), 0) + tl.sum(tl.sum(zy * dy * dy, 1), 0))
-    q = tl.load(_rows(q_ptr + b * stride_qb + h * stride_qh, i, stride_qn, d), mask=row_mask, other=0.0)  # [BM, BD]
-    k = tl.load(_rows(k_ptr + b * stride_kb + h * stride_kh, yj * GW + xj, stride_kn, d), mask=key_mask, other=0.0)  # [BN, BD]
-    lse = tl.load(lse_ptr + bh * N + i, mask=i < N, other=1e30)
-    factor = _cap(tl.abs(lse), _LOG2E)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    p = tl.exp2(s * (scale * factor)[:, None] - (lse * factor)[:, None])
-    p = tl.where(key[None, :], p, 0.0)
-    delta = tl.sum(p * da, 1)
-    ds = p * (da - delta[:, None])
-    dq = tl.dot(ds.to(k.dtype), k, input_precision=PRECISION) * (scale / (1.0 + _exp(tl.load(gating_ptr + h))))
-    tl.store(_rows(dq_ptr + (b * N * H + h) * D, i, H * D, d), dq.to(q.dtype), mask=row_mask)
-    tl.store(delta_ptr + bh * N + i, delta, mask=i < N)
-    tl.store(part, tl.sum(dp - delta, 0))
+    tl.store(part, tl.sum(tl.reshape(m0 * px[None, :, :], (BM * GWP,)), 0) - tl.sum(deltas, 0))
+    tl.store(part + 1, tl.sum(tl.reshape(m0 * px1[None, :, :], (BM * GWP,)), 0))
+    tl.store(part + 2, tl.sum(tl.reshape(m1 * px[None, :, :], (BM * GWP,)), 0))
+    tl.store(part + 3, tl.sum(tl.reshape(m0 * px2[None, :, :] + m2 * px[None, :, :], (BM * GWP,)), 0))
 
 
 @triton.jit
@@ -232,56 +275,51 @@ def _dkdv_tile_kernel(
     GH: tl.constexpr, GW: tl.constexpr, GHP: tl.constexpr, GWP: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BN slots: whole rows of the padded key grid, against all queries. Tiles are [keys, queries]."""
+    """dk and dv of BN slots: whole rows of the padded grid, against all queries. Tiles are [keys, queries]."""
     N: tl.constexpr = GH * GW
     ROWS: tl.constexpr = BN // GWP
-    block, bh, b, h = _place(tl.program_id(0), (GHP * GWP) // BN, H)
+    BY: tl.constexpr = BM // GWP
+    block, bh, b, h = _place(tl.program_id(0), (GH + ROWS - 1) // ROWS, H)
     d = tl.arange(0, BD)
-    slot = block * BN + tl.arange(0, BN)
-    yj = slot // GWP
-    xj = slot % GWP
-    key_mask = ((yj < GH) & (xj < GW))[:, None] & (d < D)[None, :]
-    k = tl.load(_rows(k_ptr + b * stride_kb + h * stride_kh, yj * GW + xj, stride_kn, d), mask=key_mask, other=0.0)  # [BN, BD]
-    v = tl.load(_rows(v_ptr + b * stride_vb + h * stride_vh, yj * GW + xj, stride_vn, d), mask=key_mask, other=0.0)  # [BN, BD]
+    j, key = _slots(block * ROWS, BN, GH, GW, GWP)
+    key_mask = key[:, None] & (d < D)[None, :]
+    k = tl.load(_rows(k_ptr + b * stride_kb + h * stride_kh, j, stride_kn, d), mask=key_mask, other=0.0)  # [BN, BD]
+    v = tl.load(_rows(v_ptr + b * stride_vb + h * stride_vh, j, stride_vn, d), mask=key_mask, other=0.0)  # [BN, BD]
     do_ptr += b * stride_ob + h * stride_oh
     q_ptr += b * stride_qb + h * stride_qh
-    w0 = tl.load(w_ptr + h * 3)
-    w1 = tl.load(w_ptr + h * 3 + 1)
-    w2 = tl.load(w_ptr + h * 3 + 2)
+    lse_ptr += bh * N
+    delta_ptr += bh * N
+    w0, w1, w2 = _pos_weight(w_ptr, h)
     lam = tl.load(gating_ptr + h)
     gate = 1.0 / (1.0 + _exp(-lam))
-    rest = 1.0 / (1.0 + _exp(lam))
-    x = tl.arange(0, GWP).to(tl.float32)[:, None]
-    y = tl.arange(0, GHP).to(tl.float32)[:, None]
-    y_here = (block * ROWS + tl.arange(0, ROWS)).to(tl.float32)[:, None]
+    rest = tl.log2(1.0 + _exp(lam))  # -log2(1 - g), a shift of the exponent
+    px = _pin(tl.trans(_table(w0, w2, tl.arange(0, GWP), GW, GWP)))  # [GWP keys, GWP queries]
     dk = tl.zeros((BN, BD), tl.float32)
     dv = tl.zeros((BN, BD), tl.float32)
-    for start in range(0, N, BM):
-        i = start + tl.arange(0, BM)
-        row_mask = (i < N)[:, None] & (d < D)[None, :]
+    for y0 in range(0, GH, BY):
+        i, query = _slots(y0, BM, GH, GW, GWP)
+        row_mask = query[:, None] & (d < D)[None, :]
         q = tl.load(_rows(q_ptr, i, stride_qn, d), mask=row_mask, other=0.0)  # [BM, BD]
         do = tl.load(_rows(do_ptr, i, stride_on, d), mask=row_mask, other=0.0)  # [BM, BD]
-        lse = tl.load(lse_ptr + bh * N + i, mask=i < N, other=1e30)
-        delta = tl.load(delta_ptr + bh * N + i, mask=i < N, other=0.0)
+        lse = tl.load(lse_ptr + i, mask=query, other=1e30)
+        delta = tl.load(delta_ptr + i, mask=query, other=0.0)
         factor = _cap(tl.abs(lse), _LOG2E)
-        xi = (i % GW).to(tl.float32)[None, :]
-        yi = (i // GW).to(tl.float32)[None, :]
-        px = _axis_weights(w0, w2, xi, x, GW)  # [GWP, BM]
-        py = _axis_weights(w1, w2, yi, y, GH)  # [GHP, BM]
-        norm = gate / (tl.sum(px, 0) * tl.sum(py, 0))
+        at = (y0 + tl.arange(0, BY)).to(tl.float32)[None, :]
+        to = (block * ROWS + tl.arange(0, ROWS)).to(tl.float32)[:, None]
+        py = _axis_weights(w1, w2, at, tl.arange(0, GHP).to(tl.float32)[:, None], GH)  # [GHP, BY]
+        norm = gate / tl.sum(py, 0)
         if ROWS != GHP:
-            py = _axis_weights(w1, w2, yi, y_here, GH)  # [ROWS, BM]
-        py = py * norm[None, :]
-        # rows of padded slots hold finite or infinite values that are never stored and never meet another row; the mixed weights
-        # of both gates stay in [0, 1]
-        p = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BM]
-        p = tl.exp2(p * (scale * factor)[None, :] - (lse * factor)[None, :])
-        da = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BN, BM]
-        mix = p * rest + tl.reshape(py[:, None, :] * px[None, :, :], (BN, BM))
+            py = _axis_weights(w1, w2, at, to, GH)  # [ROWS, BY]
+        py = _pin(py * norm[None, :])
+        # rows of padded slots may hold anything: they are not stored, and no row meets another
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BM]
+        p = tl.exp2(s * (scale * factor)[None, :] - (lse * factor + rest)[None, :])  # (1 - g) Pc
+        mix = p + tl.reshape(py[:, None, :, None] * px[None, :, None, :], (BN, BM))
         dv = tl.dot(mix.to(do.dtype), do, dv, input_precision=PRECISION)
+        da = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BN, BM]
         dk = tl.dot((p * (da - delta[None, :])).to(q.dtype), q, dk, input_precision=PRECISION)
-    tl.store(_rows(dk_ptr + (b * N * H + h) * D, yj * GW + xj, H * D, d), (dk * (scale * rest)).to(k.dtype), mask=key_mask)
-    tl.store(_rows(dv_ptr + (b * N * H + h) * D, yj * GW + xj, H * D, d), dv.to(v.dtype), mask=key_mask)
+    tl.store(_rows(dk_ptr + (b * N * H + h) * D, j, H * D, d), (dk * scale).to(k.dtype), mask=key_mask)
+    tl.store(_rows(dv_ptr + (b * N * H + h) * D, j, H * D, d), dv.to(v.dtype), mask=key_mask)
 
 
 # -------------------------------------------------------------------------------------------------------- large grids: per axis
@@ -294,8 +332,8 @@ def _norm_kernel(w_ptr, sum_ptr, GH, GW, BM: tl.constexpr, BK: tl.constexpr):
     block = tl.program_id(0) % blocks
     is_x = block < blocks_x
     size = tl.where(is_x, GW, GH)
-    w = tl.load(w_ptr + h * 3 + tl.where(is_x, 0, 1))
-    w2 = tl.load(w_ptr + h * 3 + 2)
+    w = tl.load(w_ptr + h * 3 + tl.where(is_x, 0, 1)) * _LOG2E
+    w2 = tl.load(w_ptr + h * 3 + 2) * _LOG2E
     i = tl.where(is_x, block, block - blocks_x) * BM + tl.arange(0, BM)
     total = tl.zeros((BM,), tl.float32)
     for start in range(0, size, BK):
@@ -320,8 +358,8 @@ def _mix_kernel(
     first = line * GW if X else line
     to = (block % blocks) * BM + tl.arange(0, BM)
     d = tl.arange(0, BD)
-    w = tl.load(w_ptr + h * 3 + (0 if X else 1))
-    w2 = tl.load(w_ptr + h * 3 + 2)
+    w = tl.load(w_ptr + h * 3 + (0 if X else 1)) * _LOG2E
+    w2 = tl.load(w_ptr + h * 3 + 2) * _LOG2E
     in_ptr += b * stride_b + h * stride_h
     acc = tl.zeros((BM, BD), tl.float32)
     total = tl.zeros((BM,), tl.float32)
@@ -359,8 +397,8 @@ def _moments_kernel(
     i = (block % blocks) * BM + tl.arange(0, BM)
     d = tl.arange(0, BD)
     at = i.to(tl.float32)[:, None]
-    w = tl.load(w_ptr + h * 3 + (0 if X else 1))
-    w2 = tl.load(w_ptr + h * 3 + 2)
+    w = tl.load(w_ptr + h * 3 + (0 if X else 1)) * _LOG2E
+    w2 = tl.load(w_ptr + h * 3 + 2) * _LOG2E
     mask = (i < size)[:, None] & (d < D)[None, :]
     do = tl.load(_rows(do_ptr + b * stride_b + h * stride_h, first + i * step, stride_n, d), mask=mask, other=0.0)  # [BM, BD]
     N = (GH * GW).to(tl.int64)
@@ -657,6 +695,18 @@ class _Plan:
     def programs(self, rows: int) -> int:
         return self.batch * self.heads * -(-self.tokens // rows)
 
+    def tile_rows(self, slots: int) -> int:
+        """``slots`` as whole rows of the padded grid, no more than it has and no less than a matrix instruction takes."""
+        rows, columns = self.padded
+        return max(min(slots, rows * columns), columns, 16)
+
+    def query_blocks(self, config: _Config) -> tuple[int, int, int]:
+        """Query slots of a step, steps of a program, programs of a head: as few programs as still fill the chip."""
+        slots = self.tile_rows(config.rows)
+        blocks = -(-self.grid[0] // (slots // self.padded[1]))
+        steps = min(blocks, config.keys) if self.batch * self.heads >= _ENOUGH else 1
+        return slots, steps, -(-blocks // steps)
+
     def lines(self, x: bool, rows: int) -> int:
         """Blocks of ``rows`` patches over all the lines of one axis."""
         gh, gw = self.grid
@@ -677,9 +727,10 @@ def _forward(
     with torch.cuda.device_of(q):
         if plan.padded:
             c = plan.config("fwd_tile")
+            rows, steps, blocks = plan.query_blocks(c)
             _launch(
-                _fwd_tile_kernel, plan.programs(c.rows), c, q, k, v, pos_weight, gating, out, lse, *strides, scale_log2, plan.heads,
-                BM=c.rows, POSITION=True, **plan.tile,
+                _fwd_tile_kernel, plan.batch * plan.heads * blocks, c, q, k, v, pos_weight, gating, out, lse, *strides, scale_log2, plan.heads,
+                BM=rows, STEPS=steps, POSITION=True, **plan.tile,
             )  # fmt: skip
             return out, lse
         c = plan.config("fwd_loop")
@@ -720,7 +771,7 @@ def _backward(
         part = launch(plan, grad_out, q, k, v, pos_weight, gating, out, lse, dq, dk, dv, scale)
         dpos_weight, dgating = torch.empty_like(pos_weight), torch.empty_like(gating)
         parts = part.shape[1]
-        _reduce_kernel[(plan.heads,)](part, gating, dpos_weight, dgating, plan.heads, plan.batch, parts, BLOCK=256, num_warps=4)
+        _launch(_reduce_kernel, plan.heads, _SMALL, part, gating, dpos_weight, dgating, plan.heads, plan.batch, parts, BLOCK=256)
     return dq, dk, dv, dpos_weight, dgating
 
 
@@ -728,17 +779,18 @@ def _backward_tile(plan, grad_out, q, k, v, pos_weight, gating, out, lse, dq, dk
     strides = (*grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     delta = torch.empty_like(lse)
     c = plan.config("dq_tile")
-    part = lse.new_empty((plan.batch * plan.heads, -(-plan.tokens // c.rows), 4))
+    rows, steps, blocks = plan.query_blocks(c)
+    part = lse.new_empty((plan.batch * plan.heads, blocks, 4))
     _launch(
-        _dq_tile_kernel, plan.programs(c.rows), c, grad_out, q, k, v, pos_weight, gating, lse, dq, delta, part, *strides, scale, plan.heads,
-        BM=c.rows, **plan.tile,
+        _dq_tile_kernel, plan.batch * plan.heads * blocks, c, grad_out, q, k, v, pos_weight, gating, lse, dq, delta, part, *strides, scale, plan.heads,
+        BM=rows, STEPS=steps, **plan.tile,
     )  # fmt: skip
     c = plan.config("dkdv_tile")
-    slots = plan.padded[0] * plan.padded[1]
-    keys = max(min(c.keys, slots), plan.padded[1])
+    rows, keys = plan.tile_rows(c.rows), plan.tile_rows(c.keys)
+    blocks = -(-plan.grid[0] // (keys // plan.padded[1]))
     _launch(
-        _dkdv_tile_kernel, plan.batch * plan.heads * (slots // keys), c, grad_out, q, k, v, pos_weight, gating, lse, delta, dk, dv,
-        *strides, scale, plan.heads, BM=c.rows, BN=keys, **plan.tile,
+        _dkdv_tile_kernel, plan.batch * plan.heads * blocks, c, grad_out, q, k, v, pos_weight, gating, lse, delta, dk, dv,
+        *strides, scale, plan.heads, BM=rows, BN=keys, **plan.tile,
     )  # fmt: skip
     return part
 
@@ -748,8 +800,8 @@ def _backward_loop(plan, grad_out, q, k, v, pos_weight, gating, out, lse, dq, dk
     delta = torch.empty_like(lse)
     gh, gw = plan.grid
     sums = lse.new_empty((plan.heads, gw + gh))
-    rows = 64
-    _norm_kernel[(plan.heads * (-(-gw // rows) + -(-gh // rows)),)](pos_weight, sums, gh, gw, BM=rows, BK=64, num_warps=4)
+    c = _SMALL
+    _launch(_norm_kernel, plan.heads * (-(-gw // c.rows) + -(-gh // c.rows)), c, pos_weight, sums, gh, gw, BM=c.rows, BK=c.keys)
     moments, c = plan.config("moments"), plan.config("dq_loop")
     blocks = -(-plan.tokens // c.rows)
     axes = [is_x for is_x in (True, False) if plan.grid[is_x] > 1]

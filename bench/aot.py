@@ -1,0 +1,241 @@
+"""Compile the Triton kernels for GPUs that are not here, and read what came out: registers, stack, shared memory, issue time.
+
+    python bench/aot.py                        # writes bench/results/aot.md
+    python bench/aot.py --json FILE --targets sm90 gfx942 --cases tile   # the raw rows, for the tests
+    PYTHONPATH=DIR python bench/aot.py ...     # under the Triton installed in DIR
+
+The launchers themselves are run on meta tensors with the launch recorded, so that what is compiled is what a GPU would be given.
+``TRITON_INTERPRET`` must be unset. Issue time: the instructions of the machine code, loop bodies times their trips, over
+the issue rate of an H100 (132 SM x 4 a clock, 1.7 GHz): a lower bound that ignores memory and latency. An estimate, not a timing.
+"""
+
+import argparse
+import collections
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from convit.kernels.gpsa import gpu_triton
+
+TARGETS = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "sm100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED = {"sm80": 166912, "sm90": 232448, "sm100": 232448, "gfx942": 65536}  # bytes a block may have
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Case(NamedTuple):
+    batch: int
+    heads: int
+    grid: tuple[int, int]
+    dim: int
+    dtype: str = "bfloat16"
+    tf32: bool = False
+
+    def __str__(self) -> str:
+        kind = self.dtype + (" tf32" if self.tf32 else "")
+        return f"B*H={self.batch * self.heads} {self.grid[0]}x{self.grid[1]} D={self.dim} {kind}"
+
+
+SETS = {
+    "tile": [Case(256, 4, (14, 14), 48), Case(64, 16, (14, 14), 64)],
+    "loop": [Case(64, 16, (56, 56), 48), Case(64, 16, (56, 56), 64)],
+    "dtypes": [Case(64, 16, grid, 64, dtype, tf32) for grid in ((14, 14), (56, 56)) for dtype, tf32 in
+               (("float16", False), ("float32", True), ("float32", False))],  # fmt: skip
+    "wide": [Case(8, 8, grid, 128, dtype, tf32) for grid in ((14, 14), (56, 56)) for dtype, tf32 in
+             (("bfloat16", False), ("float32", True), ("float32", False))],  # fmt: skip
+    "odd": [Case(2, 3, (7, 30), 20), Case(2, 3, (1, 300), 20), Case(1, 1, (3, 4), 16), Case(1, 1, (65536, 1), 16)],
+}
+SETS["all"] = [case for name in ("tile", "loop", "dtypes", "wide", "odd") for case in SETS[name]]
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    programs: int
+    config: Any
+    args: tuple
+    constants: dict
+
+
+def launches(case: Case, family: str) -> list[Launch]:
+    """What a forward and a backward of ``case`` launch on a chip of ``family``."""
+    recorded: list[Launch] = []
+    real = gpu_triton._launch, gpu_triton._family
+
+    def record(kernel, programs, config, *args, **constants):
+        recorded.append(Launch(kernel, programs, config, args, constants))
+
+    gpu_triton._launch, gpu_triton._family = record, lambda index: family
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = case.tf32
+    try:
+        gh, gw = case.grid
+        shape = (case.batch, gh * gw, 3, case.heads, case.dim)
+        q, k, v = torch.empty(shape, dtype=getattr(torch, case.dtype), device="meta").permute(2, 0, 3, 1, 4)
+        w, gating = torch.empty(case.heads, 3, device="meta"), torch.empty(case.heads, device="meta")
+        scale = case.dim**-0.5
+        out, lse = gpu_triton._forward(q, k, v, w, gating, gh, gw, scale)
+        gpu_triton._backward(torch.empty_like(out), q, k, v, w, gating, out, lse, gh, gw, scale)
+    finally:
+        gpu_triton._launch, gpu_triton._family = real
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+    return recorded
+
+
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+
+
+def source(launch: Launch) -> ASTSource:
+    """The launch as the compiler's input, specialised as the JIT specialises: 16-divisible arguments, ones as constants."""
+    signature, constants, attributes = {}, {}, {}
+    for position, name in enumerate(launch.kernel.arg_names):
+        value = launch.args[position] if position < len(launch.args) else launch.constants[name]
+        if position >= len(launch.args) or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[(position,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(position,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+
+
+def trips(launch: Launch, case: Case) -> int:
+    """How often the kernel's main loop runs; 1 where there is none."""
+    name, c, tokens = launch.kernel.__name__, launch.config, case.grid[0] * case.grid[1]
+    if name == "_dkdv_tile_kernel":
+        return -(-case.grid[0] // (launch.constants["BM"] // launch.constants["GWP"]))
+    if name == "_dkdv_loop_kernel":
+        return -(-tokens // c.rows)
+    if name in ("_fwd_loop_kernel", "_dq_loop_kernel"):
+        return max(tokens // c.keys, 1)
+    return launch.constants.get("STEPS", 1)
+
+
+def instructions(sass: str, repeats: int) -> collections.Counter:
+    """Executed instructions of a warp: bodies of backward branches counted ``repeats`` times."""
+    operations, labels, branches = [], {}, []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(operations)
+        elif op := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)(.*)", line):
+            target = re.search(r"\((\.L_x_\d+)\)", op[2])
+            if op[1].startswith("BRA") and target:
+                branches.append((len(operations), target[1]))
+            operations.append(op[1])
+    end = max((i for i, op in enumerate(operations) if op.startswith("EXIT")), default=len(operations))
+    weights = [1] * len(operations)
+    for place, label in branches:
+        if label in labels and labels[label] < place - 20:  # shorter ones are waits on a barrier
+            for i in range(labels[label], place + 1):
+                weights[i] *= repeats
+    count = collections.Counter()
+    for i, op in enumerate(operations[: end + 1]):
+        if op != "NOP":
+            count[op.split(".")[0]] += weights[i]
+    return count
+
+
+def compile_launch(launch: Launch, case: Case, chip: str) -> dict:
+    """Compile for ``chip`` and return one row of figures; a failure to compile is a row with ``error``."""
+    row = {"chip": chip, "case": str(case), "kernel": launch.kernel.__name__.strip("_").removesuffix("_kernel"),
+           "config": list(launch.config), "programs": launch.programs, "triton": triton.__version__}  # fmt: skip
+    row["kernel"] += "".join(f" {n}" for n in ("X", "TRANSPOSE") if launch.constants.get(n))
+    if launch.constants.get("POSITION") is False:
+        row["kernel"] += " without position"
+    row["dots"] = "tl.dot" in launch.kernel.src or "_loop_step" in launch.kernel.src
+    row["matrix"] = row["dots"] and not (case.dtype == "float32" and not case.tf32)
+    began = time.perf_counter()
+    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
+    try:
+        compiled = triton.compile(source(launch), target=TARGETS[chip], options=options)
+    except Exception as error:
+        return row | {"error": f"{type(error).__name__}: {error}"[:300]}
+    row["shared"], row["seconds"] = compiled.metadata.shared, round(time.perf_counter() - began, 2)
+    if chip.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+        field = {k: int(re.search(rf"\.{k}:\s*(\d+)", text)[1]) for k in ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")}
+        mma = len(re.findall(r"\bv_mfma_", text))
+        return row | {"registers": field["vgpr_count"], "stack": field["private_segment_fixed_size"], "mma": mma}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.check_output([BINARIES / "cuobjdump", "--dump-resource-usage", file.name], text=True)
+        sass = subprocess.check_output([BINARIES / "nvdisasm", "-c", file.name], text=True)
+    row["registers"], row["stack"] = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
+    row["mma"] = len(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA|UTCQMMA|QGMMA)\b", sass))
+    row["wgmma"] = len(re.findall(r"\b(?:HGMMA|UTCHMMA)\b", sass))
+    count = instructions(sass, trips(launch, case))
+    total = sum(count.values())
+    exps = count["MUFU"]
+    rate = 132 * 4 * 1.7e9
+    row["instructions"], row["issue_us"] = total, total * launch.programs * launch.config.warps / rate * 1e6
+    row["exp_us"] = exps * 8 * launch.programs * launch.config.warps / rate * 1e6
+    row["top"] = dict(count.most_common(14))
+    return row
+
+
+def problem(row: dict) -> str | None:
+    """What is wrong with a compiled kernel, if anything."""
+    if "error" in row:
+        return row["error"]
+    if row["stack"] > 0:
+        return f"{row['stack']} bytes of stack"
+    if row["shared"] > SHARED[row["chip"]]:
+        return f"{row['shared']} bytes of shared memory, {SHARED[row['chip']]} allowed"
+    if row["matrix"] and not row["mma"]:
+        return "no matrix instruction"
+    return None
+
+
+def rows(cases: list[Case], chips: list[str], kernels: str = "") -> list[dict]:
+    found, seen = [], set()
+    for chip in chips:
+        for case in cases:
+            for launch in with_baselines(launches(case, chip)):
+                key = (chip, source(launch).hash(), launch.config)
+                if key not in seen and re.search(kernels, launch.kernel.__name__):
+                    seen.add(key)
+                    found.append(compile_launch(launch, case, chip))
+                    bad = problem(found[-1])
+                    print({k: v for k, v in found[-1].items() if k not in ("triton", "dots", "matrix")}, f"BAD {bad}" if bad else "", file=sys.stderr)
+    return found
+
+
+def with_baselines(recorded: list[Launch]) -> list[Launch]:
+    """Each forward also without its positional term, to see what that costs."""
+    plain = [x._replace(constants=x.constants | {"POSITION": False}) for x in recorded if "POSITION" in x.constants]
+    return recorded + plain
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
+    parser.add_argument("--cases", default="all", choices=SETS)
+    parser.add_argument("--kernels", default="", help="regular expression on the kernel's name")
+    args = parser.parse_args()
+    found = rows(SETS[args.cases], args.targets, args.kernels)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1))
+    return any(problem(row) for row in found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
