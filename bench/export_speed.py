@@ -81,8 +81,8 @@ def measure(files: dict[str, Path], batch: int, seconds: float) -> None:
     for runtime in ("onnxruntime", "openvino"):
         base, ours = times[runtime, "timm"], times[runtime, "convit"]
         ratio = statistics.median(b / a for a, b in zip(ours, base, strict=True))
-        speed = {name: batch / statistics.median(times[runtime, name]) for name in files}
-        print(f"{runtime:12} batch {batch}: timm {speed['timm']:.1f}, convit {speed['convit']:.1f} images/s, ratio {ratio:.2f} ({len(ours)} rounds)")
+        timm, convit_ = (batch / statistics.median(each) for each in (base, ours))
+        print(f"{runtime:12} batch {batch}: timm {timm:.1f}, convit {convit_:.1f} images/s, ratio {ratio:.2f} ({len(ours)} rounds)")
 
 
 if __name__ == "__main__":
