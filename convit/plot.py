@@ -324,7 +324,16 @@ def trained_model(run: Path) -> tuple[Any, Any]:
 
 
 def load_image(path: str | os.PathLike[str], size: tuple[int, int], channels: int, mean: Sequence[float], std: Sequence[float]) -> Any:
-    """An image file as a normalised tensor [channels, *size]: scaled to cover the size, then cropped in the middle.
+    """``load_array`` as a torch tensor."""
+    import torch
+
+    return torch.from_numpy(load_array(path, size, channels, mean, std))
+
+
+def load_array(
+    path: str | os.PathLike[str], size: tuple[int, int], channels: int, mean: Sequence[float], std: Sequence[float]
+) -> np.ndarray:
+    """An image file, normalised, [channels, *size] float32: scaled to cover the size, then cropped in the middle.
 
     Args:
         path: Any file that Pillow reads.
@@ -335,7 +344,6 @@ def load_image(path: str | os.PathLike[str], size: tuple[int, int], channels: in
     Raises:
         ValueError: The file is no image.
     """
-    import torch
     from PIL import Image, ImageOps
 
     try:
@@ -348,7 +356,7 @@ def load_image(path: str | os.PathLike[str], size: tuple[int, int], channels: in
     image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
     array = np.asarray(image, dtype=np.float32).reshape(*size, channels) / 255
     array = (array - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+    return np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
 class _figure:
