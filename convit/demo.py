@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> None:
         import timm  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"the demo needs {error.name}: pip install 'convit[train]'") from error
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # keep the order with the progress bar on stderr
     args.output.mkdir(parents=True, exist_ok=True)
     photographs(args.output)
     if not args.quick:
@@ -193,9 +194,9 @@ def _peak_memory(contestant: str, device: str) -> float | None:
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         except OSError:
             return None
-        base = _status("VmRSS")
+        resident = _status("VmRSS")
         forward(batch)
-        return (_status("VmHWM") - base) / 1e3
+        return (_status("VmHWM") - resident) / 1e3
 
 
 def _status(key: str) -> float:

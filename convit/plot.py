@@ -62,8 +62,9 @@ def run(args: argparse.Namespace) -> None:
     if any(record.get("distance") for record in records):
         drawn.append(plot_locality(records, path("locality")))
     if args.image is not None:
-        model, prepare = _trained_model(args.run)
-        drawn.append(plot_attention(model, prepare(args.image), path("attention"), query=args.query))
+        model, recipe = trained_model(args.run)
+        image = load_image(args.image, model.patch_embed.img_size, recipe.in_channels, recipe.mean, recipe.std)
+        drawn.append(plot_attention(model, image, path("attention"), query=args.query))
     for one in drawn:
         print(one)
 
@@ -304,25 +305,22 @@ def _picture(image: Any) -> np.ndarray:
     return (array[:, :, :3] - low) / max(high - low, 1e-12)
 
 
-def _trained_model(run: Path) -> tuple[Any, Any]:
-    """The best model of a run, and the function that prepares an image file for it."""
-    import torch
+def trained_model(run: Path) -> tuple[Any, Any]:
+    """The best model of a PyTorch run, in evaluation mode, and the run's recipe.
 
-    from convit.checkpoints import load_checkpoint
+    Raises:
+        FileNotFoundError: ``run`` has no recipe.yaml, or neither best.pth nor last.pth.
+    """
+    from convit.checkpoints import load_checkpoint, read
     from convit.config import load_recipe
     from convit.pytorch.train import build_model
 
     weights = next((run / name for name in ("best.pth", "last.pth") if (run / name).exists()), None)
     if weights is None or not (run / "recipe.yaml").exists():
-        raise FileNotFoundError(f"{run} must hold recipe.yaml and best.pth or last.pth of a PyTorch run to draw attention maps")
+        raise FileNotFoundError(f"{run} must hold recipe.yaml and best.pth or last.pth of a PyTorch training run")
     recipe = load_recipe(run / "recipe.yaml", {"pretrained": False, "ckpt_path": ""})
-    classes = torch.load(weights, map_location="cpu", weights_only=True)["state_dict"]["head.weight"].shape[0]
-    model = load_checkpoint(build_model(recipe, classes), weights).eval()
-
-    def prepare(path: Path) -> Any:
-        return load_image(path, model.patch_embed.img_size, recipe.in_channels, recipe.mean, recipe.std)
-
-    return model, prepare
+    classes = read(weights).tensors["head.weight"].shape[0]
+    return load_checkpoint(build_model(recipe, classes), weights).eval(), recipe
 
 
 def load_image(path: str | os.PathLike[str], size: tuple[int, int], channels: int, mean: Sequence[float], std: Sequence[float]) -> Any:

@@ -74,45 +74,36 @@ int guarded(const char* name, const Arguments& arguments, int expected, const Ru
     }
 }
 
-// settings: [grid_h, grid_w, scale]; q is [B, N, H, D] or [B, H, N, D]
-convit::Shape gpsa_shape(const Arguments& a, int q, int settings, bool heads_first) {
-    if (a.ranks[q] != 4 || a.size(settings) != 3) throw std::invalid_argument("expected four dimensions and three settings");
-    const i64* s = a.shapes[q];
+// settings: [grid_h, grid_w, scale]
+convit::Shape gpsa_shape(const Arguments& a, int q, int settings, i64 batch, i64 heads, i64 tokens, i64 dim) {
+    if (a.size(settings) != 3) throw std::invalid_argument("expected three settings");
     const float* set = a.floats(settings);
     const bool bfloat16 = std::strcmp(a.dtypes[q], "bfloat16") == 0;
     if (!bfloat16) a.floats(q);
-    convit::Shape shape{s[0], heads_first ? s[1] : s[2], i64(set[0]), i64(set[1]), s[3], set[2],
-                        bfloat16 ? convit::DType::bfloat16 : convit::DType::float32};
-    if (shape.tokens() != (heads_first ? s[2] : s[1])) throw std::invalid_argument("the grid does not have N patches");
+    const convit::DType dtype = bfloat16 ? convit::DType::bfloat16 : convit::DType::float32;
+    const convit::Shape shape{batch, heads, i64(set[0]), i64(set[1]), dim, set[2], dtype};
+    if (shape.tokens() != tokens) throw std::invalid_argument("the grid does not have N patches");
     return shape;
 }
 
+void check_rank(const Arguments& a, int i, int rank) {
+    if (a.ranks[i] != rank) throw std::invalid_argument("expected " + std::to_string(rank) + " dimensions, got " + std::to_string(a.ranks[i]));
+}
+
+// [B, H, N, D]
 template <class View>
-View heads(const Arguments& a, int i, const convit::Shape& s, bool heads_first) {
-    if (a.size(i) != s.batch * s.heads * s.tokens() * s.dim) throw std::invalid_argument("q, k, v differ in shape");
+View heads(const Arguments& a, int i, const convit::Shape& s) {
     const i64 n = s.tokens();
-    return heads_first ? View{a.data[i], s.heads * n * s.dim, n * s.dim, s.dim} : View{a.data[i], n * s.heads * s.dim, s.dim, s.heads * s.dim};
+    if (a.size(i) != s.batch * s.heads * n * s.dim) throw std::invalid_argument("q, k, v differ in shape");
+    return View{a.data[i], s.heads * n * s.dim, n * s.dim, s.dim};
 }
 
-// q, k, v, pos_weight, gating, settings -> out, lse
-int gpsa_forward(const Arguments& arguments, bool heads_first) {
-    return guarded("gpsa forward", arguments, 8, [&](const Arguments& a) {
-        const convit::Shape s = gpsa_shape(a, 0, 5, heads_first);
-        auto in = [&](int i) { return heads<convit::Heads>(a, i, s, heads_first); };
-        convit::gpsa_forward(s, in(0), in(1), in(2), a.floats(3), a.floats(4), heads<convit::MutableHeads>(a, 6, s, heads_first), a.floats(7),
-                             threads());
-    });
-}
-
-// grad_out, q, k, v, pos_weight, gating, settings, lse -> dq, dk, dv, dpos_weight, dgating
-int gpsa_backward(const Arguments& arguments, bool heads_first) {
-    return guarded("gpsa backward", arguments, 13, [&](const Arguments& a) {
-        const convit::Shape s = gpsa_shape(a, 1, 6, heads_first);
-        auto in = [&](int i) { return heads<convit::Heads>(a, i, s, heads_first); };
-        auto out = [&](int i) { return heads<convit::MutableHeads>(a, i, s, heads_first); };
-        convit::gpsa_backward(s, in(0), in(1), in(2), in(3), a.floats(4), a.floats(5), a.floats(7), out(8), out(9), out(10), a.floats(11),
-                              a.floats(12), threads());
-    });
+// one of `parts` [H, D] beside each other in [B, N, parts, H, D]
+template <class View>
+View packed(const Arguments& a, int i, const convit::Shape& s, i64 part, i64 parts) {
+    const i64 row = s.heads * s.dim, bytes = s.dtype == convit::DType::bfloat16 ? 2 : 4;
+    if (a.size(i) != s.batch * s.tokens() * parts * row) throw std::invalid_argument("the packed q, k and v differ in shape from the output");
+    return View{static_cast<char*>(a.data[i]) + part * row * bytes, s.tokens() * parts * row, s.dim, parts * row};
 }
 
 // x -> y
@@ -133,10 +124,56 @@ int gelu_backward(const Arguments& arguments, bool tanh_form) {
 #define CONVIT_AOT_PARAMETERS int count, void **data, int *ranks, i64 **shapes, const char **dtypes, void *, void *
 #define CONVIT_AOT_ARGUMENTS Arguments{count, data, ranks, shapes, dtypes}
 
-CONVIT_EXPORT int convit_gpsa_forward_bhnd(CONVIT_AOT_PARAMETERS) { return gpsa_forward(CONVIT_AOT_ARGUMENTS, true); }
-CONVIT_EXPORT int convit_gpsa_forward_bnhd(CONVIT_AOT_PARAMETERS) { return gpsa_forward(CONVIT_AOT_ARGUMENTS, false); }
-CONVIT_EXPORT int convit_gpsa_backward_bhnd(CONVIT_AOT_PARAMETERS) { return gpsa_backward(CONVIT_AOT_ARGUMENTS, true); }
-CONVIT_EXPORT int convit_gpsa_backward_bnhd(CONVIT_AOT_PARAMETERS) { return gpsa_backward(CONVIT_AOT_ARGUMENTS, false); }
+using convit::Heads;
+using convit::MutableHeads;
+
+// q, k, v [B, H, N, D], pos_weight, gating, settings -> out [B, H, N, D], lse
+CONVIT_EXPORT int convit_gpsa_forward(CONVIT_AOT_PARAMETERS) {
+    return guarded("gpsa forward", CONVIT_AOT_ARGUMENTS, 8, [](const Arguments& a) {
+        check_rank(a, 0, 4);
+        const i64* q = a.shapes[0];
+        const convit::Shape s = gpsa_shape(a, 0, 5, q[0], q[1], q[2], q[3]);
+        convit::gpsa_forward(s, heads<Heads>(a, 0, s), heads<Heads>(a, 1, s), heads<Heads>(a, 2, s), a.floats(3), a.floats(4),
+                             heads<MutableHeads>(a, 6, s), a.floats(7), threads());
+    });
+}
+
+// grad_out, q, k, v, pos_weight, gating, settings, lse -> dq, dk, dv, dpos_weight, dgating
+CONVIT_EXPORT int convit_gpsa_backward(CONVIT_AOT_PARAMETERS) {
+    return guarded("gpsa backward", CONVIT_AOT_ARGUMENTS, 13, [](const Arguments& a) {
+        check_rank(a, 1, 4);
+        const i64* q = a.shapes[1];
+        const convit::Shape s = gpsa_shape(a, 1, 6, q[0], q[1], q[2], q[3]);
+        convit::gpsa_backward(s, heads<Heads>(a, 0, s), heads<Heads>(a, 1, s), heads<Heads>(a, 2, s), heads<Heads>(a, 3, s), a.floats(4),
+                              a.floats(5), a.floats(7), heads<MutableHeads>(a, 8, s), heads<MutableHeads>(a, 9, s),
+                              heads<MutableHeads>(a, 10, s), a.floats(11), a.floats(12), threads());
+    });
+}
+
+// qkv [B, N, 3, H, D], pos_weight, gating, settings -> out [B, N, H, D], lse
+CONVIT_EXPORT int convit_gpsa_packed_forward(CONVIT_AOT_PARAMETERS) {
+    return guarded("gpsa forward", CONVIT_AOT_ARGUMENTS, 6, [](const Arguments& a) {
+        check_rank(a, 0, 5);
+        const i64* qkv = a.shapes[0];
+        const convit::Shape s = gpsa_shape(a, 0, 3, qkv[0], qkv[3], qkv[1], qkv[4]);
+        auto in = [&](i64 part) { return packed<Heads>(a, 0, s, part, 3); };
+        convit::gpsa_forward(s, in(0), in(1), in(2), a.floats(1), a.floats(2), packed<MutableHeads>(a, 4, s, 0, 1), a.floats(5), threads());
+    });
+}
+
+// grad_out [B, N, H, D], qkv [B, N, 3, H, D], pos_weight, gating, settings, lse -> dqkv, dpos_weight, dgating
+CONVIT_EXPORT int convit_gpsa_packed_backward(CONVIT_AOT_PARAMETERS) {
+    return guarded("gpsa backward", CONVIT_AOT_ARGUMENTS, 9, [](const Arguments& a) {
+        check_rank(a, 1, 5);
+        const i64* qkv = a.shapes[1];
+        const convit::Shape s = gpsa_shape(a, 1, 4, qkv[0], qkv[3], qkv[1], qkv[4]);
+        auto in = [&](i64 part) { return packed<Heads>(a, 1, s, part, 3); };
+        auto out = [&](i64 part) { return packed<MutableHeads>(a, 6, s, part, 3); };
+        convit::gpsa_backward(s, packed<Heads>(a, 0, s, 0, 1), in(0), in(1), in(2), a.floats(2), a.floats(3), a.floats(5), out(0), out(1),
+                              out(2), a.floats(7), a.floats(8), threads());
+    });
+}
+
 CONVIT_EXPORT int convit_gelu_forward(CONVIT_AOT_PARAMETERS) { return gelu_forward(CONVIT_AOT_ARGUMENTS, false); }
 CONVIT_EXPORT int convit_gelu_backward(CONVIT_AOT_PARAMETERS) { return gelu_backward(CONVIT_AOT_ARGUMENTS, false); }
 CONVIT_EXPORT int convit_gelu_tanh_forward(CONVIT_AOT_PARAMETERS) { return gelu_forward(CONVIT_AOT_ARGUMENTS, true); }

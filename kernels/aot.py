@@ -4,7 +4,7 @@ import ctypes
 from functools import lru_cache
 from importlib.util import find_spec
 
-SYMBOL = "convit_gpsa_forward_bnhd"
+SYMBOL = "convit_gpsa_packed_forward"
 
 
 @lru_cache(None)

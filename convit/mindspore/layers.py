@@ -17,20 +17,23 @@ def pair(size: Size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., C] times weight [D, C] transposed, plus bias [D], as one matrix product over all other axes: [..., D]."""
+    shape = x.shape
+    y = ops.MatMul(transpose_b=True)(ops.reshape(x, (-1, shape[-1])), weight)
+    if bias is not None:
+        y = ops.BiasAdd()(y, bias)
+    return ops.reshape(y, shape[:-1] + (weight.shape[0],))
+
+
 class Dense(nn.Dense):
-    """``nn.Dense`` on the last axis, as one matrix product over all others."""
+    """``nn.Dense``, computed by ``dense``."""
 
     def __init__(self, in_channels: int, out_channels: int, has_bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, has_bias=has_bias)
-        self.product = ops.MatMul(transpose_b=True)
-        self.add_bias = ops.BiasAdd()
 
     def construct(self, x: Tensor) -> Tensor:
-        shape = x.shape
-        y = self.product(ops.reshape(x, (-1, shape[-1])), self.weight)
-        if self.has_bias:
-            y = self.add_bias(y, self.bias)
-        return ops.reshape(y, shape[:-1] + (y.shape[-1],))
+        return dense(x, self.weight, self.bias if self.has_bias else None)
 
 
 class PatchProjection(nn.Conv2d):
@@ -38,8 +41,6 @@ class PatchProjection(nn.Conv2d):
 
     def __init__(self, in_channels: int, embed_dim: int, patch_size: tuple[int, int]) -> None:
         super().__init__(in_channels, embed_dim, patch_size, patch_size, pad_mode="pad", has_bias=True, weight_init=TruncatedNormal())
-        self.product = ops.MatMul(transpose_b=True)
-        self.add_bias = ops.BiasAdd()
 
     def construct(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
@@ -47,8 +48,7 @@ class PatchProjection(nn.Conv2d):
         gh, gw = height // ph, width // pw
         x = ops.transpose(ops.reshape(x, (batch, channels, gh, ph, gw, pw)), (0, 2, 4, 1, 3, 5))
         weight = ops.reshape(self.weight, (self.out_channels, -1))
-        y = self.add_bias(self.product(ops.reshape(x, (batch * gh * gw, -1)), weight), self.bias)
-        return ops.reshape(y, (batch, gh * gw, self.out_channels))
+        return dense(ops.reshape(x, (batch, gh * gw, -1)), weight, self.bias)
 
 
 class PatchEmbed(nn.Cell):
@@ -81,6 +81,10 @@ class LayerNorm(nn.LayerNorm):
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__((dim,), epsilon=eps)
+
+    def set_epsilon(self, eps: float) -> None:
+        self.epsilon = eps
+        self.layer_norm = ops.LayerNorm(self.begin_norm_axis, self.begin_params_axis, eps)
 
     def construct(self, x: Tensor) -> Tensor:
         if cpu_aot.can_run(x.dtype):

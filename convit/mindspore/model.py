@@ -1,18 +1,16 @@
 """The ConViT model and its six variants for MindSpore, with MindCV's arguments, defaults and parameter names."""
 
-import inspect
-from collections.abc import Callable
 from difflib import get_close_matches
 from os import PathLike
 from typing import Any
 
 import mindspore as ms
-import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import TruncatedNormal, initializer
 
-from convit.mindspore.gpsa import GPSA, MHSA
-from convit.mindspore.layers import Dense, DropPath, LayerNorm, Mlp, PatchEmbed, Size
+from convit import checkpoints
+from convit.mindspore.attention import GPSA, MHSA
+from convit.mindspore.layers import GELU, Dense, DropPath, LayerNorm, Mlp, PatchEmbed, Size
 
 VARIANTS: dict[str, dict[str, int]] = {
     "convit_tiny": {"embed_dim": 192, "num_heads": 4},
@@ -168,6 +166,45 @@ class ConViT(nn.Cell):
         return self.forward_head(self.forward_features(x))
 
 
+def load_checkpoint(model: ConViT, path: str | PathLike, *, strict_head: bool = True) -> ConViT:
+    """Load a file into a model: its weights, and the GELU and LayerNorm epsilon that they were trained with.
+
+    The position embedding is resampled where the model has another grid. Everything is checked before anything is set: on an
+    error the model is as it was. (``mindspore.load_checkpoint`` with ``load_param_into_net`` also serves for MindCV's files.)
+
+    Args:
+        model: The model.
+        path: A MindCV ``.ckpt``, a timm or FAIR ``.safetensors``, or a ``.pth`` (this one needs torch).
+        strict_head: False keeps the model's own classifier where the file's has another shape or is missing.
+
+    Returns:
+        The model.
+
+    Raises:
+        OSError: The file cannot be opened.
+        ValueError: The file cannot be read or does not fit the model; the first differing names and shapes are listed.
+    """
+    checkpoint = checkpoints.read(path)
+    own = model.parameters_dict()
+    fitted = checkpoints.fit(
+        checkpoints.to_mindcv(checkpoint.tensors),
+        {name: tuple(parameter.shape) for name, parameter in own.items()},
+        grid=model.grid,
+        source_grid=checkpoint.grid,
+        strict_head=strict_head,
+        what=str(path),
+    )
+    for name, array in fitted.items():
+        own[name].set_data(Tensor(checkpoints.to_float32(array), own[name].dtype))
+    for _, cell in model.cells_and_names():
+        if isinstance(cell, GELU):
+            cell.approximate = checkpoint.act == "gelu_tanh"
+        elif isinstance(cell, LayerNorm):
+            cell.set_epsilon(checkpoint.norm_eps)
+    model.compile_cache.clear()  # graphs that were compiled before have the old settings
+    return model
+
+
 def list_models() -> list[str]:
     """Names that ``create_model`` takes."""
     return list(VARIANTS)
@@ -192,7 +229,6 @@ def create_model(name: str, pretrained: bool | str | PathLike = False, **kwargs:
         raise ValueError(f"unknown model {name!r}{hint} Known: {', '.join(VARIANTS)}")
     model = ConViT(**{**VARIANTS[name], **kwargs})
     if pretrained is not False:
-        from convit import checkpoints
-
-        load_checkpoint(model, checkpoints.fetch(name) if pretrained is True else pretrained, strict_head=False)
+        path = checkpoints.fetch(name, "mindcv") if pretrained is True else pretrained
+        load_checkpoint(model, path, strict_head=False)
     return model

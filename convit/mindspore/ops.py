@@ -11,6 +11,7 @@ import mindspore as ms
 from mindspore import Tensor, ops
 
 from convit.backends import Problem, choose, forced_backend
+from convit.kernels.gpsa import cpu_aot
 
 
 def _chosen(shapes: tuple, dtypes: tuple, grid: tuple, dropout_p: float, backend: str | None) -> ModuleType:
@@ -30,18 +31,27 @@ def _kernel(shapes: tuple, dtypes: tuple, grid: tuple, dropout_p: float, backend
 
 
 @ms.constexpr(reuse_result=False)
-def _kernel_bnhd(shapes: tuple, dtypes: tuple, grid: tuple, dropout_p: float, backend: str | None) -> Callable:
-    """The chosen backend's function for q, k, v of [B, N, H, D]."""
-    kernel = _chosen(shapes, dtypes, grid, dropout_p, backend)
-    return getattr(kernel, "gpsa_bnhd", None) or _between_transposes(kernel.gpsa)
+def _packed_kernel(shapes: tuple, dtypes: tuple, grid: tuple, dropout_p: float) -> Callable:
+    """The chosen backend's function for q, k, v in one [B, N, 3, H, D]."""
+    kernel = _chosen(shapes, dtypes, grid, dropout_p, None)
+    return getattr(kernel, "gpsa_packed", None) or _unpacked(kernel.gpsa)
 
 
-def _between_transposes(kernel: Callable) -> Callable:
-    def gpsa_bnhd(q, k, v, pos_weight, gating, grid, scale, dropout_p):
-        q, k, v = ops.transpose(q, (0, 2, 1, 3)), ops.transpose(k, (0, 2, 1, 3)), ops.transpose(v, (0, 2, 1, 3))
+def _unpacked(kernel: Callable) -> Callable:
+    def gpsa_packed(qkv, pos_weight, gating, grid, scale, dropout_p):
+        q, k, v = ops.unstack(ops.transpose(qkv, (2, 0, 3, 1, 4)))
         return ops.transpose(kernel(q, k, v, pos_weight, gating, grid, scale, dropout_p), (0, 2, 1, 3))
 
-    return gpsa_bnhd
+    return gpsa_packed
+
+
+@ms.constexpr(reuse_result=False)
+def _has_plain_attention(shape: tuple, dtype: ms.Type, dropout_p: float) -> bool:
+    """Whether the C++ kernel is to do the attention of MHSA: where it would do GPSA's, unless another backend is forced."""
+    batch, heads, tokens, head_dim = shape
+    device = ms.get_context("device_target").lower()
+    problem = Problem("mindspore", device, str(dtype).lower(), batch, heads, tokens, head_dim, (1, tokens), dropout_p)
+    return forced_backend(None) in (None, "aot") and cpu_aot.why_not(problem) is None
 
 
 def check(shapes: tuple, dtypes: tuple, grid: tuple, dropout_p: float) -> tuple[int, int, int, int]:
@@ -119,20 +129,21 @@ def gpsa(
     return kernel(q, k, v, pos_weight, gating, grid, scale, dropout_p)
 
 
-def gpsa_bnhd(
-    q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gating: Tensor, grid: tuple[int, int], scale: float, dropout_p: float
-) -> Tensor:
-    """``gpsa`` with q, k, v and the output [B, N, H, D]: the layout of the projections, which some backends take as it is."""
-    batch, tokens, heads, head_dim = q.shape
+def gpsa_packed(qkv: Tensor, pos_weight: Tensor, gating: Tensor, grid: tuple[int, int], scale: float, dropout_p: float) -> Tensor:
+    """``gpsa`` with q, k, v in one [B, N, 3, H, D], as one matrix product gives them, and the output [B, N, H, D]."""
+    batch, tokens, _, heads, head_dim = qkv.shape
     shape = (batch, heads, tokens, head_dim)
-    dtypes = (q.dtype, k.dtype, v.dtype, pos_weight.dtype, gating.dtype)
-    kernel = _kernel_bnhd((shape, shape, shape, pos_weight.shape, gating.shape), dtypes, grid, dropout_p, None)
-    return kernel(q, k, v, pos_weight, gating, grid, scale, dropout_p)
+    dtypes = (qkv.dtype, qkv.dtype, qkv.dtype, pos_weight.dtype, gating.dtype)
+    kernel = _packed_kernel((shape, shape, shape, pos_weight.shape, gating.shape), dtypes, grid, dropout_p)
+    return kernel(qkv, pos_weight, gating, grid, scale, dropout_p)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float) -> Tensor:
-    """Plain softmax attention with q, k, v and the output [B, N, H, D]; softmax in float32, attention dropout ``dropout_p``."""
-    q, k, v = ops.transpose(q, (0, 2, 1, 3)), ops.transpose(k, (0, 2, 1, 3)), ops.transpose(v, (0, 2, 1, 3))
+def attention_packed(qkv: Tensor, scale: float, dropout_p: float) -> Tensor:
+    """Plain attention, qkv [B, N, 3, H, D] to [B, N, H, D]; softmax in float32, attention dropout ``dropout_p``."""
+    batch, tokens, _, heads, head_dim = qkv.shape
+    if _has_plain_attention((batch, heads, tokens, head_dim), qkv.dtype, dropout_p):
+        return cpu_aot.attention_packed(qkv, scale)
+    q, k, v = ops.unstack(ops.transpose(qkv, (2, 0, 3, 1, 4)))
     scores = ops.cast(ops.BatchMatMul(transpose_b=True)(q * scale, k), ms.float32)
     attn = ops.cast(ops.softmax(scores, -1), v.dtype)
     if dropout_p > 0:

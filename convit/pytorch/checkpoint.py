@@ -27,7 +27,8 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
         intact = f"; the {path.name} written before is intact" if path.exists() else ""
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}{intact}. Free some space and go on with --resume") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OSError(f"cannot write {path}: {reason}{intact}. Free some space and go on with --resume") from error
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -48,10 +49,11 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from None
-    except Exception as error:  # pickle's own errors, among them the refusal of weights_only
-        raise ValueError(f"{path} is damaged or no checkpoint: {type(error).__name__}") from None
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # of the archive, of pickle, or the refusal of weights_only
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is damaged or no checkpoint: {reason}") from None
     if not isinstance(state, dict) or "progress" not in state:
         raise ValueError(f"{path} is no checkpoint of a training run (last.pth is); to start from its weights use --ckpt_path")
     return state
@@ -93,7 +95,9 @@ class Log:
             if sync:
                 os.fsync(self.file.fileno())
         except OSError as error:
-            raise OSError(f"cannot write {self.path}: {error}. The checkpoints are intact: free some space and go on with --resume") from error
+            raise OSError(
+                f"cannot write {self.path}: {error}. The checkpoints are intact: free some space and go on with --resume"
+            ) from error
 
     def close(self) -> None:
         self.file.close()

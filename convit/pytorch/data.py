@@ -9,13 +9,12 @@ its loaders are not used, because they can only start at the beginning of an epo
 import hashlib
 import io
 import logging
-import os
 import random
 import signal
 import struct
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -246,10 +245,10 @@ def choose_samples(targets: list[int], num_classes: int | None, sampling_ratio: 
 # --- transforms ---
 
 
-def normalisation(recipe: Recipe) -> tuple[list[float], list[float]]:
+def normalisation(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """``mean`` and ``std`` of images in 0 to 1; MindCV gives them for 0 to 255."""
     by = 255.0 if max(recipe.mean) > 1 else 1.0
-    return [value / by for value in recipe.mean], [value / by for value in recipe.std]
+    return tuple(value / by for value in recipe.mean), tuple(value / by for value in recipe.std)
 
 
 def train_transform(recipe: Recipe) -> Any:
@@ -258,12 +257,14 @@ def train_transform(recipe: Recipe) -> Any:
     from timm.data.random_erasing import RandomErasing
 
     mean, std = normalisation(recipe)
-    jitter = recipe.color_jitter
+    jitter: Any = recipe.color_jitter
+    area: Any = tuple(recipe.scale)
+    aspect: Any = tuple(recipe.ratio)
     transform = create_transform(
         recipe.image_resize,
         is_training=True,
-        scale=tuple(recipe.scale),
-        ratio=tuple(recipe.ratio),
+        scale=area,
+        ratio=aspect,
         hflip=recipe.hflip,
         vflip=recipe.vflip,
         color_jitter=tuple(jitter) if isinstance(jitter, list) else jitter,
@@ -395,7 +396,7 @@ class TrainData:
         last = min(first + self.global_batch, self.samples_per_epoch)
         return np.array_split(np.arange(first, last), self.shares)[self.world.rank :: self.world.size]
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """This process's batches of ``epoch`` from ``start``, ``accumulation`` of them per step."""
         made = self._digits(epoch, start) if isinstance(self.source, DigitsSource) else self._load(epoch, start)
         for number, (images, targets, bad) in enumerate(made):
@@ -431,14 +432,15 @@ class TrainData:
                     done += 1
                     yield images, targets, bad
                 return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, OSError, EOFError) as error:
+                # a worker's own exception arrives as "Caught ..."; the rest are the many ways in which its death shows
+                if not self.recipe.num_parallel_workers or str(error).startswith("Caught "):
                     raise
                 self.worker_deaths += 1
                 self._loader = None
                 if self.worker_deaths > WORKER_RESTARTS:
                     raise RuntimeError(f"data-loading workers died {self.worker_deaths} times; the last: {error}") from None
-                logger.warning("a data-loading worker died (%s); started new ones, no sample is lost", error)
+                logger.warning("a data-loading worker died (%s); started new ones, no sample is lost", error or type(error).__name__)
 
     def _make_loader(self) -> DataLoader:
         if self._loader is None:
@@ -452,6 +454,7 @@ class TrainData:
                 pin_memory=self.device.type == "cuda",
                 persistent_workers=recipe.num_parallel_workers > 0,
                 worker_init_fn=_one_thread,
+                generator=torch.Generator(),  # its own, so that starting an epoch in the middle draws nothing from ours
             )
         return self._loader
 
@@ -513,6 +516,7 @@ class EvalData:
                 collate_fn=_collate_eval,
                 pin_memory=device.type == "cuda",
                 worker_init_fn=_one_thread,
+                generator=torch.Generator(),
             )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -10,6 +10,7 @@ With ``dynamic_size`` the tables and the position embedding follow the size of t
 grid's differences, gh^2 + gw^2 numbers per head, and the embedding is resampled (bicubic) by two small matrix products.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -55,10 +56,7 @@ class _Attention(nn.Module):
             tokens = 1
         else:
             q, k, v = self._linear(x, 0, 3 * dim).view(-1, tokens, 3, self.heads, head).permute(2, 0, 3, 1, 4).unbind(0)
-        if self.fused:
-            out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-        else:
-            out = (q @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+        out = F.scaled_dot_product_attention(q, k, v, scale=1.0) if self.fused else (q @ k.transpose(-2, -1)).softmax(dim=-1) @ v
         if self.local:
             px, py = self._tables(grid)
             gh, gw = grid
@@ -96,8 +94,6 @@ class Deployed(nn.Module):
 
     def __init__(self, model: Any, *, dynamic_size: bool = False, fused: bool = False) -> None:
         super().__init__()
-        import copy
-
         model = copy.deepcopy(model).float().eval().requires_grad_(False)
         depth = len(model.blocks)
         self.grid = None if dynamic_size else model.patch_embed.grid_size
@@ -106,14 +102,14 @@ class Deployed(nn.Module):
         self.prefix = model.num_prefix_tokens
         self.patch, self.norm, self.head = model.patch_embed.proj, model.norm, model.head
         self.blocks = nn.ModuleList(model.blocks)
-        self.attns = nn.ModuleList(
-            _Attention(b.attn, self.grid, self.pool == "token" and i == depth - 1 and i >= self.local, fused) for i, b in enumerate(model.blocks)
-        )
+        last = depth - 1 if self.pool == "token" and self.local < depth else None
+        self.attns = nn.ModuleList(_Attention(b.attn, self.grid, i == last, fused) for i, b in enumerate(model.blocks))
         for block in model.blocks:
             block.attn = nn.Identity()  # its weights are in self.attns
         tokens = [token.detach() for token in (model.cls_token, model.reg_token) if token is not None]
         self.register_buffer("prefix_tokens", torch.cat(tokens, dim=1))
         self.register_buffer("pos_embed", None if model.pos_embed is None else model.pos_embed.detach())
+        self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.patch(images)

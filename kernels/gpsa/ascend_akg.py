@@ -34,10 +34,12 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
-# Ascend: bytes that a score of a tile takes in the unified buffer (float32 copy, exponential, products, double-buffered input and
-# output), and the smallest buffer among the chips (910B; 910 has 256 KB).
-_TILE_BYTES = 24
+# Ascend's unified buffer holds a tile of whole key columns. The code that AKG emits takes about 40 bytes a score (float32 copy,
+# exponential, products, double-buffered input and output); 910B has 192 KB of buffer, 910 has 256. Tiles of 16 queries are the least
+# a vector takes; with them AKG gives up double buffering as it must, up to 24 x 24 keys in 256 KB.
+_BYTES_PER_SCORE = 40
 _UNIFIED_BUFFER = 192 * 1024
+_MOST_KEYS = 576
 _COMPILE_SECONDS = 60
 
 
@@ -238,14 +240,19 @@ def padded(tokens: int, device: str) -> int:
 
 
 def lanes_per_tile(tokens: int) -> int:
-    """Queries in a tile whose whole key columns fit Ascend's unified buffer; 0 if not even one block does."""
-    return next((n for n in (64, 32, 16) if tokens * n * _TILE_BYTES <= _UNIFIED_BUFFER), 0)
+    """Queries in a tile of ``tokens`` keys."""
+    return next((n for n in (64, 32) if tokens * n * _BYTES_PER_SCORE <= _UNIFIED_BUFFER), 16)
 
 
-def compile_attrs(device: str, tokens: int) -> dict:
-    """AKG's scheduling attributes."""
+def compile_attrs(name: str, device: str, tokens: int) -> dict:
+    """AKG's scheduling attributes for operator ``name``."""
     if device == "ascend":
-        return {"dim": f"0 0 1 1 0 1 {lanes_per_tile(tokens)} {lanes_per_tile(tokens)}"}
+        # Without these two the mix of a real batch is refused, and that of a small one stays on one core
+        attrs = {"pragma_disable_schedule_shift": True, "enable_polytops": "always"}
+        if name in ("mix", "delta", "dscores"):
+            # tiles of one map, whole columns of keys, a few queries: AKG's own tiling overflows the unified buffer
+            attrs["dim"] = f"0 0 1 1 0 1 {lanes_per_tile(tokens)} {lanes_per_tile(tokens)}"
+        return attrs
     if device == "cpu":
         # Tiles of one: with its own tiling AKG's CPU scheduler refuses most grids, and its vector exp is good to 3e-5 only.
         return {"pragma_disable_schedule_shift": True, "dim": "0 0 1 1 0 1 1 1 0 2 1 1 0 3 1 1"}
@@ -259,17 +266,23 @@ def _hybrid(name: str, dtype: str, device: str, tokens: int):
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
     scope: dict = {}
     exec(compile(text, file, "exec"), scope)
-    return ms.ops.kernel(compile_attrs=compile_attrs(device, tokens))(scope[f"_{name}"])
+    return ms.ops.kernel(compile_attrs=compile_attrs(name, device, tokens))(scope[f"_{name}"])
+
+
+def lowering(device: str, maps: int, grid: tuple[int, int], dtype: str) -> list[tuple]:
+    """The operators as requests to ``ascend_lower``."""
+    process, tokens = {"ascend": "aicore", "gpu": "cuda"}.get(device, device), grid[0] * grid[1]
+    lanes = padded(tokens, device)
+    return [
+        (f"_{name}", source(name, dtype), tensors(name, maps, grid, lanes, dtype), process, compile_attrs(name, device, tokens))
+        for name in OPERATORS
+    ]
 
 
 @functools.cache
 def _refusal(device: str, maps: int, grid: tuple[int, int], dtype: str) -> str | None:
     """Why AKG cannot compile the operators for these shapes, found out in a process of its own; None if it can."""
-    tokens = grid[0] * grid[1]
-    requests = [
-        (f"_{name}", source(name, dtype), tensors(name, maps, grid, padded(tokens, device), dtype), device, compile_attrs(device, tokens))
-        for name in OPERATORS
-    ]
+    requests = lowering(device, maps, grid, dtype)
     wheel = Path(ms.__file__).parent
     command = [sys.executable, "-I", str(Path(__file__).with_name("ascend_lower.py")), str(wheel)]
     environment = os.environ | {"LD_LIBRARY_PATH": f"{wheel}/lib/plugin/{device}:{wheel}/lib"}
@@ -289,6 +302,18 @@ def _refusal(device: str, maps: int, grid: tuple[int, int], dtype: str) -> str |
     return f"AKG's compiler refuses the grid {grid[0]} x {grid[1]}: {causes[-1].strip()[:200]}"
 
 
+def gradient(delta, dscores, dpx, dpy):
+    """``bprop`` of the mix, from the four backward operators."""
+
+    def bprop(s, px, py, g, out, da):
+        d = delta(s, g, da)
+        gate = ops.expand_dims(g, 1)
+        u = dpx(da, px, py)
+        return dscores(s, g, d, da), gate * u, gate * dpy(da, px, py), ops.reduce_sum(px * u, 1) - d
+
+    return bprop
+
+
 @ms.constexpr
 def _operator(name: str, maps: int, grid: tuple[int, int], lanes: int, dtype: str, device: str):
     """The custom operator ``name``; "mix" carries the gradient."""
@@ -296,14 +321,7 @@ def _operator(name: str, maps: int, grid: tuple[int, int], lanes: int, dtype: st
     out_dtype = getattr(ms, out_dtype)
     bprop = None
     if name == "mix":
-        delta, dscores, dpx, dpy = (_operator(other, maps, grid, lanes, dtype, device) for other in OPERATORS if other != "mix")
-
-        def bprop(s, px, py, g, out, da):
-            d = delta(s, g, da)
-            gate = ops.expand_dims(g, 1)
-            u = dpx(da, px, py)
-            return dscores(s, g, d, da), gate * u, gate * dpy(da, px, py), ops.reduce_sum(px * u, 1) - d
-
+        bprop = gradient(*(_operator(other, maps, grid, lanes, dtype, device) for other in OPERATORS if other != "mix"))
     function = _hybrid(name, dtype, device, grid[0] * grid[1])
     return ops.Custom(function, lambda *_: shape, lambda *_: out_dtype, func_type="hybrid", bprop=bprop)
 
@@ -343,8 +361,8 @@ def why_not(problem) -> str | None:
     if problem.tokens * problem.batch == 0:
         return "empty tensors are not supported"
     if problem.device == "ascend":
-        if not lanes_per_tile(problem.tokens):
-            return f"a column of {problem.tokens} keys does not fit the unified buffer"
+        if problem.tokens > _MOST_KEYS:
+            return f"a column of {problem.tokens} keys does not fit the unified buffer (at most {_MOST_KEYS})"
         if not (os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_OPP_PATH")):
             return "CANN is not set up in this shell: source Ascend's set_env.sh"
         return None
@@ -353,26 +371,41 @@ def why_not(problem) -> str | None:
     return None
 
 
+def scores(q: Tensor, k: Tensor, grid: tuple[int, int], scale: float, lanes: int) -> Tensor:
+    """Keys by queries, [B * H, gh, gw, lanes], in the type of q."""
+    batch, heads, tokens, _ = q.shape
+    q = q * scale
+    if lanes > tokens:
+        q = ops.pad(q, (0, 0, 0, lanes - tokens))
+    return ops.reshape(ops.BatchMatMul(transpose_b=True)(k, q), (batch * heads, grid[0], grid[1], lanes))
+
+
+def rows(pos_weight: Tensor, gating: Tensor, grid: tuple[int, int], batch: int, lanes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For every query its rows of the position tables and its gate: px [B*H, gw, lanes], py [B*H, gh, lanes], g [B*H, lanes]."""
+    weight = ops.cast(pos_weight, ms.float32)
+    dx, dy = _axes(grid, lanes)
+    px = ops.tile(_rows(dx, weight[:, 0], weight[:, 2]), (batch, 1, 1))
+    py = ops.tile(_rows(dy, weight[:, 1], weight[:, 2]), (batch, 1, 1))
+    gate = ops.expand_dims(ops.sigmoid(ops.cast(gating, ms.float32)), 1)
+    return px, py, ops.tile(gate, (batch, lanes))
+
+
+def weighted(attn: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+    """A^T v without the padding: attn [B * H, gh, gw, lanes], v and the result [B, H, N, D]."""
+    batch, heads, tokens, _ = v.shape
+    attn = ops.reshape(attn, (batch, heads, tokens, attn.shape[3]))
+    if dropout_p > 0:
+        attn = ops.dropout(attn, dropout_p)
+    return ops.BatchMatMul(transpose_a=True)(attn, v)[:, :, :tokens]
+
+
 def gpsa(
     q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gating: Tensor, grid: tuple[int, int], scale: float, dropout_p: float
 ) -> Tensor:
     """Arguments as ``convit.mindspore.gpsa`` checked them. Returns [B, H, N, D]."""
     batch, heads, tokens, _ = q.shape
-    maps = batch * heads
     device = _device()
     lanes = padded(tokens, device)
-    q = q * scale
-    if lanes > tokens:
-        q = ops.pad(q, (0, 0, 0, lanes - tokens))
-    scores = ops.reshape(ops.BatchMatMul(transpose_b=True)(k, q), (maps, grid[0], grid[1], lanes))
-    weight = ops.cast(pos_weight, ms.float32)
-    dx, dy = _axes(grid, lanes)
-    px = ops.tile(_rows(dx, weight[:, 0], weight[:, 2]), (batch, 1, 1))
-    py = ops.tile(_rows(dy, weight[:, 1], weight[:, 2]), (batch, 1, 1))
-    gate = ops.tile(ops.expand_dims(ops.sigmoid(ops.cast(gating, ms.float32)), 1), (batch, lanes))
-    mix = _operator("mix", maps, grid, lanes, str(q.dtype).lower(), device)
-    attn = ops.reshape(mix(scores, px, py, gate), (batch, heads, tokens, lanes))
-    if dropout_p > 0:
-        attn = ops.dropout(attn, dropout_p)
-    out = ops.BatchMatMul(transpose_a=True)(attn, v)
-    return out[:, :, :tokens]
+    px, py, gate = rows(pos_weight, gating, grid, batch, lanes)
+    mix = _operator("mix", batch * heads, grid, lanes, str(q.dtype).lower(), device)
+    return weighted(mix(scores(q, k, grid, scale, lanes), px, py, gate), v, dropout_p)

@@ -7,8 +7,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from convit.kernels.gpsa.reference_mindspore import attention_map
-from convit.mindspore.layers import Dense
-from convit.mindspore.ops import attend, gpsa_bnhd
+from convit.mindspore.layers import Dense, dense
+from convit.mindspore.ops import attention_packed, gpsa_packed
 
 
 @ms.constexpr
@@ -18,6 +18,14 @@ def square_grid(tokens: int) -> tuple[int, int]:
     if side * side != tokens:
         raise ValueError(f"N = {tokens} patches form no square grid: pass grid=(gh, gw) with gh * gw == {tokens}")
     return side, side
+
+
+def project(x: Tensor, q: Dense, k: Dense, v: Dense, num_heads: int) -> Tensor:
+    """The three projections of x [B, N, C] in one matrix product: [B, N, 3, H, D]."""
+    batch, tokens, dim = x.shape
+    weight = ops.concat((q.weight, k.weight, v.weight), 0)
+    bias = ops.concat((q.bias, k.bias, v.bias), 0) if q.has_bias else None
+    return ops.reshape(dense(x, weight, bias), (batch, tokens, 3, num_heads, dim // num_heads))
 
 
 class GPSA(nn.Cell):
@@ -56,13 +64,11 @@ class GPSA(nn.Cell):
             x: [B, N, C], patches in row-major order, no class token.
             grid: (gh, gw) with gh * gw == N; default square.
         """
-        batch, tokens, _ = x.shape
         if grid is None:
-            grid = square_grid(tokens)
-        heads = (batch, tokens, self.num_heads, -1)
-        q, k, v = ops.reshape(self.q(x), heads), ops.reshape(self.k(x), heads), ops.reshape(self.v(x), heads)
+            grid = square_grid(x.shape[1])
         dropout_p = self.attn_drop_p if self.training else 0.0
-        out = gpsa_bnhd(q, k, v, self._position_weight(), self.gating_param, grid, self.scale, dropout_p)
+        qkv = project(x, self.q, self.k, self.v, self.num_heads)
+        out = gpsa_packed(qkv, self._position_weight(), self.gating_param, grid, self.scale, dropout_p)
         return self.proj_drop(self.proj(ops.reshape(out, x.shape)))
 
     def get_attention(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
@@ -120,10 +126,8 @@ class MHSA(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         """Attend over all tokens: [B, N, C] -> [B, N, C]."""
-        batch, tokens, _ = x.shape
-        heads = (batch, tokens, self.num_heads, -1)
-        q, k, v = ops.reshape(self.q(x), heads), ops.reshape(self.k(x), heads), ops.reshape(self.v(x), heads)
-        out = attend(q, k, v, self.scale, self.attn_drop_p if self.training else 0.0)
+        qkv = project(x, self.q, self.k, self.v, self.num_heads)
+        out = attention_packed(qkv, self.scale, self.attn_drop_p if self.training else 0.0)
         return self.proj_drop(self.proj(ops.reshape(out, x.shape)))
 
 
