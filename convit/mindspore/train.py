@@ -422,6 +422,8 @@ class _Keeper:
         keeper = self
 
         class Watch(ms.train.Callback):
+            losses: list[float]
+
             def on_train_epoch_begin(self, run_context: Any) -> None:
                 self.began, self.losses = time.perf_counter(), []
 

@@ -1,12 +1,12 @@
 """Training in MindSpore with the recipe and the command of PyTorch; runs in an environment that has MindSpore and MindCV."""
 
 import json
+import shutil
 import signal
 import sys
 
 import pytest
 
-pytestmark = pytest.mark.mindspore
 pytest.importorskip("mindspore")
 pytest.importorskip("mindcv")
 np = pytest.importorskip("numpy")
@@ -69,21 +69,20 @@ def test_a_run_validates_without_its_recipe(finished, folder, capsys):
     assert result["loss"] == pytest.approx(record["val_loss"], abs=2e-2)  # the run computed in float16 (O2)
 
 
-def test_resume_goes_on_after_the_last_epoch(finished, folder, tmp_path, monkeypatch):
-    keys = {"epoch_size": 3, "decay_epochs": 3}
+def test_resume_goes_on_after_the_last_epoch_and_a_signal_stops_between_steps(finished, folder, tmp_path, monkeypatch):
+    shutil.copytree(finished.output, tmp_path / "run")
     finish = train_module._Keeper.finish_epoch
 
     def interrupted(self, losses, seconds):
         finish(self, losses, seconds)
         signal.raise_signal(signal.SIGTERM)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module._Keeper, "finish_epoch", interrupted)
-        with pytest.raises(train_module.Interrupted, match="SIGTERM"):
-            train(recipe(folder, **keys), tmp_path / "run", progress=False)
-    assert [record["epoch"] for record in records(tmp_path / "run", "epoch")] == [0]
-    result = train(recipe(folder, **keys), tmp_path / "run", resume=True, progress=False)
-    assert [record["epoch"] for record in records(tmp_path / "run", "epoch")] == [0, 1, 2] and result.epochs == 3
+    monkeypatch.setattr(train_module._Keeper, "finish_epoch", interrupted)
+    with pytest.raises(train_module.Interrupted, match="SIGTERM"):
+        train(recipe(folder, epoch_size=4, decay_epochs=4), tmp_path / "run", resume=True, progress=False)
+    assert [record["epoch"] for record in records(tmp_path / "run", "epoch")] == [0, 1, 2]
+    updates = [record["update"] for record in records(tmp_path / "run", "step")]
+    assert updates[:12] == list(range(1, 13))  # the step that the signal cut off may follow
 
 
 def test_a_run_is_not_overwritten_by_accident(finished, folder):
