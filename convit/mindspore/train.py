@@ -5,7 +5,6 @@ Differences from it, each of them refused or said rather than ignored: a run is 
 data in another order; a loss that is not finite stops the run at once, because MindSpore has already applied the step.
 """
 
-import dataclasses
 import json
 import logging
 import math
@@ -45,7 +44,9 @@ class Interrupted(Exception):
     """A signal asked the run to stop; the last complete epoch is saved."""
 
     def __init__(self, signum: int, path: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}; {path} holds the last complete epoch; go on with --resume {path.parent}")
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name}; {path} holds the last complete epoch; go on with --resume {path.parent}"
+        )
         self.signum = signum
 
 
@@ -421,6 +422,8 @@ class _Keeper:
         keeper = self
 
         class Watch(ms.train.Callback):
+            losses: list[float]
+
             def on_train_epoch_begin(self, run_context: Any) -> None:
                 self.began, self.losses = time.perf_counter(), []
 
@@ -474,10 +477,10 @@ class _Keeper:
         self.write(record)
         weights = list(self.model.get_parameters())
         if better:
-            save(self.output / "best.ckpt", weights, self._about())
+            save(self.output / "best.ckpt", weights)
         if recipe.keep_checkpoint_max > 0 and (epoch + 1) % recipe.ckpt_save_interval == 0:
             name = f"epoch_{epoch + 1}.ckpt"
-            save(self.output / name, weights, self._about())
+            save(self.output / name, weights)
             self.kept = [one for one in self.kept if one[0] != name] + [[name, record.get("top1", -1.0)]]
             if recipe.ckpt_save_policy == "top_k":
                 self.kept.sort(key=lambda one: one[1])
@@ -485,10 +488,7 @@ class _Keeper:
                 (self.output / old).unlink(missing_ok=True)
             self.kept = self.kept[-recipe.keep_checkpoint_max :]
         state = {"epoch": self.epoch, "best": self.best, "best_epoch": self.best_epoch, "kept": self.kept}
-        save(self.output / "last.ckpt", self.parameters(), {"convit_run": json.dumps(state), **self._about()})
-
-    def _about(self) -> dict[str, Any]:
-        return {"convit_recipe": json.dumps(dataclasses.asdict(self.recipe))}
+        save(self.output / "last.ckpt", self.parameters(), {"convit_run": json.dumps(state)})
 
     def write(self, record: dict[str, Any]) -> None:
         with open(self.output / "log.jsonl", "a", encoding="utf-8") as file:
