@@ -2,6 +2,7 @@
 
 import os
 import sys
+from glob import glob
 from pathlib import Path
 
 from setuptools import setup
@@ -24,9 +25,12 @@ def extensions() -> list:
     return [
         Pybind11Extension(
             "convit._C",
-            ["csrc/bindings.cpp", "csrc/gpsa.cpp"],
-            depends=["csrc/gpsa.h"],
+            sorted(glob("csrc/*.cpp")),
+            depends=glob("csrc/*.h"),
             include_dirs=["csrc"],
+            # each instruction set is chosen inside its own file, at run time: no -march here
+            extra_compile_args=["-O3", "-g0", "-Wall", "-Wextra"] if os.name != "nt" else [],
+            extra_link_args=["-pthread"] if sys.platform == "linux" else [],
             cxx_std=17,
         )
     ]

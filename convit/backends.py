@@ -27,6 +27,9 @@ MODULES = {
     "tbe": "convit.kernels.gpsa.ascend_tbe",
 }
 
+# names that another framework than torch spells in a file of its own
+FRAMEWORK_MODULES = {("mindspore", "reference"): "convit.kernels.gpsa.reference_mindspore"}
+
 # (framework, device) -> order of preference; "" stands for every other device of the framework
 ORDER = {
     ("torch", "cpu"): ("cpp", "sdpa", "reference"),
@@ -71,19 +74,20 @@ def check_name(name: str) -> str:
     raise ValueError(f"unknown backend {name!r}{hint} Known: {', '.join(MODULES)}")
 
 
-def _module(name: str) -> ModuleType | str:
+def _module(name: str, framework: str) -> ModuleType | str:
     """The backend's module, or the reason why it could not be imported."""
-    if name not in _loaded:
+    home = FRAMEWORK_MODULES.get((framework, name), MODULES[name])
+    if home not in _loaded:
         try:
-            _loaded[name] = importlib.import_module(MODULES[name])
+            _loaded[home] = importlib.import_module(home)
         except ModuleNotFoundError as error:
-            if error.name == MODULES[name]:
-                _loaded[name] = "this version of ConViT does not contain it"
+            if error.name == home:
+                _loaded[home] = "this version of ConViT does not contain it"
             else:
-                _loaded[name] = f"{error.name} is not installed"
+                _loaded[home] = f"{error.name} is not installed"
         except Exception as error:  # a broken installation is a reason, and it must read as itself
-            _loaded[name] = f"failed to import: {type(error).__name__}: {error}"
-    return _loaded[name]
+            _loaded[home] = f"failed to import: {type(error).__name__}: {error}"
+    return _loaded[home]
 
 
 def why_not(name: str, problem: Problem) -> str | None:
@@ -93,7 +97,7 @@ def why_not(name: str, problem: Problem) -> str | None:
         name: One of ``convit.backends()``.
         problem: What ``convit.gpsa`` would be asked; see ``Problem``.
     """
-    module = _module(check_name(name))
+    module = _module(check_name(name), problem.framework)
     return module if isinstance(module, str) else module.why_not(problem)
 
 
@@ -140,13 +144,15 @@ def choose(problem: Problem, forced: str | None) -> ModuleType:
         RuntimeError: The forced backend cannot run the problem, or none can; the message lists each one's reason.
     """
     names = (forced,) if forced else order(problem)
-    reasons = {}
+    reasons: dict[str, str] = {}
     for name in names:
         reason = why_not(name, problem)
         if reason is None:
             if reasons:
                 _log_once(problem, name, reasons)
-            return _loaded[name]
+            module = _module(name, problem.framework)
+            assert isinstance(module, ModuleType)
+            return module
         reasons[name] = reason
     raise RuntimeError(_refusal(problem, forced, reasons))
 

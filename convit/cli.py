@@ -8,6 +8,7 @@ import argparse
 import importlib
 import os
 import sys
+from difflib import get_close_matches
 
 import convit
 
@@ -29,15 +30,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"convit {convit.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     called = next((word for word in argv if not word.startswith("-")), None)
-    module = None
+    chosen = parser
     for name, (summary, home) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False)
         if name == called:
             module = importlib.import_module(home)
             module.add_arguments(command)
-    args = parser.parse_args(argv)
+            command.set_defaults(run=module.run)
+            chosen = command
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = get_close_matches(unknown[0].split("=")[0], chosen._option_string_actions, n=1)
+        chosen.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]!r}?" if near else ""))
     try:
-        return module.run(args) or 0
+        return args.run(args) or 0
     except KeyboardInterrupt:
         return 130
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:

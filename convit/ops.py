@@ -83,6 +83,8 @@ def _check(q, k, v, pos_weight, gating, grid, dropout_p) -> None:
     if not isinstance(grid, (tuple, list)) or len(grid) != 2:
         raise TypeError(f"grid must be a pair (gh, gw), got {grid!r}")
     gh, gw = grid
+    if isinstance(gh, float) or isinstance(gw, float):
+        raise TypeError(f"grid must be a pair of integers (gh, gw), got {grid!r}")
     if gh < 0 or gw < 0 or gh * gw != tokens:
         raise ValueError(f"grid must have gh * gw == N = {tokens}, got {gh} x {gw}")
     if not 0.0 <= dropout_p < 1.0:

@@ -1,7 +1,171 @@
+// The choice of instruction set, the division of a call into heads and blocks of queries, and the sums over the batch.
 #include "gpsa.h"
 
-namespace convit {
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
 
-const char* instruction_set() { return "portable"; }
+#include "kernels.h"
+#include "threads.h"
+
+namespace convit {
+namespace {
+
+using i64 = std::int64_t;
+
+std::vector<const Kernels*> runnable() {
+    std::vector<const Kernels*> list;
+#if defined(CONVIT_X86)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        list.push_back(&kernels_avx512);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) list.push_back(&kernels_avx2);
+#endif
+#if defined(__aarch64__)
+    list.push_back(&kernels_neon);
+#endif
+    list.push_back(&kernels_portable);
+    return list;
+}
+
+const Kernels& choose() {
+    const std::vector<const Kernels*> list = runnable();
+    const char* wanted = std::getenv("CONVIT_CPU_ISA");
+    if (wanted == nullptr || *wanted == '\0') return *list.front();
+    std::string names;
+    for (const Kernels* kernels : list) {
+        if (std::string(wanted) == kernels->name) return *kernels;
+        names += (names.empty() ? "" : ", ") + std::string(kernels->name);
+    }
+    throw std::invalid_argument("CONVIT_CPU_ISA must be one of those that this machine can run (" + names + "), got '" + wanted + "'");
+}
+
+const Kernels& kernels() {
+    static const Kernels& chosen = choose();  // a throw leaves it unset: every call reports the error
+    return chosen;
+}
+
+struct Free {
+    void operator()(float* p) const { std::free(p); }
+};
+
+// Whole cache lines, so that two threads' scratch shares none.
+std::unique_ptr<float, Free> scratch(i64 floats) {
+    const std::size_t bytes = (std::size_t(std::max<i64>(floats, 1)) * sizeof(float) + 63) / 64 * 64;
+    void* p = nullptr;
+#if defined(_WIN32)
+    p = std::malloc(bytes);
+#else
+    if (posix_memalign(&p, 64, bytes) != 0) p = nullptr;
+#endif
+    if (p == nullptr) throw std::bad_alloc();
+    return std::unique_ptr<float, Free>(static_cast<float*>(p));
+}
+
+i64 lines(i64 floats) { return (floats + 15) / 16 * 16; }
+
+// Hands `parts` numbers to run(part, worker) on at most `threads` threads. Which thread takes which part does not show in the result.
+template <class Run>
+void for_parts(i64 parts, int threads, const Run& run) {
+    struct Context {
+        const Run& run;
+        i64 parts;
+        std::atomic<i64> next{0};
+        std::atomic<int> workers{0};
+    } context{run, parts};
+    run_threads(
+        int(std::min<i64>(threads, parts)),
+        [](void* p) {
+            Context& c = *static_cast<Context*>(p);
+            const int worker = c.workers.fetch_add(1);
+            for (i64 part; (part = c.next.fetch_add(1)) < c.parts;) c.run(part, worker);
+        },
+        &context);
+}
+
+float sigmoid(float x) { return float(1.0 / (1.0 + std::exp(-double(x)))); }
+
+// px [H][gw][gw], then py [H][gh][gh]
+std::unique_ptr<float, Free> position_tables(const Kernels& k, const Shape& s, const float* pos_weight) {
+    const i64 gh = s.grid_h, gw = s.grid_w, both = s.heads * (gw * gw + gh * gh);
+    auto tables = scratch(both + std::max(gh, gw) + 16);
+    float* px = tables.get();
+    float* py = px + s.heads * gw * gw;
+    for (i64 h = 0; h < s.heads; ++h) k.tables(pos_weight + 3 * h, gh, gw, px + h * gw * gw, py + h * gh * gh, tables.get() + both);
+    return tables;
+}
+
+}  // namespace
+
+std::string instruction_set() { return kernels().name; }
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const Kernels* k : runnable()) names.push_back(k->name);
+    return names;
+}
+
+void gpsa_forward(const Shape& s, Heads q, Heads k, Heads v, const float* pos_weight, const float* gating, MutableHeads out, float* lse,
+                  int threads) {
+    const Kernels& kern = kernels();
+    const i64 n = s.tokens(), heads = s.batch * s.heads, gw = s.grid_w, gh = s.grid_h;
+    if (heads == 0 || n == 0 || s.dim == 0) return;
+    auto tables = position_tables(kern, s, pos_weight);
+    float* px = tables.get();
+    float* py = px + s.heads * gw * gw;
+    for (i64 h = 0; h < s.heads; ++h) {
+        const float gate = sigmoid(gating[h]);
+        for (i64 i = 0; i < gh * gh; ++i) py[h * gh * gh + i] *= gate;
+    }
+    // Enough parts to keep every thread busy to the end, but each part packs its head's keys and values anew.
+    const i64 blocks = (n + kern.query_block - 1) / kern.query_block;
+    i64 chunks = 1;
+    if (heads % threads != 0) chunks = std::min((4 * threads + heads - 1) / heads, std::max<i64>(blocks / 3, 1));
+    const i64 per_chunk = (blocks + chunks - 1) / chunks * kern.query_block;
+    chunks = (n + per_chunk - 1) / per_chunk;
+    const i64 per_worker = lines(kern.forward_scratch(s));
+    const int workers = int(std::min<i64>(threads, heads * chunks));
+    auto memory = scratch(per_worker * workers);
+    for_parts(heads * chunks, workers, [&](i64 part, int worker) {
+        const i64 head = part / chunks, b = head / s.heads, h = head % s.heads, begin = part % chunks * per_chunk;
+        const i64 next = std::min(chunks == 1 ? head + workers : heads, heads);
+        kern.forward({&s, q, k, v, out, lse + head * n, px + h * gw * gw, py + h * gh * gh, sigmoid(-gating[h]), b, h, begin,
+                      std::min(n, begin + per_chunk), next / s.heads, next % s.heads, memory.get() + worker * per_worker});
+    });
+}
+
+void gpsa_backward(const Shape& s, Heads grad_out, Heads q, Heads k, Heads v, const float* pos_weight, const float* gating,
+                   const float* lse, MutableHeads dq, MutableHeads dk, MutableHeads dv, float* dpos_weight, float* dgating, int threads) {
+    const Kernels& kern = kernels();
+    const i64 n = s.tokens(), heads = s.batch * s.heads, gw = s.grid_w, gh = s.grid_h;
+    std::fill(dpos_weight, dpos_weight + 3 * s.heads, 0.f);
+    std::fill(dgating, dgating + s.heads, 0.f);
+    if (heads == 0 || n == 0 || s.dim == 0) return;
+    auto tables = position_tables(kern, s, pos_weight);
+    const float* px = tables.get();
+    const float* py = px + s.heads * gw * gw;
+    const i64 per_worker = lines(kern.backward_scratch(s));
+    const int workers = int(std::min<i64>(threads, heads));
+    auto memory = scratch(per_worker * workers);
+    std::vector<double> partial(std::size_t(heads) * 4);
+    for_parts(heads, workers, [&](i64 head, int worker) {
+        const i64 b = head / s.heads, h = head % s.heads, next = std::min(head + workers, heads);
+        kern.backward({&s, grad_out, q, k, v, dq, dk, dv, lse + head * n, px + h * gw * gw, py + h * gh * gh, sigmoid(gating[h]),
+                       sigmoid(-gating[h]), b, h, next / s.heads, next % s.heads, partial.data() + 4 * head, memory.get() + worker * per_worker});
+    });
+    for (i64 h = 0; h < s.heads; ++h) {
+        double sum[4] = {};
+        for (i64 b = 0; b < s.batch; ++b)
+            for (int i = 0; i < 4; ++i) sum[i] += partial[std::size_t(4 * (b * s.heads + h) + i)];
+        const double gate = 1.0 / (1.0 + std::exp(-double(gating[h]))), closed = 1.0 / (1.0 + std::exp(double(gating[h])));
+        for (int i = 0; i < 3; ++i) dpos_weight[3 * h + i] = float(gate * sum[i]);
+        dgating[h] = float(gate * closed * sum[3]);
+    }
+}
 
 }  // namespace convit

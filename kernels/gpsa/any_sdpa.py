@@ -3,7 +3,7 @@
     out = (1 - g) * scaled_dot_product_attention(q, k, v) + g * (Py (x) Px) v
 
 The content half is the framework's fused attention. The positional half contracts v with the factored position softmax
-(``reference.position_tables``): first along x, then along y, O(N * (gh + gw) * D) per head. Gradients are autograd's.
+(``reference.position_tables``): first along y, then along x, O(N * (gh + gw) * D) per head. Gradients are autograd's.
 Deviation from ``reference.py``: the halves are mixed after their products with v, not before, so attention dropout (one mask
 over the mix) cannot be expressed.
 """
@@ -32,8 +32,8 @@ def gpsa(
         dtype = torch.promote_types(v.dtype, torch.float32)
         px, py = position_tables(pos_weight.to(dtype), grid)
         gate = torch.sigmoid(gating.to(dtype)).view(1, heads, 1, 1)
-        # [B, H, gh, gw, D]: each axis is one batched matrix product per head
-        rows = torch.matmul(px[:, None], v.to(dtype).reshape(batch, heads, gh, gw, dim))
-        position = torch.matmul(py, rows.reshape(batch, heads, gh, gw * dim)).view(batch, heads, gh * gw, dim)
+        # along y, then along x: the second product then reads what the first wrote, without a copy
+        columns = torch.matmul(py, v.to(dtype).reshape(batch, heads, gh, gw * dim)).view(batch, heads, gh, gw, dim)
+        position = torch.matmul(px[:, None], columns).view(batch, heads, gh * gw, dim)
         content = F.scaled_dot_product_attention(q, k, v, scale=scale)
         return torch.lerp(content.to(dtype), position, gate).to(v.dtype)

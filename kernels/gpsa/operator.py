@@ -18,8 +18,7 @@ from torch import Tensor
 
 _library = torch.library.Library("convit", "DEF")
 _library.define(
-    "gpsa(Tensor q, Tensor k, Tensor v, Tensor pos_weight, Tensor gating, SymInt grid_h, SymInt grid_w, float scale)"
-    " -> (Tensor, Tensor)"
+    "gpsa(Tensor q, Tensor k, Tensor v, Tensor pos_weight, Tensor gating, SymInt grid_h, SymInt grid_w, float scale) -> (Tensor, Tensor)"
 )
 _library.define(
     "gpsa_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor pos_weight, Tensor gating, Tensor out, Tensor lse,"

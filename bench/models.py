@@ -1,0 +1,275 @@
+"""Whole models as competitors: ours, timm's ConViT and ViT, and timm's ConViT in other runtimes. float32 inference at 224 x 224."""
+
+import atexit
+import copy
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from peers import Call, Peer, backends, where
+from torch import Tensor, nn
+
+import convit
+from convit.backends import Problem
+from convit.checkpoints import to_mindcv
+
+IMAGE = 224
+
+
+@dataclass(frozen=True)
+class Model:
+    """One whole-model problem: a ConViT variant, the batch, and where it runs."""
+
+    name: str
+    batch: int
+    threads: int = 1
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        return f"{self.name} batch {self.batch} {self.dtype} {where(self.device, self.threads)}"
+
+
+def images(model: Model, dtype: torch.dtype | None = None) -> Tensor:
+    x = torch.randn(model.batch, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(224)).to(getattr(torch, model.dtype))
+    return x.to(model.device, dtype or x.dtype)
+
+
+@lru_cache(maxsize=2)
+def _weights(name: str) -> dict[str, Tensor]:
+    """Random weights of the variant, the same for every competitor."""
+    torch.manual_seed(0)
+    model = convit.create_model(name)
+    for module in model.modules():
+        if isinstance(module, convit.GPSA):
+            nn.init.normal_(module.gating_param)  # gates of a trained model differ from head to head; fresh ones are all equal
+    return model.state_dict()
+
+
+def ours(model: Model) -> nn.Module:
+    module = convit.create_model(model.name)
+    module.load_state_dict(_weights(model.name))
+    return module
+
+
+def timm_convit(model: Model) -> nn.Module:
+    import timm
+
+    module = timm.create_model(model.name)
+    module.load_state_dict(_weights(model.name))
+    return module
+
+
+def accelerated(model: Model) -> nn.Module:
+    return convit.accelerate(timm_convit(model))
+
+
+def timm_vit(model: Model) -> nn.Module:
+    """A plain ViT of the same width, heads and depth; its attention is the framework's fused one."""
+    from timm.layers import set_fused_attn
+    from timm.models.vision_transformer import VisionTransformer
+
+    like = convit.create_model(model.name)
+    heads = like.blocks[0].attn.num_heads
+    set_fused_attn(True)
+    torch.manual_seed(0)
+    return VisionTransformer(img_size=IMAGE, embed_dim=like.embed_dim, depth=len(like.blocks), num_heads=heads, qkv_bias=False)
+
+
+@lru_cache(maxsize=4)
+def _built(build: Callable[[Model], nn.Module], name: str, dtype: str, device: str) -> nn.Module:
+    """One module serves every batch and thread count."""
+    return build(Model(name, 1, 1, dtype, device)).eval().to(device, getattr(torch, dtype))
+
+
+def _module(build: Callable[[Model], nn.Module], model: Model) -> nn.Module:
+    return _built(build, model.name, model.dtype, model.device)
+
+
+CHECKED = 2  # images of a batch whose logits are checked
+
+
+def reference_outputs(model: Model, truth: str) -> tuple[Tensor, Tensor]:
+    """Logits of the reference model for the first images, in float64 and in the problem's own dtype."""
+    build = timm_vit if truth == "vit" else timm_convit if find_spec("timm") else ours
+    model = replace(model, device="cpu")
+    module = _module(build, model)
+    if truth == "mindcv":  # the same model with MindCV's GELU and LayerNorm
+        module = copy.deepcopy(module)
+        for part in module.modules():
+            if isinstance(part, nn.GELU):
+                part.approximate = "tanh"
+            elif isinstance(part, nn.LayerNorm):
+                part.eps = 1e-7
+    with torch.inference_mode(), convit.use_backend("reference"):
+        eager = module(images(model)[:CHECKED])
+        exact = copy.deepcopy(module).double()(images(model, torch.float64)[:CHECKED])
+    return exact, eager
+
+
+def _torch_call(module: nn.Module, model: Model, backend: str | None = None) -> Call:
+    x = images(model)
+
+    def call() -> tuple:
+        with torch.inference_mode(), convit.use_backend(backend):
+            return (module(x),)
+
+    return call
+
+
+def _onnx_file(model: Model) -> Path:
+    # the graph does not depend on the thread count
+    return _export(replace(model, threads=1, device="cpu"))
+
+
+@cache
+def _export(model: Model) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="convit-bench-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = folder / f"{model.name}-{model.batch}.onnx"
+    module = _module(timm_convit, model)
+    x = images(model)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module(x)  # fills timm's cache of relative indices, which bloats the graph otherwise
+        torch.onnx.export(module, (x,), path, dynamo=True, verbose=False)
+    return path
+
+
+def _onnxruntime(model: Model) -> Call:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = model.threads, 1
+    # its threads spin within a run as they like, but not on into the turn of the next competitor
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(str(_onnx_file(model)), options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: images(model).numpy()}
+    return lambda: tuple(torch.from_numpy(y) for y in session.run(None, feed))
+
+
+def _openvino(model: Model) -> Call:
+    import openvino
+
+    config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": model.threads, "INFERENCE_PRECISION_HINT": "f32"}
+    request = openvino.Core().compile_model(str(_onnx_file(model)), "CPU", config).create_infer_request()
+    x = images(model).numpy()
+    return lambda: tuple(torch.from_numpy(y.copy()) for y in request.infer({0: x}).values())
+
+
+class _MindCV:
+    """A call that runs one inference in MindCV's own process; the message there and back costs some 0.1 ms."""
+
+    def __init__(self, model: Model):
+        self.folder = Path(tempfile.mkdtemp(prefix="convit-bench-"))
+        weights = {key: value.numpy() for key, value in _weights(model.name).items()}
+        np.savez(self.folder / "weights.npz", **to_mindcv(weights))
+        np.save(self.folder / "images.npy", images(model).numpy())
+        command = [_mindcv_python(), str(Path(__file__).with_name("mindcv_worker.py")), model.name, str(model.threads), str(self.folder)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # its warnings are read away as they come: a full pipe would stop it
+        self.errors: list[str] = []
+        threading.Thread(target=lambda: self.errors.extend(self.process.stderr), daemon=True).start()
+        weakref.finalize(self, _end, self.process, self.folder)
+        self._expect("ready")
+        self.logits = torch.from_numpy(np.load(self.folder / "logits.npy"))
+
+    def _expect(self, word: str) -> None:
+        if self.process.stdout.readline().strip() != word:
+            self.process.wait()
+            raise RuntimeError(f"MindCV's process ended with status {self.process.returncode}: {''.join(self.errors[-5:])}")
+
+    def __call__(self) -> tuple:
+        self.process.stdin.write("run\n")
+        self.process.stdin.flush()
+        self._expect("done")
+        return (self.logits,)
+
+
+def _end(process: subprocess.Popen, folder: Path) -> None:
+    process.kill()
+    process.communicate()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _mindcv_python() -> str | None:
+    """The Python of an environment with MindSpore and MindCV."""
+    if find_spec("mindspore") and find_spec("mindcv"):
+        return sys.executable
+    return os.environ.get("CONVIT_BENCH_MINDCV")
+
+
+def _mindcv_missing(model: Model) -> str | None:
+    if model.device != "cpu":
+        return "measured on cpu only"
+    if _mindcv_python() is None:
+        return "not installed here, and CONVIT_BENCH_MINDCV does not name the Python of an environment that has it and MindSpore"
+    return None
+
+
+def _needs(*modules: str, device: str | None = None) -> Callable[[Model], str | None]:
+    def missing(model: Model) -> str | None:
+        absent = [name for name in modules if find_spec(name) is None]
+        if absent:
+            return f"{' and '.join(absent)} not installed"
+        if device and model.device != device:
+            return f"runs on {device} only"
+        return None
+
+    return missing
+
+
+def _why_not(backend: str, model: Model) -> str | None:
+    attention = _module(ours, model).blocks[0].attn
+    side = IMAGE // 16
+    shape = model.batch, attention.num_heads, side * side, attention.qk.in_features // attention.num_heads
+    return convit.why_not(backend, Problem("torch", model.device, model.dtype, *shape, (side, side)))
+
+
+def _ours(backend: str, first: bool) -> Peer:
+    def build(model: Model) -> Call:
+        return _torch_call(_module(ours, model), model, backend)
+
+    def slow(model: Model) -> str | None:
+        fallback = first or _why_not(backends(model.device)[0], model)
+        return None if fallback and backend != "reference" else "a slower path; the attention core shows it"
+
+    return Peer(f"convit {backend}", build, lambda model: _why_not(backend, model), ours=True, truth="convit", slow=slow)
+
+
+def model_peers(device: str) -> list[Peer]:
+    """Every competitor for whole models on ``device``."""
+    timm = _needs("timm")
+    runtimes = ("timm", "onnx", "onnxscript")
+
+    def torch_peer(name: str, build: Callable[[Model], nn.Module], truth: str = "convit", is_ours: bool = False) -> Peer:
+        return Peer(name, lambda model: _torch_call(_module(build, model), model), timm, is_ours, truth)
+
+    def compiled(model: Model) -> Call:
+        return _torch_call(torch.compile(_module(timm_convit, model)), model)
+
+    def compiles(model: Model) -> str | None:
+        return "compiles for a minute on CPU" if device == "cpu" else None
+
+    return [
+        *(_ours(name, first=name == backends(device)[0]) for name in backends(device)),
+        torch_peer("convit.accelerate(timm)", accelerated, is_ours=True),
+        torch_peer("timm convit eager", timm_convit),
+        torch_peer("timm ViT with SDPA", timm_vit, truth="vit"),
+        Peer("torch.compile(timm)", compiled, timm, truth="convit", slow=compiles),
+        Peer("ONNX Runtime", _onnxruntime, _needs(*runtimes, "onnxruntime", device="cpu"), truth="convit"),
+        Peer("OpenVINO", _openvino, _needs(*runtimes, "openvino", device="cpu"), truth="convit"),
+        Peer("MindCV, graph mode", _MindCV, _mindcv_missing, truth="mindcv", slow=compiles),
+    ]

@@ -1,0 +1,53 @@
+"""What the machine can do at most, measured: multiply-adds a second and bytes copied a second."""
+
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from timing import synchronize
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Peaks of one device at one thread count and type."""
+
+    flops: float  # per second, two per multiply-add
+    bytes: float  # per second, read and written
+
+    def seconds(self, flops: float, moved: float) -> float:
+        """The least time that work of ``flops`` and ``moved`` bytes can take."""
+        return max(flops / self.flops, moved / self.bytes)
+
+    def asdict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def _best(call, device: str, seconds: float) -> float:
+    call()
+    synchronize(device)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def measure(device: str = "cpu", dtype: str = "float32", seconds: float = 0.5) -> Roofline:
+    """Measure with torch's current thread count.
+
+    The rate of multiply-adds is that of the vendor library's best square matrix product, the practical peak: it is what a kernel's
+    own products compete with. The bandwidth is that of copying an array too large for any cache.
+    """
+    kind = getattr(torch, dtype)
+    large = device != "cpu"
+    rate = 0.0
+    for size in (4096, 8192) if large else (384, 768, 1536):
+        a, b = torch.randn(2, size, size, device=device).to(kind).unbind(0)
+        out = torch.empty(size, size, device=device, dtype=kind)
+        rate = max(rate, 2.0 * size**3 / _best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, seconds))
+    source = torch.ones((2 if large else 1) * 2**27, device=device, dtype=torch.uint8).view(torch.float32)
+    target = torch.empty_like(source)
+    moved = 2.0 * source.numel() * 4 / _best(lambda: target.copy_(source), device, seconds)
+    return Roofline(rate, moved)

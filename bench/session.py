@@ -1,0 +1,154 @@
+"""One run of the benchmark: the groups measured so far, the machine, and everything recorded beside the times."""
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+
+import memory
+import roofline
+import timing
+import torch
+from checks import check
+from models import Model
+from peers import Core, Peer
+
+PACKAGES = ["convit", "numpy", "torch", "timm", "onnx", "onnxruntime", "openvino", "triton", "mindspore", "mindcv"]
+SLOW = 0.5  # seconds: a call that takes longer needs no second one to learn how long it takes
+
+
+@dataclass
+class Competitor:
+    """One peer in one group: its samples, or why there are none."""
+
+    samples: timing.Samples | None = None
+    missing: str | None = None
+    error: Exception | None = None
+    info: dict = field(default_factory=dict)
+
+
+class Session:
+    def __init__(self, device: str | None, full: bool, threads: str, budget: float | None, rounds: int | None, isa: str | None):
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.full = full
+        self.cores = os.cpu_count() or 1
+        self.threads = self._thread_counts(threads)
+        self.budget = budget if budget is not None else (20.0 if full else 3.0)
+        self.rounds = rounds if rounds is not None else (50 if full else 15)
+        self.isa = isa
+        self.groups: dict[Core | Model, dict[str, Competitor]] = {}
+        self.rooflines: dict[str, roofline.Roofline] = {}
+        self.started = time.time()
+        self.load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+    def _thread_counts(self, option: str) -> list[int]:
+        if self.device != "cpu":
+            return [torch.get_num_threads()]
+        if option:
+            counts = [int(word) for word in option.split(",")]
+            if min(counts) < 1:
+                raise ValueError(f"--bench-threads must be positive, got {option}")
+            return counts
+        between = [2**i for i in range(1, 10) if 2**i < self.cores] if self.full else []
+        return sorted({1, *between, self.cores})
+
+    def roofline(self, problem: Core | Model) -> roofline.Roofline:
+        """Peaks of the device at the problem's thread count and type, measured once a run."""
+        key = f"{problem.device} {problem.dtype} {problem.threads}"
+        if key not in self.rooflines:
+            self.rooflines[key] = roofline.measure(problem.device, problem.dtype)
+        return self.rooflines[key]
+
+    def group(self, problem: Core | Model, peers: Sequence[Peer], with_memory: bool = False, series: str = "") -> dict[str, Competitor]:
+        """Build, check and time ``peers`` on ``problem``; the second call returns the first's result."""
+        if problem not in self.groups:
+            torch.set_num_threads(problem.threads)
+            self.groups[problem] = self._measure(problem, peers, with_memory, series)
+        return self.groups[problem]
+
+    def _measure(self, problem: Core | Model, peers: Sequence[Peer], with_memory: bool, series: str) -> dict[str, Competitor]:
+        group, calls, first = {}, {}, {}
+        for peer in peers:
+            mine = group[peer.name] = Competitor(missing=peer.missing(problem) or (None if self.full else peer.slow(problem)))
+            if mine.missing:
+                continue
+            try:
+                call = peer.build(problem)
+                for _ in range(2):  # the first call warms up and the second says how long one takes, unless that is plain already
+                    start = time.perf_counter()
+                    outputs = call()
+                    timing.synchronize(self.device)
+                    first[peer.name] = time.perf_counter() - start
+                    if first[peer.name] > SLOW:
+                        break
+                torch.set_num_threads(self.cores)
+                errors = check(problem, peer, outputs)
+            except Exception as error:  # this peer's test reports it; the others go on
+                mine.error = error
+                continue
+            finally:
+                torch.set_num_threads(problem.threads)
+            calls[peer.name] = call
+            mine.info = {"peer": peer.name, "ours": peer.ours, "truth": peer.truth, "kind": type(problem).__name__.lower()}
+            mine.info |= {"problem": asdict(problem), "errors": errors}
+            if series:
+                mine.info["series"] = series
+            if isinstance(problem, Core):
+                mine.info |= {"flops": problem.flops, "bytes": problem.bytes}
+                mine.info["roofline"] = self.roofline(problem).seconds(problem.flops, problem.bytes)
+                if with_memory and not memory.why_not(problem.device):
+                    mine.info["peak"], mine.info["held"] = memory.peak(peer.name, problem)
+        if calls:
+            for name, samples in timing.interleave(calls, self.device, self.rounds, self.budget, first).items():
+                group[name].samples = samples
+                group[name].info |= {"iterations": samples.iterations, "rounds": samples.rounds}
+                group[name].info["cpu"] = [float(f"{seconds:.4g}") for seconds in samples.cpu]
+        return group
+
+    def replay(self, benchmark, competitor: Competitor) -> None:
+        timing.replay(benchmark, competitor.samples)
+
+    def device_name(self) -> str:
+        if self.device == "cuda":
+            return torch.cuda.get_device_name()
+        if self.device != "cpu":
+            return self.device
+        return f"{_cpu_name()}, {self.cores} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+    def record(self) -> dict:
+        """What the JSON holds beside pytest-benchmark's own."""
+        return {
+            "device": self.device_name(),
+            "versions": _versions(),
+            "full": self.full,
+            "isa": self.isa,
+            "load": self.load,
+            "seconds": round(time.time() - self.started, 1),
+            "rooflines": {key: peaks.asdict() for key, peaks in self.rooflines.items()},
+            "missing": [
+                {"group": str(problem), "kind": type(problem).__name__.lower(), "peer": name, "reason": mine.missing}
+                for problem, group in self.groups.items()
+                for name, mine in group.items()
+                if mine.missing
+            ],
+        }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

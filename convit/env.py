@@ -1,0 +1,94 @@
+"""``convit env``: versions, devices, and which backend can run what here. The first thing in a bug report."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from typing import Any
+
+import convit
+from convit.backends import MODULES, Problem, forced_backend, order, why_not
+
+PACKAGES = ("torch", "numpy", "timm", "triton", "mindspore", "onnxruntime", "openvino")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    report = collect()
+    print(json.dumps(report, indent=2) if args.json else _text(report))
+
+
+def collect() -> dict[str, Any]:
+    """Everything that ``convit env`` prints."""
+    return {
+        "convit": convit.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in PACKAGES},
+        "extension": _extension(),
+        "devices": [_device(*device) for device in _devices()],
+        "forced": forced_backend(None),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _extension() -> dict[str, str]:
+    """State of the compiled module ``convit._C``."""
+    try:
+        import convit._C as _C
+    except ModuleNotFoundError:
+        return {"state": "not built: install a C++17 compiler, then reinstall with CONVIT_BUILD_EXT=1 to see its errors"}
+    except ImportError as error:
+        return {"state": f"built, but it does not load here: {error}"}
+    try:
+        used = _C.instruction_set()
+    except ValueError as error:
+        used = str(error)
+    return {"state": "built", "instruction set": used, "runnable": " ".join(_C.instruction_sets()), "threads": _C.thread_runtime()}
+
+
+def _devices() -> list[tuple[str, str]]:
+    devices = []
+    if _version("torch"):
+        import torch
+
+        devices.append(("torch", "cpu"))
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None and torch.accelerator.is_available():
+            devices.append(("torch", accelerator.type))
+    if _version("mindspore"):
+        devices.append(("mindspore", os.environ.get("DEVICE_TARGET", "cpu").lower()))
+    return devices
+
+
+def _device(framework: str, device: str) -> dict[str, Any]:
+    """Each backend's answer for a ConViT-Tiny layer in float32, and the automatic choice."""
+    problem = Problem(framework, device, "float32", batch=8, heads=4, tokens=196, head_dim=48, grid=(14, 14))
+    names = order(problem)
+    reasons = {name: why_not(name, problem) for name in [*names, *(name for name in MODULES if name not in names)]}
+    chosen = next((name for name in names if reasons[name] is None), None)
+    return {"framework": framework, "device": device, "chosen": chosen, "order": names, "why_not": reasons}
+
+
+def _text(report: dict[str, Any]) -> str:
+    lines = [f"convit {report['convit']}, Python {report['python']} ({sys.executable}), {report['platform']}"]
+    lines += [f"  {name:<12} {version or 'not installed'}" for name, version in report["packages"].items()]
+    lines.append("C++ extension: " + ", ".join(f"{k} {v}" if k != "state" else v for k, v in report["extension"].items()))
+    for device in report["devices"]:
+        lines.append(f"{device['framework']} on {device['device']}: automatic choice is {device['chosen']}")
+        for name, reason in device["why_not"].items():
+            lines.append(f"  {name:<12} {reason or 'can run'}")
+    if report["forced"]:
+        lines.append(f"CONVIT_BACKEND forces {report['forced']}")
+    return "\n".join(lines)

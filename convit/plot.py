@@ -1,0 +1,430 @@
+"""``convit plot RUN``: the pictures of a training run, and the functions that draw them.
+
+    history     loss and accuracy per epoch
+    gates       every gate over the epochs, and before and after
+    locality    how far each layer and head looks, over the epochs and at the end
+    attention   where heads look from one patch of an image, layer by layer
+"""
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Gates = Sequence[Sequence[float]]  # [layer][head]
+
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "0.9",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "figure.dpi": 100,
+    "savefig.dpi": 200,
+    "svg.fonttype": "none",
+    "pdf.fonttype": 42,
+}
+# Okabe and Ito: told apart in every kind of colour vision
+_BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
+_LAYERS, _HEAT = "viridis", "inferno"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "Draws what the run's log.jsonl holds; with a trained model in RUN also where its heads look."
+    parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a training run")
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="folder for the pictures [RUN/plots]")
+    parser.add_argument("--image", metavar="FILE", type=Path, help="draw where heads look on this image")
+    parser.add_argument("--query", metavar="Y,X", type=_point, help="the patch they look from, row and column [the middle]")
+    parser.add_argument("--format", default="png", choices=("png", "pdf", "svg"), help="file type [png]")
+
+
+def run(args: argparse.Namespace) -> None:
+    records = read_log(args.run)
+    output = args.output or args.run / "plots"
+    output.mkdir(parents=True, exist_ok=True)
+
+    def path(name: str) -> Path:
+        return output / f"{name}.{args.format}"
+
+    drawn = [plot_history(records, path("history"))]
+    with_gates = [record["gating"] for record in records if record.get("gating")]
+    if with_gates:
+        drawn.append(plot_gates_over_time(records, path("gates_over_time")))
+        drawn.append(plot_gates(with_gates[0], with_gates[-1], path("gates"), names=("after the first epoch", "at the end")))
+    if any(record.get("distance") for record in records):
+        drawn.append(plot_locality(records, path("locality")))
+    if args.image is not None:
+        model, recipe = trained_model(args.run)
+        image = load_image(args.image, model.patch_embed.img_size, recipe.in_channels, recipe.mean, recipe.std)
+        drawn.append(plot_attention(model, image, path("attention"), query=args.query))
+    for one in drawn:
+        print(one)
+
+
+def read_log(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records per epoch of a run: its folder, or a ``log.jsonl``. A last line that a kill cut short is left out.
+
+    Raises:
+        FileNotFoundError: There is no such log.
+        ValueError: The log cannot be read, or has no epoch yet.
+    """
+    path = Path(run)
+    path = path / "log.jsonl" if path.is_dir() or not path.suffix else path
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: RUN must be the folder of a training run (convit train --output RUN)")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}:{number} is no JSON: {error}") from error
+        if record.get("kind", "epoch") == "epoch" and "epoch" in record:
+            records.append(record)
+    if not records:
+        raise ValueError(f"{path} holds no finished epoch yet")
+    return records
+
+
+def plot_history(log: str | os.PathLike[str] | Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> Path:
+    """Loss and accuracy over the epochs.
+
+    Args:
+        log: A run folder, a ``log.jsonl``, or its records per epoch (``train_loss``, ``val_loss``, ``top1``, ``top5``, ``lr``).
+        path: The picture to write; the suffix chooses the type.
+    """
+    records = _records(log)
+    with _figure(path, 2, (7.2, 2.8)) as (figure, (left, right)):
+        for name, label, colour in (("train_loss", "training", _BLUE), ("val_loss", "validation", _ORANGE)):
+            epochs, values = _series(records, name)
+            if epochs:
+                left.plot(epochs, values, color=colour, label=label, linewidth=1.6)
+        left.set(xlabel="epoch", ylabel="loss", title="Loss", yscale="log" if _spans_decades(records) else "linear")
+        left.legend()
+        top5 = _series(records, "top5")
+        for name, label, colour in (("top1", "top-1", _BLUE), ("top5", "top-5", _GREEN)):
+            epochs, values = _series(records, name)
+            if epochs and not (name == "top5" and min(top5[1]) >= 99.0):
+                right.plot(epochs, values, color=colour, label=label, linewidth=1.6)
+        epochs, values = _series(records, "top1")
+        if epochs:
+            best = int(np.argmax(values))
+            right.plot(epochs[best], values[best], "o", color=_BLUE, markersize=4)
+            text = f"{values[best]:.2f} % (epoch {epochs[best]})"
+            side = "right" if best > len(epochs) / 2 else "left"
+            right.annotate(text, (epochs[best], values[best]), xytext=(0, -14), textcoords="offset points", ha=side, color=_BLUE)
+            right.legend(loc="lower right")
+        else:
+            right.text(0.5, 0.5, "not validated", ha="center", va="center", transform=right.transAxes, color="0.5")
+        right.set(xlabel="epoch", ylabel="accuracy (%)", title="Validation accuracy")
+    return Path(path)
+
+
+def plot_gates(before: Gates, after: Gates, path: str | os.PathLike[str], *, names: tuple[str, str] = ("before", "after")) -> Path:
+    """The gate of every head before and after training, one column per GPSA layer.
+
+    Args:
+        before, after: sigmoid(gating) by [layer][head], as ``convit.pytorch.diagnostics.gates(model)`` gives.
+        path: The picture to write.
+        names: What the two are.
+    """
+    if [len(layer) for layer in before] != [len(layer) for layer in after] or not before:
+        raise ValueError("before and after must hold the gates of the same layers and heads, at least one")
+    with _figure(path, 1, (max(4.2, 1.2 + 0.55 * len(before)), 3.0)) as (figure, axes):
+        for layer, (old, new) in enumerate(zip(before, after, strict=True), 1):
+            spots = layer + np.linspace(-0.22, 0.22, len(old)) if len(old) > 1 else np.array([float(layer)])
+            axes.vlines(spots, old, new, color="0.75", linewidth=1.2, zorder=1)
+            labels = names if layer == 1 else (None, None)
+            axes.scatter(spots, old, s=14, facecolors="white", edgecolors="0.45", linewidths=1, zorder=2, label=labels[0])
+            axes.scatter(spots, new, s=16, color=_BLUE, zorder=3, label=labels[1])
+        axes.axhline(0.5, color="0.6", linewidth=0.8, linestyle=":")
+        axes.set(xlabel="GPSA layer (one point per head)", ylabel="gate", ylim=(-0.03, 1.03), title="Gates: position (1) or content (0)")
+        axes.set_xticks(range(1, len(before) + 1))
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    return Path(path)
+
+
+def plot_gates_over_time(log: str | os.PathLike[str] | Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> Path:
+    """Every gate over the epochs: a thin line per head, a thick one for the mean of a layer."""
+    records = [record for record in _records(log) if record.get("gating")]
+    if not records:
+        raise ValueError("the log holds no gates")
+    epochs = [record["epoch"] + 1 for record in records]
+    layers = len(records[0]["gating"])
+    with _figure(path, 1, (5.6, 3.2)) as (figure, axes):
+        for layer, colour in enumerate(_colours(layers)):
+            gates = np.array([record["gating"][layer] for record in records])
+            axes.plot(epochs, gates, color=colour, linewidth=0.6, alpha=0.45)
+            axes.plot(epochs, gates.mean(1), color=colour, linewidth=2, marker="o" if len(epochs) == 1 else None)
+        axes.axhline(0.5, color="0.6", linewidth=0.8, linestyle=":")
+        axes.set(xlabel="epoch", ylabel="gate", ylim=(-0.02, 1.02), title="Gates: position (1) or content (0); mean of a layer thick")
+        _layer_bar(figure, axes, layers)
+    return Path(path)
+
+
+def plot_locality(log: str | os.PathLike[str] | Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> Path:
+    """Non-locality of each layer over the epochs, and the attention distance of every head at the last."""
+    records = [record for record in _records(log) if record.get("distance")]
+    if not records:
+        raise ValueError("the log holds no attention distances")
+    epochs = [record["epoch"] + 1 for record in records]
+    last = records[-1]["distance"]
+    local = len(records[-1].get("gating") or [])
+    with _figure(path, 2, (7.6, 3.0)) as (figure, (left, right)):
+        for layer, colour in enumerate(_colours(len(last))):
+            means = [float(np.mean(record["distance"][layer])) for record in records]
+            style = "-" if layer < local else "--"
+            left.plot(epochs, means, style, color=colour, linewidth=1.6, marker="o" if len(epochs) == 1 else None)
+            right.scatter([layer + 1] * len(last[layer]), last[layer], s=14, color=colour, alpha=0.8)
+        right.plot(range(1, len(last) + 1), [float(np.mean(layer)) for layer in last], color="0.3", linewidth=1, marker="_", markersize=12)
+        left.set(xlabel="epoch", ylabel="mean distance (patches)", title="Non-locality (MHSA dashed)", ylim=(0, None))
+        right.set(xlabel="layer", title="Distance of each head at the end", ylim=(0, None))
+        right.set_xticks(range(1, len(last) + 1))
+        _layer_bar(figure, left, len(last))
+    return Path(path)
+
+
+def plot_attention(
+    model: Any,
+    image: Any,
+    path: str | os.PathLike[str],
+    *,
+    query: tuple[int, int] | None = None,
+    layers: Iterable[int] | None = None,
+    heads: int = 4,
+    picture: Any = None,
+) -> Path:
+    """Where heads look from one patch of an image: a row per layer, a column per head, each on that layer's own input.
+
+    Each map is scaled to its own maximum.
+
+    Args:
+        model: A ConViT in PyTorch, on any device; left as it was.
+        image: [C, H, W] or [1, C, H, W], prepared for the model.
+        path: The picture to write.
+        query: (row, column) of the patch that looks; default the middle of the grid. In layers with a class token the same patch looks.
+        layers: Indices of the layers; default four spread over the depth.
+        heads: How many heads of each layer, the first ones.
+        picture: [H, W, 3] or [H, W] in 0..255 or 0..1 to show; default ``image`` stretched to its range.
+
+    Raises:
+        ValueError: The query is outside the grid, or a layer does not exist.
+    """
+    import torch
+
+    from convit.kernels.gpsa.reference import attention_map
+    from convit.pytorch.diagnostics import _project, attentions, layer_inputs
+
+    batch = image[None] if image.ndim == 3 else image
+    if batch.ndim != 4 or len(batch) != 1:
+        raise ValueError(f"image must be [C, H, W] or [1, C, H, W], got {list(image.shape)}")
+    batch = batch.to(next(model.parameters()).device)
+    modules = attentions(model)
+    depth = len(modules)
+    chosen = sorted({round(i) for i in np.linspace(0, depth - 1, min(4, depth))}) if layers is None else list(layers)
+    if not chosen or not all(-depth <= layer < depth for layer in chosen):
+        raise ValueError(f"layers must be among 0..{depth - 1}, got {chosen}")
+    inputs = layer_inputs(model, batch)
+    gh, gw = next(iter(inputs.values()))[1]
+    row, column = query if query is not None else (gh // 2, gw // 2)
+    if not (0 <= row < gh and 0 <= column < gw):
+        raise ValueError(f"query must be a patch of the {gh} x {gw} grid, got {row},{column}")
+    maps = []
+    with torch.no_grad():
+        for layer in chosen:
+            name, module = modules[layer]
+            x, grid = inputs[name]
+            prefix = x.shape[1] - gh * gw
+            at = prefix + row * gw + column
+            if hasattr(module, "gating_param"):
+                q, k = _project(module.qk(x), 2, module.num_heads)
+                full = attention_map(q, k, module.pos_proj.weight.float(), module.gating_param.float(), grid, module.scale)[0, :, at]
+            else:
+                q, k, _ = _project(module.qkv(x), 3, module.num_heads)
+                full = ((q[0, :, at : at + 1] @ k[0].transpose(-2, -1)) * module.scale).softmax(-1)[:, 0]
+            maps.append((f"layer {layer % depth + 1}", full[:heads, prefix:].reshape(-1, gh, gw).cpu().numpy()))
+    shown = _picture(batch[0].float().cpu().numpy() if picture is None else picture)
+    height, width = shown.shape[:2]
+    grey = shown.mean(-1)
+    columns = 1 + max(len(layer) for _, layer in maps)
+    tile = 1.45
+    size = (tile * columns * min(width / height, 1.6) + 0.4, tile * len(maps) + 0.3)
+    with _figure(path, (len(maps), columns), size, tight=True) as (figure, axes):
+        for line, (name, layer) in enumerate(maps):
+            for spot in range(columns):
+                panel = axes[line][spot]
+                panel.set(xticks=[], yticks=[])
+                panel.grid(False)
+                panel.spines[:].set_visible(False)
+                if spot == 0:
+                    panel.imshow(shown, extent=(0, gw, gh, 0), aspect=(height * gw) / (width * gh))
+                    panel.add_patch(_square(column, row))
+                    panel.set_ylabel(name)
+                elif spot <= len(layer):
+                    panel.imshow(grey, extent=(0, gw, gh, 0), aspect=(height * gw) / (width * gh), cmap="gray", vmin=0, vmax=1)
+                    heat = layer[spot - 1] / max(layer[spot - 1].max(), 1e-12)
+                    panel.imshow(heat, extent=(0, gw, gh, 0), aspect=(height * gw) / (width * gh), cmap=_HEAT, alpha=0.62, vmin=0, vmax=1)
+                    panel.add_patch(_square(column, row))
+                    if line == 0:
+                        panel.set_title(f"head {spot}")
+                else:
+                    panel.axis("off")
+    return Path(path)
+
+
+def _square(column: int, row: int) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((column, row), 1, 1, fill=False, edgecolor="#56B4E9", linewidth=1.4)
+
+
+def _picture(image: Any) -> np.ndarray:
+    """[H, W, 3] in 0..1 from [C, H, W] or [H, W, C] or [H, W] of any range."""
+    array = np.asarray(image, dtype=np.float64)
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.shape[-1] == 1:
+        array = array.repeat(3, axis=-1)
+    low, high = array.min(), array.max()
+    if low >= 0 and high <= 1:
+        return array[:, :, :3]
+    if low >= 0 and high > 1 and high <= 255:
+        return array[:, :, :3] / 255
+    return (array[:, :, :3] - low) / max(high - low, 1e-12)
+
+
+def trained_model(run: Path) -> tuple[Any, Any]:
+    """The best model of a PyTorch run, in evaluation mode, and the run's recipe.
+
+    Raises:
+        FileNotFoundError: ``run`` has no recipe.yaml, or neither best.pth nor last.pth.
+    """
+    from convit.checkpoints import load_checkpoint, read
+    from convit.config import load_recipe
+    from convit.pytorch.train import build_model
+
+    weights = next((run / name for name in ("best.pth", "last.pth") if (run / name).exists()), None)
+    if weights is None or not (run / "recipe.yaml").exists():
+        raise FileNotFoundError(f"{run} must hold recipe.yaml and best.pth or last.pth of a PyTorch training run")
+    recipe = load_recipe(run / "recipe.yaml", {"pretrained": False, "ckpt_path": ""})
+    classes = read(weights).tensors["head.weight"].shape[0]
+    return load_checkpoint(build_model(recipe, classes), weights).eval(), recipe
+
+
+def load_image(path: str | os.PathLike[str], size: tuple[int, int], channels: int, mean: Sequence[float], std: Sequence[float]) -> Any:
+    """An image file as a normalised tensor [channels, *size]: scaled to cover the size, then cropped in the middle.
+
+    Args:
+        path: Any file that Pillow reads.
+        size: (height, width).
+        channels: 1 or 3.
+        mean, std: Per channel, in 0..1.
+
+    Raises:
+        ValueError: The file is no image.
+    """
+    import torch
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("L" if channels == 1 else "RGB")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not an image that can be read: {error}") from error
+    image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
+    array = np.asarray(image, dtype=np.float32).reshape(*size, channels) / 255
+    array = (array - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+
+
+class _figure:
+    """A figure in our style that becomes ``path`` when the block ends well; nothing is left of it otherwise."""
+
+    def __init__(self, path: str | os.PathLike[str], panels: int | tuple[int, int], size: tuple[float, float], tight: bool = False) -> None:
+        self.path, self.panels, self.size, self.tight = Path(path), panels, size, tight
+
+    def __enter__(self) -> tuple[Any, Any]:
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+        self.style = matplotlib.rc_context(_STYLE)
+        self.style.__enter__()
+        rows, columns = self.panels if isinstance(self.panels, tuple) else (1, self.panels)
+        # not pyplot: no global state, no window, whatever backend the caller uses
+        engine = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02) if self.tight else ConstrainedLayoutEngine()
+        self.figure = Figure(figsize=self.size, layout=engine)
+        FigureCanvasAgg(self.figure)
+        axes = self.figure.subplots(rows, columns, squeeze=False)
+        if isinstance(self.panels, tuple):
+            return self.figure, axes
+        return self.figure, axes[0, 0] if self.panels == 1 else axes[0]
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        from convit.checkpoint_files import replacing
+
+        try:
+            if kind is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(self.path) as file:
+                    self.figure.savefig(file, format=self.path.suffix[1:] or "png", bbox_inches="tight")
+        finally:
+            self.style.__exit__(kind, error, trace)
+
+
+def _records(log: Any) -> Sequence[dict[str, Any]]:
+    records = read_log(log) if isinstance(log, (str, os.PathLike)) else list(log)
+    if not records:
+        raise ValueError("log must hold at least one epoch")
+    return records
+
+
+def _series(records: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    found = [(record["epoch"] + 1, record[name]) for record in records if isinstance(record.get(name), (int, float))]
+    found = [(epoch, value) for epoch, value in found if math.isfinite(value)]
+    return [epoch for epoch, _ in found], [value for _, value in found]
+
+
+def _spans_decades(records: Sequence[dict[str, Any]]) -> bool:
+    values = [value for name in ("train_loss", "val_loss") for value in _series(records, name)[1]]
+    return bool(values) and min(values) > 0 and max(values) / min(values) > 30
+
+
+def _colours(layers: int) -> Any:
+    import matplotlib
+
+    return matplotlib.colormaps[_LAYERS](np.linspace(0.0, 0.9, layers))
+
+
+def _layer_bar(figure: Any, axes: Any, layers: int) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+
+    colours = ScalarMappable(BoundaryNorm(np.arange(0.5, layers + 1), layers), ListedColormap(_colours(layers)))
+    bar = figure.colorbar(colours, ax=axes, ticks=range(1, layers + 1), pad=0.02, aspect=30)
+    bar.set_label("layer")
+    bar.outline.set_visible(False)
+    bar.minorticks_off()
+
+
+def _point(text: str) -> tuple[int, int]:
+    try:
+        row, column = text.split(",")
+        return int(row), int(column)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected ROW,COLUMN, got {text!r}") from None

@@ -1,0 +1,147 @@
+"""Published ImageNet-1K weights: where they are, how they are checked, and the cache.
+
+| source   | variants            | checksum                                                                    |
+|----------|---------------------|-----------------------------------------------------------------------------|
+| "timm"   | tiny, small, base   | SHA-256 that the Hugging Face hub states with the file                      |
+| "mindcv" | all six             | first eight digits of the SHA-256, by MindCV's convention in the file name  |
+| "fair"   | tiny, small, base   | none is published: the SHA-256 of the first download is kept and checked    |
+"""
+
+import hashlib
+import os
+import re
+import sys
+import urllib.request
+from pathlib import Path
+
+from convit.checkpoint_files import replacing
+
+_FAIR = "https://dl.fbaipublicfiles.com/convit/"
+_MINDCV = "https://download.mindspore.cn/toolkits/mindcv/convit/"
+_HUB = "https://huggingface.co"  # HF_ENDPOINT replaces it
+_TIMM = "/timm/{}.fb_in1k/resolve/main/model.safetensors"
+
+ADDRESSES = {
+    "timm": {name: _TIMM.format(name) for name in ("convit_tiny", "convit_small", "convit_base")},
+    "mindcv": {
+        "convit_tiny": _MINDCV + "convit_tiny-e31023f2.ckpt",
+        "convit_tiny_plus": _MINDCV + "convit_tiny_plus-e9d7fb92.ckpt",
+        "convit_small": _MINDCV + "convit_small-ba858604.ckpt",
+        "convit_small_plus": _MINDCV + "convit_small_plus-2352b9f7.ckpt",
+        "convit_base": _MINDCV + "convit_base-c61b808c.ckpt",
+        "convit_base_plus": _MINDCV + "convit_base_plus-5c61c9ce.ckpt",
+    },
+    "fair": {name: f"{_FAIR}{name}.pth" for name in ("convit_tiny", "convit_small", "convit_base")},
+}
+TIMEOUT = 20  # seconds without an answer
+
+
+def variants(source: str | None = None) -> tuple[str, ...]:
+    """The variants with published weights: of one source, or of any."""
+    return tuple(ADDRESSES[source]) if source else tuple(dict.fromkeys(name for names in ADDRESSES.values() for name in names))
+
+
+def fetch(name: str, source: str | None = None) -> Path:
+    """The path of a variant's published weights; downloaded at first, then from the cache.
+
+    The cache is ``convit`` in torch hub's folder of checkpoints (``TORCH_HOME``). A file appears there only when it is complete and its
+    checksum is right, and is checked again at each use. Weights that ``huggingface_hub`` has already cached are used as they are.
+
+    Args:
+        name: The variant.
+        source: "timm" (tiny, small, base), "mindcv" (all six) or "fair" (tiny, small, base); default: timm's if it has the variant,
+            else MindCV's.
+
+    Raises:
+        ValueError: Unknown name or source; or the checksum is wrong.
+        OSError: The download failed; the message has the address and how to pass a file instead.
+    """
+    if source is None:
+        source = "mindcv" if name in ADDRESSES["mindcv"] and name not in ADDRESSES["timm"] else "timm"
+    if source not in ADDRESSES:
+        raise ValueError(f"source must be one of {', '.join(ADDRESSES)}, got {source!r}")
+    if name not in ADDRESSES[source]:
+        raise ValueError(f"{source} publishes no weights for {name!r}, only for {', '.join(ADDRESSES[source])}")
+    address = ADDRESSES[source][name]
+    if source == "timm":
+        known = _hub_cache(name)
+        if known is not None:
+            return known
+        address = os.environ.get("HF_ENDPOINT", _HUB).rstrip("/") + address
+    folder = cache_folder()
+    path = folder / (f"{name}.fb_in1k.safetensors" if source == "timm" else address.rsplit("/", 1)[1])
+    record = path.with_name(path.name + ".sha256")
+    prefix = re.search(r"-([0-9a-f]{8})\.ckpt$", path.name)
+    expected = prefix[1] if prefix else ""
+    if path.exists():
+        if record.exists():
+            expected = record.read_text().strip()
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if not digest.startswith(expected):
+            raise ValueError(f"{path} is damaged: its SHA-256 is {digest}, expected {expected}; delete it to download it again")
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        digest = _download(address, path, expected, from_hub=source == "timm")
+    except OSError as error:
+        reason = getattr(error, "reason", None) or error
+        raise OSError(
+            f"cannot download {address} ({reason}). Fetch it where there is a network and pass the file: "
+            f"create_model({name!r}, pretrained='/path/to/{path.name}'), or put it at {path}"
+        ) from error
+    with replacing(record) as file:
+        file.write(digest.encode())
+    return path
+
+
+def cache_folder() -> Path:
+    """``convit`` in torch hub's folder of checkpoints; torch itself is not needed."""
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "hub"):
+        return Path(torch.hub.get_dir()) / "checkpoints" / "convit"
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("TORCH_HOME", os.path.join(cache, "torch"))
+    return Path(home).expanduser() / "hub" / "checkpoints" / "convit"
+
+
+def _hub_cache(name: str) -> Path | None:
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    found = try_to_load_from_cache(f"timm/{name}.fb_in1k", "model.safetensors")
+    return Path(found) if isinstance(found, str) else None
+
+
+class _KeepChecksum(urllib.request.HTTPRedirectHandler):
+    """Remembers the checksum that the hub states in its redirect to the storage."""
+
+    checksum = ""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        self.checksum = self.checksum or _stated(headers)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _stated(headers) -> str:
+    tag = (headers.get("X-Linked-ETag") or "").strip('W/"')
+    return tag if re.fullmatch(r"[0-9a-f]{64}", tag) else ""
+
+
+def _download(address: str, path: Path, expected: str, *, from_hub: bool) -> str:
+    """Download to ``path`` if the length and the checksum are right; return the SHA-256."""
+    redirects = _KeepChecksum()
+    request = urllib.request.Request(address, headers={"User-Agent": "convit"})
+    with urllib.request.build_opener(redirects).open(request, timeout=TIMEOUT) as answer, replacing(path) as file:
+        if from_hub:
+            expected = redirects.checksum or _stated(answer.headers)
+        length, sha, size = answer.headers.get("Content-Length"), hashlib.sha256(), 0
+        while chunk := answer.read(1 << 20):
+            file.write(chunk)
+            sha.update(chunk)
+            size += len(chunk)
+        if length is not None and size != int(length):
+            raise OSError(f"the connection ended after {size} of {length} bytes")
+        if not sha.hexdigest().startswith(expected):
+            raise ValueError(f"{address} has the SHA-256 {sha.hexdigest()}, expected {expected}: damaged, or not the published file")
+    return sha.hexdigest()

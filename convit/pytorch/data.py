@@ -1,0 +1,535 @@
+"""Data for training and evaluation: readers, transforms and a loader that can start at any step of any epoch.
+
+The order of an epoch is a function of (seed, epoch) and the random part of a sample one of (seed, epoch, position in the epoch),
+whatever the number of processes or workers. So a resumed run sees exactly what it would have seen, a dead worker costs nothing but
+time, and N processes see the images that one process with an N-fold batch sees. timm supplies readers, transforms and mixing;
+its loaders are not used, because they can only start at the beginning of an epoch.
+"""
+
+import hashlib
+import io
+import logging
+import random
+import signal
+import struct
+import tarfile
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from convit.config import Recipe
+from convit.pytorch.distributed import World
+
+logger = logging.getLogger("convit")
+
+SPLITS = {"val": ("val", "validation", "valid", "test"), "validation": ("validation", "val", "valid"), "train": ("train", "training")}
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff")
+WORKER_RESTARTS = 3
+
+
+class BadImage(NamedTuple):
+    """An image that could not be read."""
+
+    name: str
+    reason: str
+
+
+class Batch(NamedTuple):
+    """``images`` [n, C, H, W] float32, ``targets`` [n] int64; ``share`` of the optimiser step's samples; ``bad`` ones met on the way."""
+
+    images: Tensor
+    targets: Tensor
+    share: float
+    bad: list[BadImage]
+
+
+def mix_seed(*numbers: int) -> int:
+    """A 32-bit seed that depends on every number and their order."""
+    packed = struct.pack(f"<{len(numbers)}q", *numbers)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=4).digest(), "little")
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, the generators of Python, NumPy and torch (CPU) start from ``seed``; outside they are as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+# --- sources: len(), targets, classes, name(i), open(i) ---
+
+
+class FolderSource:
+    """A tree of image folders, one per class, read as timm reads it."""
+
+    def __init__(self, root: Path) -> None:
+        from timm.data.readers.reader_image_folder import ReaderImageFolder
+
+        try:
+            self.reader = ReaderImageFolder(str(root))
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
+        self.targets = [target for _, target in self.reader.samples]
+        self.classes = [str(name) for name in self.reader.class_to_idx]
+
+    def name(self, index: int) -> str:
+        return self.reader.samples[index][0]
+
+    def open(self, index: int) -> Any:
+        return open(self.reader.samples[index][0], "rb")
+
+
+class TarSource:
+    """Tar shards in webdataset's layout: ``key.jpg`` beside ``key.cls``. Indexed, not streamed, so that any sample can be reached."""
+
+    def __init__(self, shards: list[Path]) -> None:
+        self.samples: list[tuple[str, str, int, int]] = []  # shard, key, offset and size of the image
+        self.targets: list[int] = []
+        for shard in shards:
+            self._index(str(shard))
+        if not self.samples:
+            raise ValueError(f"no image with a .cls label in {len(shards)} tar shards, the first of which is {shards[0]}")
+        self.classes = [str(i) for i in range(max(self.targets) + 1)]
+
+    def _index(self, shard: str) -> None:
+        images, labels = {}, {}
+        try:
+            with tarfile.open(shard, "r:") as tar:
+                for member in tar:
+                    folder, _, base = member.name.rpartition("/")
+                    stem, _, suffix = base.partition(".")
+                    key = f"{folder}/{stem}"
+                    if suffix.lower() in IMAGE_SUFFIXES:
+                        images[key] = (member.offset_data, member.size)
+                    elif suffix == "cls":
+                        labels[key] = int(tar.extractfile(member).read())  # type: ignore[union-attr]
+        except (tarfile.TarError, ValueError, EOFError) as error:
+            raise ValueError(f"{shard} is not an uncompressed tar of key.jpg and key.cls files: {error}") from None
+        for key, (offset, size) in images.items():
+            if key in labels:
+                self.samples.append((shard, key, offset, size))
+                self.targets.append(labels[key])
+
+    def name(self, index: int) -> str:
+        shard, key, _, _ = self.samples[index]
+        return f"{shard}:{key.lstrip('/')}"
+
+    def open(self, index: int) -> Any:
+        shard, _, offset, size = self.samples[index]
+        with open(shard, "rb") as file:
+            file.seek(offset)
+            return io.BytesIO(file.read(size))
+
+
+class HfSource:
+    """A split of a Hugging Face data set on disk: parquet or arrow files, an image folder with metadata, or a ``save_to_disk`` folder."""
+
+    def __init__(self, root: Path, splits: tuple[str, ...]) -> None:
+        try:
+            import datasets
+        except ImportError:
+            raise ImportError("Hugging Face data needs the package datasets: pip install 'convit[train]'") from None
+        if (root / "dataset_dict.json").exists() or (root / "state.json").exists():
+            data = datasets.load_from_disk(str(root))
+        else:
+            data = datasets.load_dataset(str(root))
+        if isinstance(data, dict):
+            found = next((name for name in splits if name in data), None)
+            if found is None:
+                raise ValueError(f"{root} has the splits {', '.join(data)}, none of {', '.join(splits)}")
+            data = data[found]
+        kinds = {name: type(feature).__name__ for name, feature in data.features.items()}
+        self.image = next((name for name, kind in kinds.items() if kind == "Image"), None)
+        self.label = next((name for name, kind in kinds.items() if kind == "ClassLabel"), "label" if "label" in kinds else None)
+        if self.image is None or self.label is None:
+            raise ValueError(f"{root} needs an image column and a label column, it has {kinds}")
+        self.targets = [int(label) for label in data[self.label]]
+        self.classes = getattr(data.features[self.label], "names", None) or [str(i) for i in range(max(self.targets) + 1)]
+        self.data = data.cast_column(self.image, datasets.Image(decode=False))
+
+    def name(self, index: int) -> str:
+        return f"row {index}"
+
+    def open(self, index: int) -> Any:
+        image = self.data[index][self.image]
+        return io.BytesIO(image["bytes"]) if image["bytes"] else open(image["path"], "rb")
+
+
+class DigitsSource:
+    """scikit-learn's digits: [n, 1, s, s] float32 in 0 to 1 (8 x 8 pixels resized to s), a fixed stratified fifth kept for testing."""
+
+    classes = [str(digit) for digit in range(10)]
+
+    def __init__(self, train: bool, size: int) -> None:
+        try:
+            from sklearn.datasets import load_digits
+            from sklearn.model_selection import train_test_split
+        except ImportError:
+            raise ImportError("the digits need scikit-learn: pip install 'convit[train]'") from None
+        images, targets = load_digits(return_X_y=True)
+        parts = train_test_split(images, targets, test_size=0.2, stratify=targets, random_state=0)
+        pixels, labels = (parts[0], parts[2]) if train else (parts[1], parts[3])
+        small = torch.tensor(pixels, dtype=torch.float32).div(16).reshape(-1, 1, 8, 8)
+        self.images = torch.nn.functional.interpolate(small, size=(size, size), mode="bilinear", align_corners=False)
+        self.targets = [int(label) for label in labels]
+
+
+Source = FolderSource | TarSource | HfSource | DigitsSource
+
+
+def open_source(recipe: Recipe, train: bool) -> Source:
+    """The split that ``recipe`` names.
+
+    Raises:
+        ValueError: ``data_dir`` is not set or holds no such data.
+        FileNotFoundError: ``data_dir`` or the split does not exist.
+    """
+    if recipe.dataset == "digits":
+        return DigitsSource(train, recipe.image_resize)
+    if not recipe.data_dir:
+        raise ValueError(f"data_dir must name the folder of the data set ({recipe.dataset}); --config digits needs none")
+    root = Path(recipe.data_dir).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"data_dir {root} is no folder")
+    split = recipe.train_split if train else recipe.val_split
+    names = SPLITS.get(split, (split,))
+    shards = next((found for name in names if (found := sorted([*root.glob(f"{name}*.tar"), *root.glob(f"{name}/*.tar")]))), [])
+    kind = recipe.dataset
+    if kind == "imagenet":
+        saved = any((root / name).exists() for name in ("dataset_dict.json", "state.json", "dataset_info.json"))
+        columns = any(next(root.glob(pattern), None) for pattern in ("*.parquet", "data/*.parquet", "*/*.parquet", "*.arrow"))
+        kind = "wds" if shards else "hfds" if saved or columns else "folder"
+    if kind == "hfds":
+        return HfSource(root, names)
+    if kind == "wds":
+        if not shards:
+            raise FileNotFoundError(f"no tar shards {split}*.tar or {split}/*.tar in {root}")
+        return TarSource(shards)
+    folder = next((root / name for name in names if (root / name).is_dir()), None)
+    if folder is None:
+        raise FileNotFoundError(f"data_dir {root} has no folder {split!r}; --{'train' if train else 'val'}_split names another")
+    return FolderSource(folder)
+
+
+def choose_samples(targets: list[int], num_classes: int | None, sampling_ratio: float = 1.0, num_samples: int | None = None) -> list[int]:
+    """Indices of the first ``num_classes`` classes, of each the first ``sampling_ratio`` share (rounded down, as FAIR does), at most
+    ``num_samples`` in all."""
+    labels = np.asarray(targets)
+    keep = np.ones(len(labels), bool) if num_classes is None else labels < num_classes
+    if sampling_ratio < 1.0:
+        for label in np.unique(labels):
+            where = np.flatnonzero(labels == label)
+            keep[where[int(len(where) * sampling_ratio) :]] = False
+    chosen = np.flatnonzero(keep)[:num_samples].tolist()
+    if not chosen:
+        raise ValueError(f"no sample left of {len(targets)} with num_classes={num_classes}, sampling_ratio={sampling_ratio}")
+    return chosen
+
+
+# --- transforms ---
+
+
+def normalisation(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """``mean`` and ``std`` of images in 0 to 1; MindCV gives them for 0 to 255."""
+    by = 255.0 if max(recipe.mean) > 1 else 1.0
+    return tuple(value / by for value in recipe.mean), tuple(value / by for value in recipe.std)
+
+
+def train_transform(recipe: Recipe) -> Any:
+    """timm's training transform, PIL image to [C, H, W]."""
+    from timm.data import create_transform
+    from timm.data.random_erasing import RandomErasing
+
+    mean, std = normalisation(recipe)
+    jitter: Any = recipe.color_jitter
+    area: Any = tuple(recipe.scale)
+    aspect: Any = tuple(recipe.ratio)
+    transform = create_transform(
+        recipe.image_resize,
+        is_training=True,
+        scale=area,
+        ratio=aspect,
+        hflip=recipe.hflip,
+        vflip=recipe.vflip,
+        color_jitter=tuple(jitter) if isinstance(jitter, list) else jitter,
+        auto_augment=timm_policy(recipe.auto_augment),
+        interpolation=recipe.interpolation,
+        mean=mean,
+        std=std,
+    )
+    if recipe.re_prob > 0:  # added here for the ranges, which create_transform fixes
+        (low, high), (narrow, wide) = recipe.re_scale, recipe.re_ratio
+        mode = "pixel" if recipe.re_value == "random" else "const"
+        transform.transforms.append(RandomErasing(recipe.re_prob, low, high, narrow, wide, mode=mode, device="cpu"))
+    return transform
+
+
+def eval_transform(recipe: Recipe) -> Any:
+    """timm's evaluation transform: resize, centre crop, normalise."""
+    from timm.data import create_transform
+
+    mean, std = normalisation(recipe)
+    return create_transform(recipe.image_resize, crop_pct=recipe.crop_pct, interpolation=recipe.interpolation, mean=mean, std=std)
+
+
+def timm_policy(policy: str | None) -> str | None:
+    """MindCV's name of an augmentation policy in timm's words: autoaug -> original, autoaugr -> originalr, randaug -> rand."""
+    if policy is None:
+        return None
+    head, dash, rest = policy.partition("-")
+    return {"autoaug": "original", "autoaugr": "originalr", "randaug": "rand"}.get(head, head) + dash + rest
+
+
+# --- training ---
+
+
+class _Samples(Dataset):
+    """Maps (epoch, position, index) to (image, target, bad). An unreadable image is replaced by the next readable one."""
+
+    def __init__(self, source: Source, chosen: list[int], transform: Any, mode: str, seed: int) -> None:
+        self.source, self.chosen, self.transform, self.mode, self.seed = source, chosen, transform, mode, seed
+
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int, list[BadImage]]:
+        epoch, position, which = key
+        bad = []
+        with seeded(mix_seed(self.seed, epoch, position)):
+            for step in range(min(100, len(self.chosen))):
+                index = self.chosen[(which + step) % len(self.chosen)]
+                image = read_image(self.source, index, self.mode)
+                if isinstance(image, BadImage):
+                    bad.append(image)
+                    continue
+                return self.transform(image), self.source.targets[index], bad
+        raise ValueError(f"{len(bad)} images in a row cannot be read, from {bad[0].name} ({bad[0].reason})")
+
+
+def read_image(source: Any, index: int, mode: str) -> Image.Image | BadImage:
+    """Decode sample ``index`` in full. Every way in which Pillow refuses a file comes back as a ``BadImage``."""
+    try:
+        with source.open(index) as file:
+            return Image.open(file).convert(mode)
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        return BadImage(source.name(index), f"{type(error).__name__}: {error}")
+
+
+def _collate(samples: list[tuple[Tensor, int, list[BadImage]]]) -> tuple[Tensor, Tensor, list[BadImage]]:
+    images, targets, bad = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(targets), [one for group in bad for one in group]
+
+
+class _Order:
+    """Batch sampler of one epoch from step ``start``: yields this process's forward passes as lists of (epoch, position, index)."""
+
+    def __init__(self, data: "TrainData") -> None:
+        self.data, self.epoch, self.start = data, 0, 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        order = self.data.order(self.epoch)
+        for step in range(self.start, self.data.steps_per_epoch):
+            for part in self.data.parts(step):
+                yield [(self.epoch, int(position), int(order[position])) for position in part]
+
+    def __len__(self) -> int:
+        return (self.data.steps_per_epoch - self.start) * self.data.accumulation
+
+
+class TrainData:
+    """The training split, as batches of this process from any step of any epoch.
+
+    A step's samples are consecutive in the epoch's order; forward pass a of process r takes the share a * processes + r of them.
+    """
+
+    def __init__(self, recipe: Recipe, world: World, device: torch.device) -> None:
+        self.recipe, self.world, self.device = recipe, world, device
+        self.source = open_source(recipe, train=True)
+        self.chosen = choose_samples(self.source.targets, recipe.num_classes, recipe.sampling_ratio, recipe.num_samples)
+        self.num_classes = recipe.num_classes or len(self.source.classes)
+        self.accumulation = recipe.gradient_accumulation_steps
+        self.shares = self.accumulation * world.size
+        self.global_batch = recipe.batch_size * self.shares
+        self.samples_per_epoch = len(self.order(0))
+        whole, rest = divmod(self.samples_per_epoch, self.global_batch)
+        # a rest too small to give every share a sample is dropped in any case
+        self.steps_per_epoch = whole + (not recipe.drop_remainder and rest >= self.shares)
+        if not self.steps_per_epoch:
+            raise ValueError(f"the global batch of {self.global_batch} exceeds the {self.samples_per_epoch} samples of an epoch")
+        self.worker_deaths = 0
+        self._loader: DataLoader | None = None
+        if isinstance(self.source, DigitsSource):
+            mean, std = normalisation(recipe)
+            self._images = (self.source.images - mean[0]) / std[0]
+            self._targets = torch.tensor(self.source.targets)
+            self._blank = -mean[0] / std[0]
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Indices into ``chosen`` in the order of ``epoch``: [samples_per_epoch]."""
+        count, recipe = len(self.chosen), self.recipe
+        if recipe.aug_repeats > 1:
+            from timm.data.distributed_sampler import RepeatAugSampler
+
+            sampler = RepeatAugSampler(range(count), 1, 0, recipe.shuffle, recipe.aug_repeats, selected_round=0)
+            sampler.set_epoch(mix_seed(recipe.seed, epoch))
+            return np.fromiter(sampler, np.int64)
+        if not recipe.shuffle:
+            return np.arange(count)
+        return np.random.default_rng(mix_seed(recipe.seed, epoch)).permutation(count)
+
+    def parts(self, step: int) -> list[np.ndarray]:
+        """Positions of this process's forward passes in ``step``."""
+        first = step * self.global_batch
+        last = min(first + self.global_batch, self.samples_per_epoch)
+        return np.array_split(np.arange(first, last), self.shares)[self.world.rank :: self.world.size]
+
+    def batches(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
+        """This process's batches of ``epoch`` from ``start``, ``accumulation`` of them per step."""
+        made = self._digits(epoch, start) if isinstance(self.source, DigitsSource) else self._load(epoch, start)
+        for number, (images, targets, bad) in enumerate(made):
+            step = start + number // self.accumulation
+            size = min(self.global_batch, self.samples_per_epoch - step * self.global_batch)
+            yield Batch(images, targets, len(targets) / size, bad)
+
+    def _digits(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, list[BadImage]]]:
+        order, reach = self.order(epoch), self.recipe.shift
+        shifts = np.random.default_rng(mix_seed(self.recipe.seed, epoch, 1)).integers(0, 2 * reach + 1, (len(order), 2))
+        padded = torch.nn.functional.pad(self._images[:, 0], [reach] * 4, value=self._blank)
+        pixels = torch.arange(self.recipe.image_resize)
+        for step in range(start, self.steps_per_epoch):
+            for part in self.parts(step):
+                index = torch.tensor([self.chosen[i] for i in order[part]])
+                shift = torch.from_numpy(shifts[part])
+                rows, columns = shift[:, 0, None, None] + pixels[:, None], shift[:, 1, None, None] + pixels
+                yield padded[index[:, None, None], rows, columns].unsqueeze(1), self._targets[index], []
+
+    def _load(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, list[BadImage]]]:
+        done = 0
+        while True:
+            loader = self._make_loader()
+            loader.batch_sampler.epoch, loader.batch_sampler.start = epoch, start + done // self.accumulation  # type: ignore[union-attr]
+            again = done % self.accumulation  # batches of a step that a dead worker cut in two
+            batches = iter(loader)
+            _quiet_child_signals()
+            try:
+                for images, targets, bad in batches:
+                    if again:
+                        again -= 1
+                        continue
+                    done += 1
+                    yield images, targets, bad
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                # a worker's own exception arrives as "Caught ..."; the rest are the many ways in which its death shows
+                if not self.recipe.num_parallel_workers or str(error).startswith("Caught "):
+                    raise
+                self.worker_deaths += 1
+                self._loader = None
+                if self.worker_deaths > WORKER_RESTARTS:
+                    raise RuntimeError(f"data-loading workers died {self.worker_deaths} times; the last: {error}") from None
+                logger.warning("a data-loading worker died (%s); started new ones, no sample is lost", error or type(error).__name__)
+
+    def _make_loader(self) -> DataLoader:
+        if self._loader is None:
+            recipe = self.recipe
+            mode = "L" if recipe.in_channels == 1 else "RGB"
+            self._loader = DataLoader(
+                _Samples(self.source, self.chosen, train_transform(recipe), mode, recipe.seed),
+                batch_sampler=_Order(self),
+                num_workers=recipe.num_parallel_workers,
+                collate_fn=_collate,
+                pin_memory=self.device.type == "cuda",
+                persistent_workers=recipe.num_parallel_workers > 0,
+                worker_init_fn=_one_thread,
+                generator=torch.Generator(),  # its own, so that starting an epoch in the middle draws nothing from ours
+            )
+        return self._loader
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def _quiet_child_signals() -> None:
+    """Let a dead worker be noticed where its data is awaited: torch's handler raises wherever the training step happens to be."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+# --- evaluation ---
+
+
+class _EvalSamples(Dataset):
+    def __init__(self, source: Source, chosen: list[int], transform: Any, mode: str) -> None:
+        self.source, self.chosen, self.transform, self.mode = source, chosen, transform, mode
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, which: int) -> tuple[Tensor, int] | BadImage:
+        index = self.chosen[which]
+        image = read_image(self.source, index, self.mode)
+        return image if isinstance(image, BadImage) else (self.transform(image), self.source.targets[index])
+
+
+def _collate_eval(samples: list) -> tuple[Tensor | None, Tensor | None, list[BadImage]]:
+    good = [sample for sample in samples if not isinstance(sample, BadImage)]
+    bad = [sample for sample in samples if isinstance(sample, BadImage)]
+    if not good:
+        return None, None, bad
+    return torch.stack([image for image, _ in good]), torch.tensor([target for _, target in good]), bad
+
+
+class EvalData:
+    """This process's part of the validation split, in order, nothing padded or repeated. Unreadable images are left out and named."""
+
+    def __init__(self, recipe: Recipe, world: World, device: torch.device, num_classes: int | None = None) -> None:
+        self.recipe = recipe
+        self.source = open_source(recipe, train=False)
+        chosen = choose_samples(self.source.targets, num_classes)
+        self.size = len(chosen)
+        self.chosen = np.array_split(chosen, world.size)[world.rank].tolist()
+        self.bad: list[BadImage] = []
+        self._loader: DataLoader | None = None
+        if isinstance(self.source, DigitsSource):
+            mean, std = normalisation(recipe)
+            self._images, self._targets = (self.source.images - mean[0]) / std[0], torch.tensor(self.source.targets)
+        else:
+            mode = "L" if recipe.in_channels == 1 else "RGB"
+            self._loader = DataLoader(
+                _EvalSamples(self.source, self.chosen, eval_transform(recipe), mode),
+                recipe.batch_size,
+                num_workers=recipe.num_parallel_workers,
+                collate_fn=_collate_eval,
+                pin_memory=device.type == "cuda",
+                worker_init_fn=_one_thread,
+                generator=torch.Generator(),
+            )
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, targets) per batch; ``bad`` lists what this pass left out."""
+        self.bad = []
+        if self._loader is None:
+            for first in range(0, len(self.chosen), self.recipe.batch_size):
+                index = torch.tensor(self.chosen[first : first + self.recipe.batch_size])
+                yield self._images[index], self._targets[index]
+            return
+        batches = iter(self._loader)
+        _quiet_child_signals()
+        for images, targets, bad in batches:
+            self.bad += bad
+            if images is not None:
+                yield images, targets

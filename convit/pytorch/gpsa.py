@@ -1,0 +1,222 @@
+"""The attention modules of ConViT: GPSA and MHSA, with timm's signatures and state dicts."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from convit import ops
+from convit.kernels.gpsa import reference
+
+
+def square_grid(tokens: int) -> tuple[int, int]:
+    """The square grid of ``tokens`` patches; ``ValueError`` if there is none."""
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ValueError(f"N = {tokens} patches form no square grid: pass grid=(gh, gw) with gh * gw == {tokens}")
+    return side, side
+
+
+def local_offsets(num_heads: int) -> list[tuple[float, float]]:
+    """Where each head looks after ``GPSA.local_init``: one (dx, dy) per head, in patches.
+
+    As in the paper, the first k * k heads (k = floor(sqrt(H))) stand on a k x k square centred on the query, column by column. Where
+    H is no square, the paper leaves the further heads at random; here they take the free points of the same lattice nearest to
+    the query, ties row by row, so that every head starts as a convolution.
+    """
+    k = math.isqrt(num_heads)
+    centre = (k - 1) / 2
+    square = [(h2 - centre, h1 - centre) for h2 in range(k) for h1 in range(k)]
+    around = [(x - centre, y - centre) for y in range(-1, k + 1) for x in range(-1, k + 1)]
+    around = sorted((o for o in around if o not in square), key=lambda o: (o[0] ** 2 + o[1] ** 2, o[1], o[0]))
+    return square + around[: num_heads - k * k]
+
+
+class GPSA(nn.Module):
+    """Gated positional self-attention (d'Ascoli et al. 2021, section 3), in place of timm's module of the same name.
+
+    Args:
+        dim: Channels C of the input, a multiple of ``num_heads``.
+        num_heads: Heads H.
+        qkv_bias: Whether the query, key and value projections have biases.
+        attn_drop: Dropout on the gated mix of the softmaxes. Above 0 it is slow while training: only the reference has it.
+        proj_drop: Dropout after the output projection.
+        locality_strength: Sharpness of the local initialisation, alpha in the paper.
+
+    Raises:
+        ValueError: ``num_heads`` does not divide ``dim``.
+    """
+
+    # The grid that forward assumes if it is given none and this one has N patches; else the square one.
+    default_grid: tuple[int, int] | None = None
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        locality_strength: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_heads(dim, num_heads)
+        self.dim = dim
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.locality_strength = locality_strength
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.qk = nn.Linear(dim, dim * 2, bias=qkv_bias, **where)
+        self.v = nn.Linear(dim, dim, bias=qkv_bias, **where)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, **where)
+        self.pos_proj = nn.Linear(3, num_heads, **where)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.gating_param = nn.Parameter(torch.ones(num_heads, **where))
+
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Attend over the patches of an image.
+
+        Args:
+            x: [B, N, C], patches in row-major order, no class token.
+            grid: (gh, gw) with gh * gw == N; default ``default_grid`` if it fits, else square.
+
+        Returns:
+            [B, N, C].
+
+        Raises:
+            ValueError: N does not fit the grid, or is no square and no grid is given.
+        """
+        batch, tokens, dim = x.shape
+        q, k = self._query_key(x)
+        v = self.v(x).view(batch, tokens, self.num_heads, -1).transpose(1, 2)
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        out = ops.gpsa(q, k, v, self._position_weight(), self.gating_param, self._grid(tokens, grid), scale=self.scale, dropout_p=dropout_p)
+        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, tokens, dim)))
+
+    def get_attention(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """The gated mix of the two softmaxes, [B, H, N, N], after attention dropout; formed in full, for looking at."""
+        q, k = self._query_key(x)
+        grid = self._grid(x.shape[1], grid)
+        attn = reference.attention_map(q, k, self._position_weight(), self.gating_param, grid, self.scale)
+        return self.attn_drop(attn.to(x.dtype))
+
+    def get_attention_map(self, x: Tensor, return_map: bool = False, grid: tuple[int, int] | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Mean attention distance in patches per head, [H]; with ``return_map`` also the map averaged over the batch, [H, N, N]."""
+        attn = self.get_attention(x, grid).mean(0)
+        distance = _mean_distance(attn, self._grid(x.shape[1], grid))
+        return (distance, attn) if return_map else distance
+
+    @torch.no_grad()
+    def local_init(self) -> None:
+        """Initialise as a convolution: each head attends to one offset (``local_offsets``), values are the identity."""
+        nn.init.eye_(self.v.weight)
+        offsets = self.pos_proj.weight.new_tensor(local_offsets(self.num_heads))
+        self.pos_proj.weight[:, :2] = 2 * self.locality_strength * offsets
+        self.pos_proj.weight[:, 2] = -self.locality_strength
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num_heads={self.num_heads}"
+
+    def _query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        batch, tokens, _ = x.shape
+        q, k = self.qk(x).view(batch, tokens, 2, self.num_heads, -1).unbind(2)
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+    def _position_weight(self) -> Tensor:
+        weight, bias = self.pos_proj.weight, self.pos_proj.bias
+        if torch.is_grad_enabled() and bias.requires_grad and not torch.jit.is_tracing():
+            # the softmax cancels the bias; zero times it gives the optimiser and DDP its gradient, exactly zero
+            weight = weight + 0.0 * bias[:, None]
+        return weight
+
+    def _grid(self, tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+        if grid is not None:
+            return grid
+        default = self.default_grid
+        if default is not None and default[0] * default[1] == tokens:
+            return default
+        return square_grid(tokens)
+
+
+class MHSA(nn.Module):
+    """Plain multi-head self-attention through ``scaled_dot_product_attention``, in place of timm's module of the same name.
+
+    Args:
+        dim: Channels C of the input, a multiple of ``num_heads``.
+        num_heads: Heads H.
+        qkv_bias: Whether the query, key and value projections have biases.
+        attn_drop: Attention dropout.
+        proj_drop: Dropout after the output projection.
+
+    Raises:
+        ValueError: ``num_heads`` does not divide ``dim``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_heads(dim, num_heads)
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias, **where)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, **where)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend over all tokens: [B, N, C] -> [B, N, C]."""
+        batch, tokens, dim = x.shape
+        q, k, v = self._query_key_value(x)
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=self.scale)
+        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, tokens, dim)))
+
+    def get_attention_map(self, x: Tensor, return_map: bool = False, grid: tuple[int, int] | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Mean attention distance in patches per head, [H]; with ``return_map`` also the map averaged over the batch, [H, N, N].
+
+        Tokens before the last gh * gw (class token, registers) have no place on the grid: the distance is taken over the attention
+        among patches, scaled to rows of one. Without ``grid``, N or N - 1 must be a square.
+        """
+        q, k, _ = self._query_key_value(x)
+        attn = ((q @ k.transpose(-2, -1)) * self.scale).softmax(dim=-1).mean(0)
+        tokens = x.shape[1]
+        if grid is None:
+            grid = square_grid(tokens if math.isqrt(tokens) ** 2 == tokens else tokens - 1)
+        prefix = tokens - grid[0] * grid[1]
+        patches = attn[:, prefix:, prefix:]
+        distance = _mean_distance(patches / patches.sum(dim=-1, keepdim=True), grid)
+        return (distance, attn) if return_map else distance
+
+    def extra_repr(self) -> str:
+        return f"dim={self.qkv.in_features}, num_heads={self.num_heads}"
+
+    def _query_key_value(self, x: Tensor) -> tuple[Tensor, ...]:
+        batch, tokens, _ = x.shape
+        return self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _check_heads(dim: int, num_heads: int) -> None:
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
+
+
+def _mean_distance(attn: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Sum over keys of attention times distance, averaged over queries: [H, N, N] -> [H]."""
+    if attn.shape[-1] != grid[0] * grid[1]:
+        raise ValueError(f"grid must have gh * gw == N = {attn.shape[-1]}, got {grid[0]} x {grid[1]}")
+    distance = reference.relative_positions(grid, attn.device)[..., 2].to(attn.dtype).sqrt()
+    return torch.einsum("nm,hnm->h", distance, attn) / attn.shape[-1]

@@ -1,0 +1,108 @@
+"""Evaluation in PyTorch: exact sums over every sample once, on one process or several."""
+
+import time
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+from convit.config import Recipe
+from convit.pytorch.data import BadImage, EvalData
+from convit.pytorch.distributed import World, choose_device, find_world, start, total
+
+
+class Scores(NamedTuple):
+    """Over ``samples`` images: ``top1`` and ``top5`` in percent, the mean cross entropy, images per second, and what could not be read."""
+
+    samples: int
+    top1: float
+    top5: float
+    loss: float
+    images_per_second: float
+    bad: list[BadImage]
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, data: EvalData, world: World, device: torch.device, dtype: torch.dtype | None = None, progress: bool = False
+) -> Scores:
+    """Score ``model``, left in evaluation mode, on ``data``. On several processes each takes its part and all get the sums.
+
+    Raises:
+        ValueError: No image could be read.
+    """
+    model.eval()
+    loss = top1 = top5 = count = 0.0
+    began = time.perf_counter()
+    batches = data
+    if progress:
+        from rich.console import Console
+        from rich.progress import track
+
+        size = -(-len(data.chosen) // data.recipe.batch_size)
+        batches = track(data, "validating", total=size, console=Console(stderr=True))  # type: ignore[assignment]
+    for images, targets in batches:
+        targets = targets.to(device, non_blocking=True)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            logits = model(images.to(device, non_blocking=True)).float()
+        ranks = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+        loss += F.cross_entropy(logits, targets, reduction="sum").item()
+        top1 += ranks[:, 0].sum().item()
+        top5 += ranks.any(dim=1).sum().item()
+        count += len(targets)
+    count, loss, top1, top5 = total([count, loss, top1, top5], world, device)
+    if not count:
+        raise ValueError("no validation image could be read" + (f", from {data.bad[0].name} ({data.bad[0].reason})" if data.bad else ""))
+    seconds = time.perf_counter() - began
+    return Scores(int(count), 100 * top1 / count, 100 * top5 / count, loss / count, count / seconds, data.bad)
+
+
+def saved_recipe(path: str) -> dict[str, Any] | None:
+    """The recipe inside a checkpoint of a training run; ``None`` for any other file."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # of another kind, or damaged: load_checkpoint will say which
+        return None
+    return state.get("recipe") if isinstance(state, dict) else None
+
+
+def validate(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
+    """Measure the model and checkpoint of ``recipe`` on its validation split.
+
+    Returns:
+        model, checkpoint, samples, top1 and top5 (percent), loss (mean cross entropy), images_per_second, bad_images (names).
+
+    Raises:
+        ValueError: Model, checkpoint and data do not fit together.
+        OSError: Checkpoint or data cannot be read.
+    """
+    from convit.pytorch.train import amp_dtype, build_model
+
+    world = find_world()
+    device = choose_device(recipe.device, world)
+    start(world, device)
+    try:
+        data = EvalData(recipe, world, device, recipe.num_classes)
+        model = build_model(recipe, recipe.num_classes or len(data.source.classes)).to(device)
+        if recipe.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        if recipe.compile:
+            model.compile()
+        scores = evaluate(model, data, world, device, amp_dtype(recipe, device), progress and world.rank == 0)
+    finally:
+        if world.size > 1:
+            dist.destroy_process_group()
+    return {
+        "model": recipe.model,
+        "checkpoint": recipe.ckpt_path or ("published" if recipe.pretrained else None),
+        "samples": scores.samples,
+        "top1": scores.top1,
+        "top5": scores.top5,
+        "loss": scores.loss,
+        "images_per_second": round(scores.images_per_second, 2),
+        "bad_images": [image.name for image in scores.bad],
+    }

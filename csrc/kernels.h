@@ -1,0 +1,53 @@
+// What an instruction set's translation unit offers to gpsa.cpp. The sizes of a unit of work and of the scratch memory are decided there.
+#pragma once
+
+#include "gpsa.h"
+
+namespace convit {
+
+// One head's share of a call. Tables hold the position softmax: px[x][z] and py[s][t], rows sum to one.
+struct ForwardJob {
+    const Shape* shape;
+    Heads q, k, v;
+    MutableHeads out;
+    float* lse;                // of this head, [N]
+    const float *px, *py;      // of this head, [gw][gw] and [gh][gh]; py is scaled by g
+    float content_gate;        // 1 - g
+    std::int64_t b, h;
+    std::int64_t begin, end;   // queries; begin is a multiple of query_block
+    std::int64_t next_b, next_h;  // the head that this thread will probably do next, to be fetched meanwhile; next_b = B if none
+    float* scratch;
+};
+
+struct BackwardJob {
+    const Shape* shape;
+    Heads grad_out, q, k, v;
+    MutableHeads dq, dk, dv;
+    const float* lse;
+    const float *px, *py;      // py is not scaled
+    float gate, content_gate;  // g, 1 - g
+    std::int64_t b, h, next_b, next_h;
+    double* partial;           // [4]: dpos_weight / g of this head and batch, then dgating / (g (1 - g))
+    float* scratch;
+};
+
+struct Kernels {
+    const char* name;
+    std::int64_t query_block;
+    std::int64_t (*forward_scratch)(const Shape&);   // floats
+    std::int64_t (*backward_scratch)(const Shape&);  // floats
+    void (*tables)(const float* pos_weight, std::int64_t gh, std::int64_t gw, float* px, float* py, float* row);
+    void (*forward)(const ForwardJob&);
+    void (*backward)(const BackwardJob&);
+};
+
+#if defined(__x86_64__) || defined(__i386__)
+#define CONVIT_X86 1
+extern const Kernels kernels_avx512, kernels_avx2;
+#endif
+#if defined(__aarch64__)
+extern const Kernels kernels_neon;
+#endif
+extern const Kernels kernels_portable;
+
+}  // namespace convit

@@ -1,0 +1,153 @@
+"""Launchers of the C++ kernels (csrc/) for torch tensors on CPU: ``convit::gpsa`` and its gradient under the key "CPU".
+
+    out = ((1 - g) Pc + g P) v,   lse = log sum_j exp(scale q k^T)          shapes in operator.py, mathematics in README.md
+
+Per head: the positional half (1) contracts v with px along x, (2) with g py along y; the content half, per block of queries, (3) scores with
+queries along the lanes, S^T = K Q^T, (4) online softmax over tiles of keys, (5) product with v. The gradient recomputes the
+softmax from ``lse``, whole rows of one block of queries at a time; ``out`` is not needed.
+Deviations from ``reference.py``: the halves are mixed after their products with v, so there is no attention dropout; exp is a polynomial
+(relative error 1e-7); float32 and bfloat16 only, arithmetic in float32.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from convit.kernels.gpsa import operator
+from convit.kernels.gpsa.operator import empty_heads
+
+try:
+    import convit._C as _C
+
+    _broken = None
+except ModuleNotFoundError:
+    _C, _broken = None, "the C++ extension was not built (install with CONVIT_BUILD_EXT=1 to see why)"
+except ImportError as error:
+    _C, _broken = None, f"the C++ extension does not load (built for another Python or machine?): {error}"
+
+if _C is not None and os.environ.get("TRITON_INTERPRET") == "1":
+    _C, _broken = None, "TRITON_INTERPRET=1 gives the CPU to the interpreted Triton kernels"
+
+_DTYPES = ("float32", "bfloat16")
+
+
+def _strided(x: Tensor) -> tuple[int, int, int, int]:
+    return (x.data_ptr(), *x.stride()[:3])
+
+
+def _unit(x: Tensor) -> Tensor:
+    """``x`` with a unit last stride: itself, but for odd views (and D = 1, whose stride may be anything)."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _check(q: Tensor, pos_weight: Tensor, gating: Tensor, grid_h: int, grid_w: int, **others: Tensor) -> None:
+    """What the kernels rely on to stay inside memory: the operator can also be called directly."""
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"q must be float32 or bfloat16, got {q.dtype}")
+    for name, x in others.items():
+        if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} must be like q, {list(q.shape)} {q.dtype} on {q.device}, got {list(x.shape)} {x.dtype} on {x.device}")
+    heads = q.shape[1]
+    for name, x, shape in (("pos_weight", pos_weight, (heads, 3)), ("gating", gating, (heads,))):
+        if x.shape != shape or x.dtype != torch.float32 or not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous float32 {list(shape)}, got {x.dtype} {list(x.shape)}")
+    if grid_h < 0 or grid_w < 0 or grid_h * grid_w != q.shape[2]:
+        raise ValueError(f"grid must have gh * gw == N = {q.shape[2]}, got {grid_h} x {grid_w}")
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gating: Tensor, grid_h: int, grid_w: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    _check(q, pos_weight, gating, grid_h, grid_w, k=k, v=v)
+    q, k, v = _unit(q), _unit(k), _unit(v)
+    out, lse = empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    _C.forward(
+        (q.shape[0], q.shape[1], grid_h, grid_w, q.shape[3]),
+        scale,
+        q.dtype == torch.bfloat16,
+        _strided(q),
+        _strided(k),
+        _strided(v),
+        pos_weight.data_ptr(),
+        gating.data_ptr(),
+        _strided(out),
+        lse.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out, lse
+
+
+def _backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_weight: Tensor,
+    gating: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grid_h: int,
+    grid_w: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check(q, pos_weight, gating, grid_h, grid_w, k=k, v=v, grad_out=grad_out)
+    if lse.shape != q.shape[:3] or lse.dtype != torch.float32 or not lse.is_contiguous():
+        raise ValueError(f"lse must be contiguous float32 {list(q.shape[:3])}, got {lse.dtype} {list(lse.shape)}")
+    grad_out, q, k, v = _unit(grad_out), _unit(q), _unit(k), _unit(v)
+    dq, dk, dv = empty_heads(q), empty_heads(k), empty_heads(v)
+    dpos_weight, dgating = torch.empty_like(pos_weight), torch.empty_like(gating)
+    _C.backward(
+        (q.shape[0], q.shape[1], grid_h, grid_w, q.shape[3]),
+        scale,
+        q.dtype == torch.bfloat16,
+        _strided(grad_out),
+        _strided(q),
+        _strided(k),
+        _strided(v),
+        pos_weight.data_ptr(),
+        gating.data_ptr(),
+        lse.data_ptr(),
+        _strided(dq),
+        _strided(dk),
+        _strided(dv),
+        dpos_weight.data_ptr(),
+        dgating.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return dq, dk, dv, dpos_weight, dgating
+
+
+if _C is not None:
+    operator.register("CPU", _forward, _backward)
+
+
+def describe() -> dict[str, str]:
+    """What ``convit env`` prints: the instruction set in use, those that this machine can run, the thread runtime; or why there is none."""
+    if _C is None:
+        return {"available": f"no: {_broken}"}
+    try:
+        used = _C.instruction_set()
+    except ValueError as error:
+        used = f"none: {error}"
+    return {
+        "available": "yes",
+        "instruction set": used,
+        "instruction sets": ", ".join(_C.instruction_sets()),
+        "threads": f"{torch.get_num_threads()} ({_C.thread_runtime()})",
+    }
+
+
+def why_not(problem) -> str | None:
+    if _C is None:
+        return _broken
+    if problem.framework != "torch" or problem.device != "cpu":
+        return f"the tensors are on {problem.device}" if problem.framework == "torch" else "the tensors are not torch tensors"
+    if problem.dtype not in _DTYPES:
+        return f"{problem.dtype} is not supported ({' and '.join(_DTYPES)} only)"
+    if problem.dropout_p > 0:
+        return "attention dropout is not supported: one mask must cover both softmaxes"
+    return None
+
+
+gpsa = operator.gpsa

@@ -1,0 +1,140 @@
+"""The benchmark measures what it says: a wrong kernel fails, times are interleaved, and reports hold the JSON's figures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pytest_benchmark")
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCH = ROOT / "bench"
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import report
+
+    return report
+
+
+def run_benchmark(folder: Path, *, select: str, plugin: str = "") -> tuple[subprocess.CompletedProcess, dict]:
+    """Run a small part of the benchmark in its own process; returns it and its JSON."""
+    (folder / "bench_plugin.py").write_text(plugin)
+    out = folder / "run.json"
+    command = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main())", str(BENCH / "bench_gpsa.py"), "--benchmark-only"]
+    command += ["-p", "bench_plugin", "-p", "no:cacheprovider", "-k", select, f"--benchmark-json={out}"]
+    command += ["--bench-threads=1", "--bench-rounds=4", "--bench-budget=0.2", "--bench-device=cpu"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("CONVIT_")} | {"PYTHONPATH": str(folder)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return done, json.loads(out.read_text()) if out.exists() else {}
+
+
+SELECT = "test_core and fwd-8x196x4x48 and ({}) and not bwd"
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    done, data = run_benchmark(folder, select=SELECT.format("convit-sdpa or plain or FlexAttention"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "run.json", data, done.stdout
+
+
+def test_run_records_samples_errors_and_what_is_missing(small_run):
+    _, data, printed = small_run
+    peers = {b["extra_info"]["peer"]: b for b in data["benchmarks"]}
+    assert set(peers) == {"convit sdpa", "plain SDPA"}
+    for b in peers.values():
+        assert len(b["stats"]["data"]) == len(b["extra_info"]["rounds"]) >= 3
+        assert 0 < b["extra_info"]["errors"]["out"] < 1e-6
+    assert [item["peer"] for item in data["convit"]["missing"]] == ["FlexAttention x 2"]
+    assert "FlexAttention x 2: compiles for half a minute" in printed
+    assert "node" not in data["machine_info"]
+
+
+def test_wrong_kernel_fails(tmp_path):
+    plugin = """
+from convit.kernels.gpsa import any_sdpa
+right = any_sdpa.gpsa
+any_sdpa.gpsa = lambda q, k, v, pos_weight, *rest: right(q, k, v, 1.001 * pos_weight, *rest)
+"""
+    done, data = run_benchmark(tmp_path, select=SELECT.format("convit-sdpa or plain"), plugin=plugin)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "WrongAnswer: convit sdpa" in done.stdout
+    assert [b["extra_info"]["peer"] for b in data["benchmarks"]] == ["plain SDPA"]
+
+
+def test_report_round_trip(small_run, report, tmp_path, monkeypatch):
+    path, data, _ = small_run
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "bench" / "results")
+    monkeypatch.setitem(sys.modules, "plots", type(sys)("plots"))
+    sys.modules["plots"].draw = lambda run, stem: None
+    name = report.Run.load(path).name
+    begin, end = f"<!-- bench:begin {name} core -->", f"<!-- bench:end {name} core -->"
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{begin}\n{end}\nafter\n")
+    assert report.main(["--add", str(path)]) == 0
+
+    text = readme.read_text()
+    ours = next(b for b in data["benchmarks"] if b["extra_info"]["ours"])
+    assert text.startswith("before\n") and text.endswith("after\n")
+    assert f"{ours['stats']['median'] * 1e3:.3g}" in text
+    assert report.main(["--check"]) == 0
+    readme.write_text(text.replace("fwd (8, 196, 4, 48)", "fwd (8, 196, 4, 64)"))
+    assert report.main(["--check"]) == 1
+
+
+def test_compare_flags_regressions_by_ratio(small_run, report, tmp_path):
+    path, data, _ = small_run
+    assert report.main(["--compare", str(path), str(path)]) == 0
+    everything_slower = json.loads(json.dumps(data))
+    for b in everything_slower["benchmarks"]:  # a slower machine is no regression
+        b["stats"]["data"] = [1.5 * t for t in b["stats"]["data"]]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(everything_slower))
+    assert report.main(["--compare", str(path), str(other)]) == 0
+    for b in everything_slower["benchmarks"]:
+        if b["extra_info"]["ours"]:
+            b["stats"]["data"] = [1.2 * t for t in b["stats"]["data"]]
+    other.write_text(json.dumps(everything_slower))
+    assert report.main(["--compare", str(path), str(other)]) == 1
+    assert report.main(["--compare", str(path), str(other), "--tolerance", "1.3"]) == 0
+
+
+def test_markers_must_name_a_run_and_a_table(report):
+    for text in ("<!-- bench:begin nowhere/default core -->\n<!-- bench:end nowhere/default core -->", "<!-- bench:begin a/b core -->\n"):
+        with pytest.raises(ValueError, match="bench:"):
+            report.filled(text, {})
+
+
+def test_committed_figures_are_current(report):
+    assert report.stale() == []
+
+
+def test_exponent_is_the_slope_of_a_power_law(report):
+    assert report.exponent([(n, 3e-9 * n**2) for n in (196, 784, 3136)]) == pytest.approx(2.0)
+
+
+def test_rounds_interleave_and_replay_exactly(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import timing
+
+    monkeypatch.setattr(timing, "TURN", 0.0)
+    turns = []
+    calls = {name: lambda name=name: turns.append(name) for name in ("a", "b", "c")}
+    samples = timing.interleave(calls, "cpu", rounds=6, budget=1.0, seconds={"a": 0.0, "b": 0.0, "c": 0.1})
+    # a and b take part in every round; c, too slow for its third of the budget, in half of them, spread over all
+    assert samples["a"].rounds == samples["b"].rounds == [0, 1, 2, 3, 4, 5]
+    assert samples["c"].rounds == [1, 3, 5]
+    # and every round starts with another competitor
+    assert "".join(turns) == "ab" + "bca" + "ab" + "abc" + "ba" + "cab"
+
+    timing.REPLAY.load(samples["a"].wall)
+    replayed = [-timing.REPLAY() + timing.REPLAY() for _ in samples["a"].wall]
+    assert replayed == samples["a"].wall

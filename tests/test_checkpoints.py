@@ -1,0 +1,555 @@
+"""Reading, converting, fitting, loading and fetching checkpoints. tests/data/make_mindcv.py says how the MindSpore files were made."""
+
+import argparse
+import hashlib
+import http.server
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tolerances
+
+from convit import checkpoint_files, checkpoints, pretrained
+from convit.checkpoint_files import BFLOAT16, read_file, write_file
+from convit.checkpoints import Checkpoint, fit, from_mindcv, load_checkpoint, read, resample, to_mindcv, write
+
+DATA = Path(__file__).parent / "data"
+FORMATS = ("a.pth", "a.safetensors", "a.ckpt")
+
+torch = pytest.importorskip("torch")
+timm_convit = pytest.importorskip("timm.models.convit")
+
+
+def tiny(**kwargs):
+    """timm's class in the shape of tests/data/mindcv_tiny.ckpt (its embed_dim is per head)."""
+    shape = {"img_size": 56, "patch_size": 4, "embed_dim": 4, "num_heads": 4, "depth": 3, "local_up_to_layer": 2, "num_classes": 10}
+    return timm_convit.ConVit(**shape | kwargs).eval()
+
+
+def randomised(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    model = tiny(**kwargs)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def snapshot(model):
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return state, [(m.approximate if isinstance(m, torch.nn.GELU) else getattr(m, "eps", None)) for m in model.modules()]
+
+
+def unchanged(model, before):
+    state, settings = snapshot(model)
+    return settings == before[1] and all(torch.equal(state[name], before[0][name]) for name in before[0])
+
+
+def same_bits(a, b):
+    return list(a) == list(b) and all(a[n].dtype == b[n].dtype and a[n].shape == b[n].shape and a[n].tobytes() == b[n].tobytes() for n in a)
+
+
+# MindCV files that MindSpore wrote
+
+
+def test_mindcv_file_gives_mindcvs_logits():
+    expected = np.load(DATA / "mindcv_tiny.npz")
+    images = torch.tensor(expected["images"].astype(np.float32))
+    model = load_checkpoint(tiny(), DATA / "mindcv_tiny.ckpt")
+    with torch.no_grad():
+        assert np.abs(model(images).numpy() - expected["logits"]).max() < tolerances.LOGITS * np.abs(expected["logits"]).max()
+        # the settings are what it takes: with the exact GELU the same weights miss by two orders more
+        for module in model.modules():
+            if isinstance(module, torch.nn.GELU):
+                assert module.approximate == "tanh"
+                module.approximate = "none"
+            elif isinstance(module, torch.nn.LayerNorm):
+                assert module.eps == 1e-7
+        assert np.abs(model(images).numpy() - expected["logits"]).max() > 1e-4
+
+
+def test_mindspore_types():
+    tensors, settings = read_file(DATA / "mindspore_types.ckpt")
+    assert settings is None
+    assert {name: (array.shape, array.dtype) for name, array in tensors.items()} == {
+        "scalar": ((), np.float32),
+        "bf16": ((1, 3), BFLOAT16),
+        "fp16": ((2,), np.float16),
+        "int8": ((2,), np.int8),
+        "bool": ((2,), np.bool_),
+    }
+    assert tensors["scalar"] == 3.5 and list(tensors["int8"]) == [-1, 2] and list(tensors["bool"]) == [True, False]
+    assert checkpoints.to_float32(tensors["bf16"]).tolist() == [[1.0, -2.5, 3.0]]
+
+
+def test_mindspore_crc(tmp_path):
+    tensors, _ = read_file(DATA / "mindcv_crc.ckpt")
+    whole, _ = read_file(DATA / "mindcv_tiny.ckpt")
+    assert all(tensors[name].tobytes() == whole[name].tobytes() for name in ("norm.gamma", "classifier.weight"))
+    damaged = bytearray((DATA / "mindcv_crc.ckpt").read_bytes())
+    damaged[60] ^= 1
+    (tmp_path / "damaged.ckpt").write_bytes(damaged)
+    with pytest.raises(ValueError, match="CRC-32"):
+        read_file(tmp_path / "damaged.ckpt")
+
+
+def test_tensor_split_over_messages():
+    tensors, _ = read_file(DATA / "mindcv_sliced.ckpt")
+    whole, _ = read_file(DATA / "mindcv_tiny.ckpt")
+    assert (DATA / "mindcv_sliced.ckpt").read_bytes().count(b"fc1.weight") > 1
+    assert tensors["blocks.0.mlp.fc1.weight"].tobytes() == whole["blocks.0.mlp.fc1.weight"].tobytes()
+
+
+@pytest.mark.parametrize("mode", ["aes-gcm", "aes-cbc", "sm4-cbc"])
+def test_encrypted_is_said(mode):
+    with pytest.raises(ValueError, match="encrypted"):
+        read(DATA / f"mindcv_{mode}.ckpt")
+
+
+def test_written_as_mindspore_writes(tmp_path):
+    """A MindCV checkpoint that went through timm's names and back is the very file that MindSpore wrote."""
+    write(tmp_path / "back.ckpt", read(DATA / "mindcv_tiny.ckpt"))
+    back, settings = read_file(tmp_path / "back.ckpt")
+    original, _ = read_file(DATA / "mindcv_tiny.ckpt")
+    assert settings is None
+    assert same_bits(dict(sorted(back.items())), dict(sorted(original.items())))
+    assert len((tmp_path / "back.ckpt").read_bytes()) == (DATA / "mindcv_tiny.ckpt").stat().st_size
+
+
+@pytest.mark.mindspore
+def test_mindspore_reads_ours(tmp_path):
+    """MindSpore loads our .ckpt, with and without recorded settings, into MindCV's model."""
+    pytest.importorskip("mindspore")
+    model = randomised()
+    checkpoints.save_checkpoint(model, tmp_path / "exact.ckpt")
+    write(tmp_path / "plain.ckpt", read(DATA / "mindcv_tiny.ckpt"))
+    for name in ("exact.ckpt", "plain.ckpt"):
+        check_in_mindspore(tmp_path / name)
+
+
+def check_in_mindspore(path):
+    import mindspore as ms
+    from mindcv.models.convit import ConViT
+
+    model = ConViT(image_size=56, patch_size=4, embed_dim=16, num_heads=4, depth=3, local_up_to_layer=2, num_classes=10)
+    missing, unused = ms.load_param_into_net(model, ms.load_checkpoint(str(path)), strict_load=True)
+    assert not missing
+    expected, _ = read_file(path)
+    for parameter in model.get_parameters():
+        assert parameter.asnumpy().tobytes() == expected[parameter.name].tobytes()
+
+
+# conversion
+
+
+@pytest.mark.parametrize("first", FORMATS)
+@pytest.mark.parametrize("second", FORMATS)
+@pytest.mark.parametrize("settings", [("gelu", 1e-6), ("gelu_tanh", 1e-7), ("gelu_tanh", 1e-5)])
+def test_round_trip_bit_for_bit(tmp_path, first, second, settings):
+    tensors = {name: checkpoint_files.from_torch(t) for name, t in randomised(qkv_bias=True).state_dict().items()}
+    tensors["norm.weight"] = tensors["norm.weight"].astype(np.float16)
+    tensors["head.weight"] = checkpoint_files.from_torch(torch.tensor([[1.5, float("nan"), -0.0, 1e38]]).bfloat16())
+    original = Checkpoint(tensors, *settings, grid=(7, 28))
+    write(tmp_path / first, original)
+    write(tmp_path / f"second{second}", read(tmp_path / first))
+    back = read(tmp_path / f"second{second}")
+    assert same_bits(back.tensors, tensors)
+    assert (back.act, back.norm_eps, back.grid) == (*settings, (7, 28))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_mindcv_settings_survive_conversion(tmp_path, name):
+    write(tmp_path / name, read(DATA / "mindcv_tiny.ckpt"))
+    expected = np.load(DATA / "mindcv_tiny.npz")
+    model = load_checkpoint(tiny(), tmp_path / name)
+    with torch.no_grad():
+        logits = model(torch.tensor(expected["images"].astype(np.float32))).numpy()
+    assert np.abs(logits - expected["logits"]).max() < tolerances.LOGITS * np.abs(expected["logits"]).max()
+
+
+def test_names_are_a_bijection():
+    tensors = {name: checkpoint_files.from_torch(t) for name, t in randomised(qkv_bias=True).state_dict().items()}
+    theirs = to_mindcv(tensors)
+    assert same_bits(from_mindcv(theirs), tensors)
+    assert {"blocks.0.attn.q.bias", "blocks.2.attn.v.weight", "blocks.1.norm2.gamma", "norm.beta", "classifier.bias"} <= set(theirs)
+    assert not [name for name in theirs if "qk" in name or name.startswith("head")]
+    np.testing.assert_array_equal(theirs["blocks.0.attn.k.weight"], tensors["blocks.0.attn.qk.weight"][16:])
+    np.testing.assert_array_equal(theirs["blocks.2.attn.v.weight"], tensors["blocks.2.attn.qkv.weight"][32:])
+
+
+def test_incomplete_projections_are_named():
+    theirs = to_mindcv({name: checkpoint_files.from_torch(t) for name, t in tiny().state_dict().items()})
+    del theirs["blocks.2.attn.k.weight"]
+    with pytest.raises(ValueError, match=r"blocks\.2\.attn\.q\.weight needs blocks\.2\.attn\.k\.weight"):
+        from_mindcv(theirs)
+
+
+def test_plain_files_are_what_others_expect(tmp_path):
+    """Exact GELU and 1e-6: a .pth is a bare state_dict and timm loads it strictly; safetensors' own library reads ours."""
+    model = randomised()
+    checkpoints.save_checkpoint(model, tmp_path / "a.pth")
+    tiny().load_state_dict(torch.load(tmp_path / "a.pth", weights_only=True), strict=True)
+    library = pytest.importorskip("safetensors.torch")
+    checkpoints.save_checkpoint(load_checkpoint(model, DATA / "mindcv_tiny.ckpt"), tmp_path / "a.safetensors")
+    tiny().load_state_dict(library.load_file(tmp_path / "a.safetensors"), strict=True)
+    library.save_file({n: t.bfloat16() for n, t in model.state_dict().items()}, tmp_path / "b.safetensors")
+    loaded = load_checkpoint(tiny(), tmp_path / "b.safetensors")
+    assert torch.equal(loaded.head.weight, model.head.weight.bfloat16().float())
+
+
+def test_convert_command(tmp_path, capsys):
+    from convit.cli import main
+
+    for name in ("x.safetensors", "x.pth", "y.ckpt"):
+        assert main(["convert", str(DATA / "mindcv_tiny.ckpt"), str(tmp_path / name)]) == 0
+    assert "tanh GELU, LayerNorm eps 1e-07" in capsys.readouterr().out
+    assert main(["convert", str(DATA / "mindcv_tiny.ckpt"), str(tmp_path / "x.pth")]) == 1
+    assert "--force" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "x.pth"), str(tmp_path / "z.onnx")]) == 1
+    assert "suffix" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "none.pth"), str(tmp_path / "z.pth")]) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.pth", "x.safetensors", "y.ckpt"]
+
+
+def test_no_framework_is_needed(tmp_path):
+    """MindSpore's side reads and writes with numpy alone."""
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.modules['mindspore'] = None\n"
+        "from convit.checkpoints import *\n"
+        f"c = read({str(DATA / 'mindcv_tiny.ckpt')!r}); write({str(tmp_path / 'a.safetensors')!r}, c)\n"
+        f"d = read({str(tmp_path / 'a.safetensors')!r}); write({str(tmp_path / 'b.ckpt')!r}, d); assert d.act == 'gelu_tanh'\n"
+        "theirs = to_mindcv(d.tensors); fit(theirs, {n: a.shape for n, a in theirs.items()})\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# PyTorch files in the wild
+
+
+def test_training_checkpoints(tmp_path):
+    model, other = randomised(0), randomised(1)
+    fair = {"model": model.state_dict(), "epoch": 3, "args": argparse.Namespace(lr=1e-3), "optimizer": {"state": {}}}
+    torch.save(fair, tmp_path / "fair.pth")
+    ddp = {"state_dict": {f"module._orig_mod.{n}": t for n, t in model.state_dict().items()}, "arch": "convit"}
+    torch.save(ddp, tmp_path / "ddp.pth")
+    torch.save({"state_dict": other.state_dict(), "state_dict_ema": model.state_dict()}, tmp_path / "ema.pth")
+    torch.save(model.state_dict(), tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    for name in ("fair.pth", "ddp.pth", "ema.pth", "legacy.pth"):
+        assert torch.equal(load_checkpoint(tiny(), tmp_path / name).head.weight, model.head.weight)
+    loaded = load_checkpoint(tiny(), tmp_path / "ema.pth", key="state_dict")
+    assert torch.equal(loaded.head.weight, other.head.weight)
+    with pytest.raises(ValueError, match="key must name.*state_dict_ema"):
+        read(tmp_path / "ema.pth", key="ema")
+    torch.save({"model": model.state_dict(), "convit": {"act": "gelu_tanh", "norm_eps": 1e-5}}, tmp_path / "ours.pth")
+    assert checkpoints.settings_of(load_checkpoint(tiny(), tmp_path / "ours.pth")) == {"act": "gelu_tanh", "norm_eps": 1e-5}
+
+
+def test_settings_are_set_back():
+    """A timm checkpoint on a model that held MindCV's weights restores the exact GELU and 1e-6."""
+    model = load_checkpoint(tiny(), DATA / "mindcv_tiny.ckpt")
+    assert checkpoints.settings_of(model) == {"act": "gelu_tanh", "norm_eps": 1e-7}
+    tensors = {name: checkpoint_files.from_torch(t) for name, t in tiny().state_dict().items()}
+    checkpoints._load(model, Checkpoint(tensors), "x", True)
+    assert checkpoints.settings_of(model) == {"act": "gelu", "norm_eps": 1e-6}
+
+
+def test_load_keeps_device_dtype_and_wrapping(tmp_path):
+    model = randomised()
+    checkpoints.save_checkpoint(model, tmp_path / "a.safetensors")
+    half = tiny().to(torch.bfloat16)
+    assert load_checkpoint(half, tmp_path / "a.safetensors") is half
+    assert half.head.weight.dtype == torch.bfloat16
+    assert torch.equal(half.head.weight, model.head.weight.bfloat16())
+    wrapped = torch.nn.DataParallel(tiny())
+    assert load_checkpoint(wrapped, tmp_path / "a.safetensors") is wrapped
+    assert torch.equal(wrapped.module.head.weight, model.head.weight)
+
+
+# bad files: a clear message and an untouched model
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (self.path,))
+
+
+def bad_files(folder):
+    state = randomised().state_dict()
+    checkpoints.save_checkpoint(randomised(), folder / "good.safetensors")
+    checkpoints.save_checkpoint(randomised(), folder / "good.pth")
+    torch.save({"model": state, "extra": Malicious(str(folder / "ran"))}, folder / "malicious.pth")
+    (folder / "malicious.pkl").write_bytes(pickle.dumps(Malicious(str(folder / "ran")), protocol=2))
+    (folder / "protocol4.pkl").write_bytes(pickle.dumps(Malicious(str(folder / "ran")), protocol=4))
+    (folder / "empty.pth").write_bytes(b"")
+    (folder / "page.pth").write_bytes(b"<!DOCTYPE html><html></html>")
+    (folder / "lfs.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    (folder / "noise.ckpt").write_bytes(np.random.default_rng(0).bytes(500))
+    (folder / "noise2.ckpt").write_bytes(b"\x0a\x7f" + b"\xff" * 200)
+    torch.save([1, 2], folder / "list.pth")
+    torch.save({"model": {"a": 1}}, folder / "numbers.pth")
+    torch.save({"conv1.weight": torch.zeros(2)}, folder / "resnet.pth")
+    torch.save(state | {"head.weight": torch.zeros(10, 16, dtype=torch.complex64)}, folder / "complex.pth")
+    torch.save({"model": state, "convit": {"act": "relu"}}, folder / "settings.pth")
+    for name in ("good.safetensors", "good.pth"):
+        data = (folder / name).read_bytes()
+        for share in (0.001, 0.5, 0.99):
+            (folder / f"cut{share}-{name}").write_bytes(data[: int(len(data) * share)])
+    (folder / "long.safetensors").write_bytes((folder / "good.safetensors").read_bytes() + b"more")
+    data = (DATA / "mindcv_tiny.ckpt").read_bytes()
+    for share in (0.001, 0.5, 0.99):
+        (folder / f"cut{share}.ckpt").write_bytes(data[: int(len(data) * share)])
+    header = {"a": {"dtype": "F32", "shape": [1 << 40, 1 << 40], "data_offsets": [0, 8]}}
+    overlap = {name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for name in "ab"}
+    negative = {"a": {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}}
+    for name, entry in (("huge", header), ("overlap", overlap), ("negative", negative), ("odd", {"a": [1]})):
+        text = json.dumps(entry).encode()
+        (folder / f"{name}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    return sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("good"))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_bad_files_leave_the_model_alone(tmp_path):
+    model = randomised(5)
+    before = snapshot(model)
+    files = bad_files(tmp_path)
+    assert len(files) > 25
+    for path in files:
+        with pytest.raises(ValueError) as error:
+            load_checkpoint(model, path)
+        message = str(error.value)
+        assert path.name in message and len(message) < 700 and "weights_only" not in message, (path, message)
+        for word in {"malicious": ["refused", "mkdir"], "cut": ["truncated"], "page": ["web page"], "lfs": ["git-lfs"]}.get(
+            path.name.split(".")[0].rstrip("0"), []
+        ):
+            assert word in message, (path, message)
+        assert unchanged(model, before), path
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(FileNotFoundError):
+        load_checkpoint(model, tmp_path / "absent.pth")
+    assert unchanged(model, before)
+
+
+def test_damaged_bytes_never_crash(tmp_path):
+    """Any byte of a file changed: it loads, or it is a ValueError; nothing else escapes the readers."""
+    rng = np.random.default_rng(0)
+    small = {"blocks.0.attn.qk.weight": np.ones((2, 1), np.float32), "patch_embed.proj.weight": np.ones((1, 1), np.float32)}
+    for name in ("a.safetensors", "a.ckpt"):
+        write_file(tmp_path / name, small, {"act": "gelu", "norm_eps": 1e-6})
+        data = (tmp_path / name).read_bytes()
+        for at in range(len(data)):
+            damaged = bytearray(data)
+            damaged[at] = int(rng.integers(256))
+            (tmp_path / "damaged").write_bytes(damaged)
+            try:
+                read(tmp_path / "damaged")
+            except ValueError as error:
+                assert "damaged" in str(error)
+
+
+# files that are fine but do not fit
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        ({"local_up_to_layer": 1}, ["missing in the file: blocks.1.attn.qkv.weight", "not in the model: blocks.1.attn.gating_param, "]),
+        ({"depth": 4}, ["missing in the file: blocks.3.norm1.weight", "blocks.3.attn.proj.weight and 7 more"]),
+        ({"embed_dim": 5}, ["cls_token is [1, 1, 16] in the file, [1, 1, 20] in the model"]),
+        ({"num_classes": 7}, ["head.weight is [10, 16] in the file, [7, 16] in the model", "strict_head=False"]),
+        ({"num_classes": 0}, ["not in the model: head.weight, head.bias", "strict_head=False"]),
+        ({"in_chans": 1}, ["patch_embed.proj.weight is [16, 3, 4, 4] in the file, [16, 1, 4, 4] in the model"]),
+        ({"qkv_bias": True}, ["missing in the file: blocks.0.attn.qk.bias"]),
+    ],
+)
+def test_mismatch_is_listed(kwargs, expected):
+    model = randomised(**kwargs)
+    before = snapshot(model)
+    with pytest.raises(ValueError) as error:
+        load_checkpoint(model, DATA / "mindcv_tiny.ckpt")
+    assert not [text for text in expected if text not in str(error.value)], error.value
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("classes", [7, 0])
+def test_own_head_on_request(classes):
+    model = randomised(num_classes=classes)
+    before = snapshot(model)[0]
+    load_checkpoint(model, DATA / "mindcv_tiny.ckpt", strict_head=False)
+    assert all(torch.equal(before[name], tensor) == name.startswith("head") for name, tensor in model.state_dict().items())
+
+
+def test_position_embedding_is_resampled():
+    source = read(DATA / "mindcv_tiny.ckpt").tensors
+    model = load_checkpoint(tiny(img_size=64), DATA / "mindcv_tiny.ckpt")
+    table = torch.tensor(source["pos_embed"]).view(1, 14, 14, 16).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(table, size=(16, 16), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(model.pos_embed.detach(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [(7, 7), (12, 16), (24, 9), (1, 30), (5, 14)])
+def test_resample_equals_torch(grid):
+    table = np.random.default_rng(0).standard_normal((1, 12 * 14, 8)).astype(np.float32)
+    image = torch.tensor(table, dtype=torch.float64).view(1, 12, 14, 8).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(image, size=grid, mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    np.testing.assert_allclose(resample(table, (12, 14), grid), expected, rtol=0, atol=1e-6)
+
+
+def test_grid_that_is_unknown_is_an_error():
+    shapes = {"pos_embed": (1, 16, 8)}
+    with pytest.raises(ValueError, match=r"pos_embed is \[1, 12, 8\]"):
+        fit({"pos_embed": np.zeros((1, 12, 8), np.float32)}, shapes)
+    fitted = fit({"pos_embed": np.zeros((1, 12, 8), np.float32)}, shapes, source_grid=(3, 4), grid=(2, 8))
+    assert fitted["pos_embed"].shape == (1, 16, 8)
+
+
+# published weights
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A web server on this machine in place of the public ones; it counts what it is asked for."""
+    (tmp_path / "site").mkdir()
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            if self.path.startswith("/timm/"):  # the hub: a redirect that states the checksum
+                self.send_response(302)
+                self.send_header("Location", "/blob")
+                digest = hashlib.sha256((tmp_path / "site/blob").read_bytes()).hexdigest()
+                self.send_header("X-Linked-ETag", f'"{digest if "tiny" in self.path else "0" * 64}"')
+                self.end_headers()
+            elif self.path == "/short.ckpt":
+                self.send_response(200)
+                self.send_header("Content-Length", "1000")
+                self.end_headers()
+                self.wfile.write(b"few")
+            else:
+                super().do_GET()
+
+        def log_message(self, *args):
+            pass
+
+    site = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "site")))
+    threading.Thread(target=site.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{site.server_port}"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr(pretrained, "_hub_cache", lambda name: None)
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    yield tmp_path / "site", address, asked
+    site.shutdown()
+    site.server_close()
+
+
+def test_fetch_from_the_hub(server, tmp_path):
+    site, _, asked = server
+    checkpoints.save_checkpoint(randomised(), site / "a.safetensors")
+    (site / "a.safetensors").rename(site / "blob")
+    path = pretrained.fetch("convit_tiny")
+    assert path == tmp_path / "cache/hub/checkpoints/convit/convit_tiny.fb_in1k.safetensors"
+    assert path.read_bytes() == (site / "blob").read_bytes()
+    assert pretrained.fetch("convit_tiny") == path and len(asked) == 2
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged.*delete it"):
+        pretrained.fetch("convit_tiny")
+    with pytest.raises(ValueError, match="expected 0000"):
+        pretrained.fetch("convit_small")
+    assert sorted(p.name for p in path.parent.iterdir()) == [path.name, path.name + ".sha256"]
+
+
+def test_fetch_checks_mindcvs_name(server, tmp_path, monkeypatch):
+    site, address, _ = server
+    data = (DATA / "mindcv_tiny.ckpt").read_bytes()
+    good = f"convit_tiny-{hashlib.sha256(data).hexdigest()[:8]}.ckpt"
+    for name in (good, "convit_base-01234567.ckpt"):
+        (site / name).write_bytes(data)
+    links = {"convit_tiny": good, "convit_base": "convit_base-01234567.ckpt", "convit_small": "short.ckpt"}
+    monkeypatch.setitem(pretrained.ADDRESSES, "mindcv", {name: f"{address}/{file}" for name, file in links.items()})
+    assert load_checkpoint(tiny(), pretrained.fetch("convit_tiny", "mindcv"))
+    with pytest.raises(ValueError, match="SHA-256"):
+        pretrained.fetch("convit_base", "mindcv")
+    with pytest.raises(OSError, match="after 3 of 1000 bytes"):
+        pretrained.fetch("convit_small", "mindcv")
+    assert sorted(p.name for p in pretrained.cache_folder().iterdir()) == [good, good + ".sha256"]
+
+
+def test_offline_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setitem(pretrained.ADDRESSES, "fair", {"convit_tiny": "http://127.0.0.1:9/convit_tiny.pth"})
+    with pytest.raises(OSError) as error:
+        pretrained.fetch("convit_tiny", "fair")
+    assert all(text in str(error.value) for text in ("http://127.0.0.1:9/convit_tiny.pth", "pretrained='/path/to/convit_tiny.pth'"))
+    with pytest.raises(ValueError, match="no weights for 'convit_tiny_plus'"):
+        pretrained.fetch("convit_tiny_plus", "timm")
+    with pytest.raises(ValueError, match="source must be one of timm, mindcv, fair"):
+        pretrained.fetch("convit_tiny", "hub")
+
+
+def test_load_pretrained(monkeypatch):
+    asked = []
+    monkeypatch.setattr(checkpoints, "fetch", lambda name: asked.append(name) or DATA / "mindcv_tiny.ckpt")
+    weight = torch.tensor(read(DATA / "mindcv_tiny.ckpt").tensors["patch_embed.proj.weight"])
+    model = checkpoints.load_pretrained(randomised(num_classes=3, in_chans=1), "convit_tiny", strict_head=False)
+    torch.testing.assert_close(model.patch_embed.proj.weight.detach(), weight.sum(1, keepdim=True))
+    assert torch.equal(model.head.weight, randomised(num_classes=3, in_chans=1).head.weight)
+    model = checkpoints.load_pretrained(tiny(in_chans=5), "convit_base_plus")
+    torch.testing.assert_close(model.patch_embed.proj.weight.detach(), weight[:, [0, 1, 2, 0, 1]] * 3 / 5)
+    assert asked == ["convit_tiny", "convit_base_plus"]
+    with pytest.raises(ValueError, match="strict_head=False"):
+        checkpoints.load_pretrained(tiny(num_classes=3), DATA / "mindcv_tiny.ckpt")
+
+
+# our own model
+
+
+def ours(**kwargs):
+    import convit
+
+    shape = {"img_size": 56, "patch_size": 4, "embed_dim": 16, "num_heads": 4, "depth": 3, "local_up_to_layer": 2, "num_classes": 10}
+    return convit.ConViT(**shape | kwargs).eval()
+
+
+def test_our_model_gives_mindcvs_logits():
+    expected = np.load(DATA / "mindcv_tiny.npz")
+    model = load_checkpoint(ours(), DATA / "mindcv_tiny.ckpt")
+    with torch.no_grad():
+        logits = model(torch.tensor(expected["images"].astype(np.float32))).numpy()
+    assert np.abs(logits - expected["logits"]).max() < tolerances.LOGITS * np.abs(expected["logits"]).max()
+
+
+def test_grid_that_is_no_square_is_recorded(tmp_path):
+    """16 x 9 and 9 x 16 have as many patches: only the record tells them apart."""
+    wide = ours(img_size=(36, 64))
+    for name in FORMATS:
+        checkpoints.save_checkpoint(wide, tmp_path / name)
+        assert read(tmp_path / name).grid == (9, 16)
+        tall = load_checkpoint(ours(img_size=(64, 36)), tmp_path / name)
+        expected = resample(wide.pos_embed.detach().numpy(), (9, 16), (16, 9))
+        np.testing.assert_array_equal(tall.pos_embed.detach().numpy(), expected)
+
+
+def test_create_model_from_a_file(tmp_path):
+    import convit
+
+    model = convit.create_model("convit_tiny", depth=2, local_up_to_layer=1)
+    checkpoints.save_checkpoint(model, tmp_path / "a.safetensors")
+    again = convit.create_model("convit_tiny", pretrained=tmp_path / "a.safetensors", depth=2, local_up_to_layer=1)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    other = convit.create_model("convit_tiny", pretrained=tmp_path / "a.safetensors", depth=2, local_up_to_layer=1, num_classes=3)
+    assert other.head.weight.shape == (3, 192) and torch.equal(other.norm.weight, model.norm.weight)
+    with pytest.raises(ValueError, match="does not fit"):
+        convit.create_model("convit_tiny_plus", pretrained=tmp_path / "a.safetensors", depth=2, local_up_to_layer=1)

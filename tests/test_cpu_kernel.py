@@ -1,0 +1,314 @@
+"""The C++ kernels: every instruction set, threads, processes, memory, and their place in torch (compile, export, autocast)."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from gpsa_cases import Case, check, make_inputs, run
+
+import convit
+from convit.backends import Problem
+from convit.kernels.gpsa import cpu_cpp
+
+_missing = cpu_cpp.why_not(Problem("torch", "cpu", "float32", 1, 1, 1, 1, (1, 1)))
+pytestmark = pytest.mark.skipif(_missing is not None, reason=str(_missing))
+
+# beyond the shared cases: more keys than one tile, a last block of one query, more heads than threads divide, long thin grids
+TILES = [Case(1, 1, 40, (19, 31)), Case(1, 3, 8, (3, 11)), Case(1, 1, 5, (2, 300)), Case(2, 5, 24, (1, 65)), Case(1, 1, 100, (33, 16))]
+
+
+def cpp(*args):
+    return convit.gpsa(*args, backend="cpp")
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run ``code`` in a fresh interpreter that also finds this folder's modules."""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", TILES, ids=str)
+def test_tiles_and_tails(case, dtype):
+    inputs, grad = make_inputs(case, dtype=dtype)
+    check(run(cpp, inputs, grad, case.grid), inputs, grad, case.grid)
+
+
+_EVERY_CASE = """
+import torch, convit
+from gpsa_cases import CASES, check, make_inputs, run
+from test_cpu_kernel import TILES, cpp
+from convit.kernels.gpsa import cpu_cpp
+torch.set_num_threads(1)
+torch.utils.deterministic.fill_uninitialized_memory = True
+torch.use_deterministic_algorithms(True, warn_only=True)
+for case in CASES + TILES:
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs, grad = make_inputs(case, dtype=dtype)
+        check(run(cpp, inputs, grad, case.grid), inputs, grad, case.grid)
+print(cpu_cpp.describe()["instruction set"])
+"""
+
+
+@pytest.mark.parametrize("name", ["avx512", "avx2", "neon", "portable"])
+def test_each_instruction_set(name):
+    if name not in cpu_cpp.describe()["instruction sets"].split(", "):
+        pytest.skip(f"this machine cannot run {name}")
+    done = python(_EVERY_CASE, CONVIT_CPU_ISA=name)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == name
+
+
+def test_unknown_instruction_set_is_an_error():
+    code = "import torch, convit; x = torch.ones(1, 1, 4, 4); convit.gpsa(x, x, x, torch.ones(1, 3), torch.ones(1), (2, 2), backend='cpp')"
+    done = python(code, CONVIT_CPU_ISA="avx3")
+    assert done.returncode != 0
+    assert "CONVIT_CPU_ISA must be one of those that this machine can run" in done.stderr and "got 'avx3'" in done.stderr
+
+
+def test_interpreted_triton_takes_the_cpu_over():
+    code = """
+import convit
+from convit.backends import Problem
+from convit.backends import Problem
+print(convit.why_not("cpp", Problem("torch", "cpu", "float32", 1, 1, 4, 4, (2, 2))))
+"""
+    assert "TRITON_INTERPRET=1" in python(code, TRITON_INTERPRET="1").stdout
+
+
+@pytest.mark.parametrize("case", [Case(1, 1, 48, (14, 14)), Case(1, 3, 16, (20, 21)), Case(2, 3, 8, (3, 5))], ids=str)
+def test_same_bits_at_every_thread_count(case):
+    inputs, grad = make_inputs(case)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            results.append(run(cpp, inputs, grad, case.grid))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+def test_several_python_threads_at_once():
+    case = Case(2, 3, 16, (9, 9))
+    jobs = [make_inputs(case, seed=seed) for seed in range(4)]
+    expected = [run(cpp, *job, case.grid) for job in jobs]
+    failures = []
+
+    def work(index: int) -> None:
+        for _ in range(10):
+            ours = run(cpp, *jobs[index], case.grid)
+            failures.extend(name for name in ours if not torch.equal(ours[name], expected[index][name]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive()
+    assert not failures
+
+
+def _child(queue) -> None:
+    case = Case(2, 3, 16, (9, 9))
+    inputs, grad = make_inputs(case)
+    out = convit.gpsa(*inputs, case.grid, backend="cpp")
+    queue.put(out.numpy().tobytes())
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_in_a_child_process_of_one_that_has_computed(start):
+    if start not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"{start} does not exist here")
+    case = Case(2, 3, 16, (9, 9))
+    inputs, _ = make_inputs(case)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)  # the parent's pool of threads exists, and does not in a forked child
+    try:
+        expected = cpp(*inputs, case.grid).numpy().tobytes()
+        context = multiprocessing.get_context(start)
+        queue = context.Queue()
+        child = context.Process(target=_child, args=(queue,))
+        child.start()
+        got = queue.get(timeout=120)
+        child.join(60)
+    finally:
+        torch.set_num_threads(before)
+    assert child.exitcode == 0
+    assert got == expected
+
+
+def test_offsets_beyond_31_bits():
+    case = Case(2, 1, 8, (3, 3))
+    inputs, grad = make_inputs(case)
+    far = 2**31 + 64  # elements between the two images; only their own pages are ever touched
+    wide = [torch.from_numpy(numpy.zeros(far + 128, numpy.float32)).as_strided((2, 1, 9, 8), (far, 128, 8, 1)) for _ in range(3)]
+    for to, x in zip(wide, inputs[:3], strict=True):
+        to.copy_(x)
+    expected = run(cpp, inputs, grad, case.grid)
+    ours = run(cpp, inputs._replace(q=wide[0], k=wide[1], v=wide[2]), grad, case.grid)
+    assert all(torch.equal(ours[name], expected[name]) for name in ours)
+
+
+def test_broadcast_views():
+    case = Case(2, 3, 16, (4, 5))
+    inputs, grad = make_inputs(case)
+    shared = inputs._replace(k=inputs.k[:1, :1].expand(2, 3, -1, -1), v=inputs.v[:, :, :1].expand(-1, -1, 20, -1))
+    ours = run(cpp, shared, grad[:, :, :1].expand(-1, -1, 20, -1), case.grid)
+    copied = shared._replace(k=shared.k.contiguous(), v=shared.v.contiguous())
+    expected = run(cpp, copied, grad[:, :, :1].expand(-1, -1, 20, -1).contiguous(), case.grid)
+    assert all(torch.equal(ours[name], expected[name]) for name in ours)
+
+
+def test_output_is_laid_out_as_the_projection_reads_it():
+    case = Case(2, 3, 16, (4, 5))
+    inputs, _ = make_inputs(case)
+    out = cpp(*inputs, case.grid)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+_PEAK = """
+import resource, sys, torch, convit
+torch.set_num_threads(2)
+n, train = 3136, sys.argv[1:] == ["train"]
+def run(n):
+    x = [torch.randn(1, n, 4, 48).transpose(1, 2).requires_grad_(train) for _ in range(3)]
+    g = int(n ** 0.5)
+    out = convit.gpsa(*x, torch.randn(4, 3), torch.randn(4), (g, g), backend="cpp")
+    if train:
+        out.backward(torch.ones_like(out))
+run(4)
+torch.randn(1, n, 4, 48 * 3)  # the inputs themselves belong to the base
+x = [torch.randn(1, n, 4, 48) for _ in range(4)]
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+del x
+run(n)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024)
+"""
+
+
+@pytest.mark.parametrize("train, limit", [("", 16), ("train", 30)])
+def test_peak_memory_of_a_long_row(train, limit):
+    if sys.platform != "linux":
+        pytest.skip("the peak is read in KiB, as Linux counts it")
+    done = python(f"import sys; sys.argv[1:] = {[train]!r}\n" + _PEAK)
+    assert done.returncode == 0, done.stderr
+    # one softmax of this size would take 4 heads x 39 MB
+    assert float(done.stdout) <= limit
+
+
+# ---- the operator ----
+
+
+def _sample(requires_grad: bool = True):
+    case = Case(2, 3, 16, (4, 5))
+    inputs, _ = make_inputs(case)
+    return tuple(x.detach().clone().requires_grad_(requires_grad) for x in inputs)
+
+
+def test_operator_passes_torchs_own_checks():
+    torch.use_deterministic_algorithms(False)  # the checks write outputs of their own
+    leaves = _sample()
+    torch.library.opcheck(torch.ops.convit.gpsa.default, (*leaves, 4, 5, 0.25))
+    plain = tuple(x.detach() for x in leaves)
+    out, lse = torch.ops.convit.gpsa(*plain, 4, 5, 0.25)
+    torch.library.opcheck(torch.ops.convit.gpsa_backward.default, (torch.ones_like(out), *plain, out, lse, 4, 5, 0.25))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({0: torch.zeros(2, 3, 20, 16, dtype=torch.float64)}, "q must be float32 or bfloat16"),
+        ({1: torch.zeros(2, 3, 19, 16)}, "k must be like q"),
+        ({3: torch.zeros(3, 2)}, "pos_weight must be contiguous float32"),
+        ({4: torch.zeros(3, dtype=torch.float64)}, "gating must be contiguous float32"),
+        ({5: 7}, "grid must have gh \\* gw == N = 20, got 7 x 5"),
+    ],
+)
+def test_operator_called_directly_checks_what_the_kernel_relies_on(change, message):
+    arguments = [*_sample(False), 4, 5, 0.25]
+    for index, value in change.items():
+        arguments[index] = value
+    with pytest.raises((TypeError, ValueError), match=message):
+        torch.ops.convit.gpsa(*arguments)
+
+
+def test_log_sum_exp():
+    q, k, v, pos_weight, gating = _sample(False)
+    _, lse = torch.ops.convit.gpsa(q, k, v, pos_weight, gating, 4, 5, 0.25)
+    expected = (q.double() @ k.double().transpose(-2, -1) * 0.25).logsumexp(-1)
+    torch.testing.assert_close(lse.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_double_backward_is_a_clear_error():
+    leaves = _sample()
+    out = cpp(*leaves, (4, 5))
+    (first,) = torch.autograd.grad(out.sum(), leaves[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative; use backend='reference'"):
+        first.sum().backward()
+
+
+def test_gradient_of_a_part_and_of_frozen_parameters():
+    leaves = _sample()
+    frozen = [x if i in (0, 2) else x.detach() for i, x in enumerate(leaves)]
+    out = cpp(*frozen, (4, 5))
+    out.sum().backward()
+    assert leaves[0].grad is not None and leaves[2].grad is not None and leaves[1].grad is None
+
+
+def test_autocast_runs_in_its_dtype():
+    leaves = _sample()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = cpp(*leaves, (4, 5))
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert all(x.grad.dtype == torch.float32 for x in leaves)
+
+
+class _Attention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = torch.nn.Linear(48, 3 * 48)
+        self.pos_weight = torch.nn.Parameter(torch.randn(3, 3) * 0.3)
+        self.gating = torch.nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        q, k, v = self.project(x).view(*x.shape[:2], 3, 3, 16).permute(2, 0, 3, 1, 4)
+        return convit.gpsa(q, k, v, self.pos_weight, self.gating, (4, 5)).transpose(1, 2).flatten(2)
+
+
+def test_compiles_with_its_gradient_in_one_graph():
+    torch.manual_seed(0)
+    model, x = _Attention(), torch.randn(2, 20, 48)
+    model(x).square().sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    torch.compile(model, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
+    for ours, p in zip(expected, model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_exports_with_a_dynamic_batch():
+    torch.manual_seed(0)
+    model = _Attention().eval()
+    with torch.no_grad():
+        program = torch.export.export(model, (torch.randn(2, 20, 48),), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+    assert any(node.target is torch.ops.convit.gpsa.default for node in program.graph.nodes)
+    x = torch.randn(5, 20, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_describe_names_what_is_in_use():
+    about = cpu_cpp.describe()
+    assert about["available"] == "yes"
+    assert about["instruction set"] in about["instruction sets"].split(", ")
+    assert about["instruction sets"].endswith("portable")

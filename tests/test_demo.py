@@ -1,0 +1,44 @@
+"""`convit demo`, shortened."""
+
+import sys
+
+import pytest
+
+pytest.importorskip("timm")
+pytest.importorskip("sklearn")
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_demo(quick, tmp_path, monkeypatch, capsys):
+    from convit import checkpoints, demo
+    from convit.cli import main
+
+    def offline(*args, **kwargs):
+        raise OSError("no network in this test. Pass a file")
+
+    monkeypatch.setattr(checkpoints, "fetch", offline)
+    monkeypatch.setattr(checkpoints, "load_pretrained", offline)
+    monkeypatch.setattr(demo, "ROUNDS", 1)
+    monkeypatch.setattr(demo, "_contestants", lambda device: ["timm, eager", "sdpa"])
+    monkeypatch.setattr(demo, "DIGITS_EPOCHS", 6)
+    if not quick:
+        monkeypatch.setattr(demo, "photographs", lambda output: None)
+    assert main(["demo", "--output", str(tmp_path), *(["--quick"] if quick else [])]) == 0
+    printed = capsys.readouterr().out
+    if quick:
+        assert "its own initialisation" in printed and "attention ran on" in printed
+        assert all(name in printed for name in ("timm, eager", "sdpa"))
+        assert (tmp_path / "attention.png").stat().st_size > 10_000
+        assert not (tmp_path / "digits.safetensors").exists()
+    else:
+        assert "360 digits it has not seen" in printed
+        for name in ("history.png", "gates.png", "digits.safetensors", "digits/log.jsonl"):
+            assert (tmp_path / name).stat().st_size > 500
+
+
+def test_demo_names_what_it_needs(monkeypatch, capsys):
+    from convit.cli import main
+
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert main(["demo"]) == 1
+    assert "pip install 'convit[train]'" in capsys.readouterr().err

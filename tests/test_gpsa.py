@@ -1,0 +1,291 @@
+"""convit.gpsa on every backend that can run here: values, gradients, arguments, choice."""
+
+import importlib
+import logging
+import sys
+import threading
+
+import pytest
+import torch
+from gpsa_cases import CASES, Case, check, make_inputs, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import convit
+from convit.backends import MODULES, Problem
+from convit.kernels.gpsa import reference
+
+TORCH_BACKENDS = ("reference", "sdpa", "cpp", "triton")
+
+
+def problem(case: Case, dtype: torch.dtype, **changes) -> Problem:
+    tokens = case.grid[0] * case.grid[1]
+    return Problem("torch", "cpu", str(dtype)[6:], case.batch, case.heads, tokens, case.head_dim, case.grid)._replace(**changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", TORCH_BACKENDS)
+def test_values_and_gradients(backend, case, dtype):
+    reason = convit.why_not(backend, problem(case, dtype))
+    if reason:
+        pytest.skip(reason)
+    inputs, grad = make_inputs(case, dtype=dtype)
+    ours = run(lambda *args: convit.gpsa(*args, backend=backend), inputs, grad, case.grid)
+    assert ours["out"].dtype == dtype and ours["out"].shape == inputs.q.shape
+    check(ours, inputs, grad, case.grid, definition=backend == "reference")
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (3, 5), (14, 14), (1, 9), (6, 1)], ids=str)
+def test_tables_are_the_factors_of_the_position_softmax(grid):
+    weight = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    px, py = reference.position_tables(weight, grid)
+    n = grid[0] * grid[1]
+    product = torch.einsum("hab,hcd->hacbd", py, px).reshape(5, n, n)
+    torch.testing.assert_close(product, reference.position_attention(weight, grid), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", TORCH_BACKENDS)
+@pytest.mark.parametrize(
+    "scale, strength, gate", [(1e3, 1.0, 0.0), (1.0, 1e4, 0.0), (1.0, 1.0, 100.0), (1.0, 1.0, -100.0), (30.0, 50.0, 90.0)]
+)
+def test_extreme_but_finite_input_gives_finite_output(backend, scale, strength, gate):
+    case = Case(1, 4, 24, (5, 7))
+    reason = convit.why_not(backend, problem(case, torch.float32))
+    if reason:
+        pytest.skip(reason)
+    inputs, grad = make_inputs(case)
+    inputs = inputs._replace(
+        q=inputs.q * scale, pos_weight=inputs.pos_weight.sign() * strength, gating=torch.tensor([gate, -gate, gate / 2, 0.0])
+    )
+    ours = run(lambda *args: convit.gpsa(*args, backend=backend), inputs, grad, case.grid)
+    for name, value in ours.items():
+        assert value.isfinite().all(), name
+    truth = convit.gpsa(*inputs.cast(torch.float64), case.grid, backend="reference")
+    assert (ours["out"] - truth).norm() <= 1e-4 * truth.norm()
+
+
+@pytest.mark.parametrize("backend", TORCH_BACKENDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_inf_propagate_as_in_the_eager_path(backend, bad):
+    case = Case(1, 2, 16, (4, 5))
+    reason = convit.why_not(backend, problem(case, torch.float32))
+    if reason:
+        pytest.skip(reason)
+    inputs, _ = make_inputs(case)
+    inputs.q[0, 1, 3, 2] = bad
+    out = convit.gpsa(*inputs, case.grid, backend=backend)
+    assert out[0, 1, 3].isnan().all()
+    clean = torch.ones(20, dtype=torch.bool)
+    clean[3] = False
+    assert out[0, 0].isfinite().all() and out[0, 1, clean].isfinite().all()
+
+
+def test_dropout_acts_on_the_mix_and_runs_on_the_reference():
+    case = Case(2, 2, 8, (6, 6))
+    inputs, _ = make_inputs(case)
+    torch.manual_seed(3)
+    out = convit.gpsa(*inputs, case.grid, dropout_p=0.4)
+    torch.manual_seed(3)
+    attn = reference.attention_map(*inputs[:2], *inputs[3:], case.grid, case.head_dim**-0.5)
+    expected = torch.nn.functional.dropout(attn, 0.4) @ inputs.v
+    torch.testing.assert_close(out, expected)
+    with pytest.raises(RuntimeError, match="attention dropout is not supported"):
+        convit.gpsa(*inputs, case.grid, dropout_p=0.4, backend="sdpa")
+
+
+@pytest.mark.parametrize("batch, grid", [(0, (3, 3)), (2, (0, 0)), (2, (0, 5))])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "cpp"])
+def test_empty_batch_or_grid_gives_empty_output(backend, batch, grid):
+    case = Case(batch, 2, 8, grid)
+    reason = convit.why_not(backend, problem(case, torch.float32))
+    if reason:
+        pytest.skip(reason)
+    inputs, grad = make_inputs(case)
+    ours = run(lambda *args: convit.gpsa(*args, backend=backend), inputs, grad, grid)
+    assert ours["out"].shape == inputs.q.shape
+    assert not ours["dpos_weight"].any() and not ours["dgating"].any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "cpp"])
+def test_any_strides(backend):
+    case = Case(2, 3, 12, (4, 6))
+    reason = convit.why_not(backend, problem(case, torch.float32))
+    if reason:
+        pytest.skip(reason)
+    inputs, grad = make_inputs(case)
+    expected = run(lambda *args: convit.gpsa(*args, backend="reference"), inputs, grad, case.grid)
+    layouts = {
+        "last dimension not contiguous": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+        "every second channel of a wider tensor": lambda x: torch.stack([x, x + 1], -1).flatten(-2)[..., ::2],
+        "expanded gradient": lambda x: x,
+    }
+    for name, layout in layouts.items():
+        moved = inputs._replace(q=layout(inputs.q), k=layout(inputs.k), v=layout(inputs.v))
+        ours = run(lambda *args: convit.gpsa(*args, backend=backend), moved, layout(grad), case.grid)
+        for key, value in ours.items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    convit.gpsa(*leaves, case.grid, backend=backend).sum().backward()
+    ones = run(lambda *args: convit.gpsa(*args, backend="reference"), inputs, torch.ones_like(grad), case.grid)
+    torch.testing.assert_close(leaves[0].grad, ones["dq"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "cpp"])
+def test_same_input_gives_the_same_bits(backend):
+    case = Case(2, 4, 48, (14, 14))
+    reason = convit.why_not(backend, problem(case, torch.float32))
+    if reason:
+        pytest.skip(reason)
+    inputs, grad = make_inputs(case)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 2) if backend == "cpp" else (1, 1):
+            torch.set_num_threads(threads)
+            results.append(run(lambda *args: convit.gpsa(*args, backend=backend), inputs, grad, case.grid))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+def _valid():
+    inputs, _ = make_inputs(Case(2, 3, 8, (4, 5)))
+    return dict(zip(("q", "k", "v", "pos_weight", "gating"), inputs, strict=True), grid=(4, 5))
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"q": None}, TypeError, "q must be a torch.Tensor, got NoneType"),
+        ({"q": torch.zeros(2, 3, 20, 8, dtype=torch.int32)}, TypeError, "q must be floating point, got torch.int32"),
+        ({"v": torch.zeros(2, 3, 20, 8, dtype=torch.float64)}, TypeError, "one dtype"),
+        ({"q": torch.zeros(3, 20, 8)}, ValueError, r"q must be \[B, H, N, D\], got shape \[3, 20, 8\]"),
+        ({"k": torch.zeros(2, 3, 19, 8)}, ValueError, "k must have the shape of q"),
+        ({"gating": torch.zeros(4)}, ValueError, r"gating must be \[H\] = \[3\], got \[4\]"),
+        ({"pos_weight": torch.zeros(3, 2)}, ValueError, r"pos_weight must be \[H, 3\] = \[3, 3\], got \[3, 2\]"),
+        ({"v": torch.zeros(2, 3, 20, 8, device="meta")}, ValueError, "v must be on the device of q, cpu, got meta"),
+        ({"grid": (4, 4)}, ValueError, "gh \\* gw == N = 20, got 4 x 4"),
+        ({"grid": (-4, -5)}, ValueError, "gh \\* gw == N"),
+        ({"grid": 20}, TypeError, "grid must be a pair"),
+        ({"grid": (4.0, 5.0)}, TypeError, "grid must be a pair of integers"),
+        ({"dropout_p": 1.5}, ValueError, r"dropout_p must be in \[0, 1\), got 1.5"),
+        ({"backend": "cp"}, ValueError, "unknown backend 'cp'; did you mean 'cpp'"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message):
+    with pytest.raises(error, match=message):
+        convit.gpsa(**{**_valid(), **change})
+
+
+sizes = st.integers(1, 5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=sizes,
+    heads=sizes,
+    dim=st.integers(1, 20),
+    gh=sizes,
+    gw=sizes,
+    wrong=st.sampled_from([None, "k", "v", "pos_weight", "gating", "grid"]),
+)
+def test_arguments_either_work_or_are_named(batch, heads, dim, gh, gw, wrong):
+    case = Case(batch, heads, dim, (gh, gw))
+    inputs, _ = make_inputs(case)
+    arguments = dict(zip(("q", "k", "v", "pos_weight", "gating"), inputs, strict=True), grid=case.grid)
+    if wrong is None:
+        out = convit.gpsa(**arguments)
+        expected = convit.gpsa(**arguments, backend="reference")
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    else:
+        value = arguments[wrong]
+        arguments[wrong] = (gh + 1, gw) if wrong == "grid" else torch.cat([value, value[:1]])
+        with pytest.raises(ValueError, match=f"{wrong} must"):
+            convit.gpsa(**arguments)
+
+
+# ---- the choice of a backend ----
+
+
+def test_precedence_argument_context_environment(monkeypatch):
+    inputs, _ = make_inputs(Case(1, 1, 4, (2, 2)))
+    called = []
+    for name in ("reference", "sdpa"):
+        module = importlib.import_module(MODULES[name])
+        real = module.gpsa
+        monkeypatch.setattr(module, "gpsa", lambda *a, _name=name, _real=real: called.append(_name) or _real(*a))
+    monkeypatch.setenv("CONVIT_BACKEND", "reference")
+    convit.gpsa(*inputs, (2, 2))
+    with convit.use_backend("sdpa"):
+        convit.gpsa(*inputs, (2, 2))
+        convit.gpsa(*inputs, (2, 2), backend="reference")
+        with convit.use_backend("reference"):
+            convit.gpsa(*inputs, (2, 2))
+    convit.gpsa(*inputs, (2, 2))
+    assert called == ["reference", "sdpa", "reference", "reference", "reference"]
+
+
+def test_environment_with_an_unknown_backend_is_an_error(monkeypatch):
+    inputs, _ = make_inputs(Case(1, 1, 4, (2, 2)))
+    monkeypatch.setenv("CONVIT_BACKEND", "sdap")
+    with pytest.raises(ValueError, match="unknown backend 'sdap'; did you mean 'sdpa'"):
+        convit.gpsa(*inputs, (2, 2))
+
+
+def test_use_backend_is_local_to_its_thread():
+    seen = []
+    with convit.use_backend("reference"):
+        from convit.backends import forced_backend
+
+        thread = threading.Thread(target=lambda: seen.append(forced_backend(None)))
+        thread.start()
+        thread.join()
+        seen.append(forced_backend(None))
+    assert seen == [None, "reference"]
+
+
+def test_forced_backend_that_cannot_run_lists_every_reason():
+    inputs, _ = make_inputs(Case(1, 2, 8, (3, 3)))
+    with pytest.raises(RuntimeError) as caught:
+        convit.gpsa(*inputs, (3, 3), backend="akg")
+    message = str(caught.value)
+    assert message.startswith("convit: backend 'akg' cannot run gpsa(q=[1, 2, 9, 8] float32 on cpu")
+    for name in ("akg", "cpp", "sdpa", "reference"):
+        assert f"\n  {name}" in message
+
+
+def test_automatic_choice_moves_on_and_says_why_once(caplog, monkeypatch):
+    module = sys.modules["convit.backends"]
+    monkeypatch.setattr(module, "_logged", set())
+    monkeypatch.setitem(module._loaded, MODULES["cpp"], "built for another Python")
+    inputs, _ = make_inputs(Case(1, 2, 8, (3, 3)))
+    with caplog.at_level(logging.INFO, logger="convit"):
+        for _ in range(3):
+            convit.gpsa(*inputs, (3, 3))
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 1 and "sdpa instead of cpp: built for another Python" in messages[0]
+
+
+def test_absent_broken_and_foreign_backends_read_differently(monkeypatch, tmp_path):
+    module = sys.modules["convit.backends"]
+    (tmp_path / "broken_kernel.py").write_text("raise OSError('undefined symbol: _ZN3fooEv')")
+    (tmp_path / "needs_missing.py").write_text("import surely_not_installed")
+    monkeypatch.syspath_prepend(tmp_path)
+    reasons = {}
+    for home in ("broken_kernel", "needs_missing", "no_such_kernel"):
+        monkeypatch.setattr(module, "_loaded", {})
+        monkeypatch.setitem(module.MODULES, "tbe", home)
+        reasons[home] = convit.why_not("tbe", problem(CASES[0], torch.float32))
+    assert reasons["broken_kernel"] == "failed to import: OSError: undefined symbol: _ZN3fooEv"
+    assert reasons["needs_missing"] == "surely_not_installed is not installed"
+    assert "does not contain it" in reasons["no_such_kernel"]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(dynamic):
+    case = Case(2, 2, 8, (3, 4))
+    inputs, _ = make_inputs(case)
+    compiled = torch.compile(lambda *a: convit.gpsa(*a, case.grid), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), convit.gpsa(*inputs, case.grid), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,63 @@
+"""Installing without a compiler, and the completeness of the source distribution."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the tracked files."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    pytest.importorskip("pybind11")
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).exists():
+            (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / "copy" / name)
+    return tmp_path / "copy"
+
+
+def build(checkout: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "setup.py", *command], cwd=checkout, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no /bin/false")
+def test_a_missing_compiler_breaks_nothing_and_leaves_no_stale_library(checkout):
+    stale = checkout / "convit" / "_C.stale.so"
+    no_compiler = {"CC": "/bin/false", "CXX": "/bin/false"}
+    stale.touch()
+    result = build(checkout, "build_ext", "--inplace", CONVIT_BUILD_EXT="auto", **no_compiler)
+    assert result.returncode == 0 and "the C++ kernels were not built" in result.stderr
+    assert not stale.exists()
+    result = build(checkout, "build_ext", "--inplace", CONVIT_BUILD_EXT="1", **no_compiler)
+    assert result.returncode != 0
+    stale.touch()
+    assert build(checkout, "--name", CONVIT_BUILD_EXT="0").returncode == 0
+    assert not stale.exists()
+    assert "must be auto, 0 or 1, got 'yes'" in build(checkout, "--name", CONVIT_BUILD_EXT="yes").stderr
+    code = "from convit.env import collect; print(collect()['extension']['state'])"
+    # -S: without site-packages, where an editable install would lend its own library
+    told = subprocess.run([sys.executable, "-S", "-c", code], cwd=checkout, capture_output=True, text=True)
+    assert told.stdout.startswith("not built: install a C++17 compiler"), told.stdout + told.stderr
+
+
+def test_source_distribution_is_complete(checkout):
+    result = build(checkout, "sdist", CONVIT_BUILD_EXT="1")
+    assert result.returncode == 0, result.stderr
+    (archive,) = (checkout / "dist").glob("*.tar.gz")
+    packed = {name.split("/", 1)[1] for name in tarfile.open(archive).getnames() if "/" in name}
+    tracked = {str(path.relative_to(checkout)) for path in checkout.rglob("*") if path.is_file()}
+    outside = {".gitignore", ".ci/run"}
+    missing = {name for name in tracked - packed - outside if not name.startswith(("dist/", "convit.egg-info/", "bench/results/"))}
+    assert not missing

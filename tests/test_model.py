@@ -1,0 +1,312 @@
+"""The PyTorch model against timm's, and what timm's ViT users expect of it."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tolerances import FLOOR, MODEL
+
+import convit
+from convit.pytorch.gpsa import local_offsets
+from convit.pytorch.model import resample_position_embedding
+
+timm = pytest.importorskip("timm")
+
+PARAMETERS = {
+    "convit_tiny": 5_710_512,
+    "convit_tiny_plus": 9_972_912,
+    "convit_small": 27_777_322,
+    "convit_small_plus": 48_979_882,
+    "convit_base": 86_540_040,
+    "convit_base_plus": 153_134_856,
+}
+
+
+def small(**kwargs) -> convit.ConViT:
+    """A ConViT of full structure that runs in milliseconds."""
+    torch.manual_seed(0)
+    arguments = {"img_size": 32, "patch_size": 8, "num_classes": 5, "embed_dim": 24, "depth": 3, "num_heads": 4, "local_up_to_layer": 2}
+    return convit.ConViT(**{**arguments, **kwargs}).eval()
+
+
+def images(height=32, width=32, batch=2, channels=3, dtype=torch.float32):
+    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts(name):
+    assert convit.list_models() == list(PARAMETERS)
+    with torch.device("meta"):
+        model = convit.create_model(name)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", ["convit_tiny", "convit_small", "convit_base"])
+def test_state_dicts_and_logits_equal_timms_both_ways(name):
+    torch.manual_seed(0)
+    ours, theirs = convit.create_model(name).eval(), timm.create_model(name).eval()
+    assert [(k, v.shape) for k, v in ours.state_dict().items()] == [(k, v.shape) for k, v in theirs.state_dict().items()]
+    x = images(224, 224, batch=1)
+    for source, target in ((theirs, ours), (ours, theirs)):
+        torch.manual_seed(1)
+        for parameter in source.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+        target.load_state_dict(source.state_dict(), strict=True)
+        with torch.no_grad():
+            expected, logits = theirs(x), ours(x)
+        assert (logits - expected).abs().max() <= MODEL[torch.float32] * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_outputs_and_gradients_equal_timms(dtype, backend):
+    torch.manual_seed(0)
+    shape = {"img_size": 64, "num_classes": 7, "depth": 4, "local_up_to_layer": 3, "num_heads": 4}
+    theirs = timm.models.convit.ConVit(embed_dim=12, **shape).to(dtype)
+    ours = convit.ConViT(embed_dim=48, **shape).to(dtype)
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = images(64, 64, dtype=dtype)
+    with convit.use_backend(backend):
+        pairs = [(theirs(x), ours(x))]
+        for logits in pairs[0]:
+            logits.square().sum().backward()
+    theirs_by_name = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if name.endswith("pos_proj.bias"):
+            assert not parameter.grad.any()  # timm's is rounding noise about the exact zero
+        else:
+            pairs.append((theirs_by_name[name].grad, parameter.grad))
+    for expected, value in pairs:
+        assert (value - expected).norm() <= MODEL[dtype] * expected.norm()
+
+
+def test_initialisation_is_the_papers():
+    theirs = timm.models.convit.GPSA(144, num_heads=9, locality_strength=0.7)
+    ours = convit.GPSA(144, num_heads=9, locality_strength=0.7)
+    theirs.local_init()
+    ours.local_init()
+    torch.testing.assert_close(ours.pos_proj.weight, theirs.pos_proj.weight, rtol=0, atol=0)
+    assert torch.equal(ours.v.weight, torch.eye(144)) and torch.equal(ours.gating_param, torch.ones(9))
+    for block in small(depth=2, local_up_to_layer=2).blocks:
+        assert torch.equal(block.attn.v.weight, torch.eye(24))
+
+
+@pytest.mark.parametrize("heads", range(1, 26))
+def test_every_head_starts_at_an_offset_of_its_own(heads):
+    offsets = local_offsets(heads)
+    assert len(set(offsets)) == len(offsets) == heads
+
+
+def test_local_heads_attend_where_they_should():
+    gpsa = convit.GPSA(24, num_heads=12, locality_strength=20.0)
+    gpsa.local_init()
+    gpsa.gating_param.data.fill_(50.0)
+    attn = gpsa.get_attention(torch.zeros(1, 49, 24))[0]
+    for head, (dx, dy) in enumerate(local_offsets(12)):
+        assert attn[head, 3 * 7 + 3].argmax() == (3 + int(dy)) * 7 + 3 + int(dx)
+
+
+@pytest.mark.parametrize("size", [(48, 48), (24, 40), (8, 64)], ids=str)
+def test_any_image_size(size):
+    model = small()
+    x = images(*size)
+    with pytest.raises(ValueError, match=f"takes images of 32 x 32, got {size[0]} x {size[1]}: call set_input_size"):
+        model(x)
+    moved = copy.deepcopy(model)
+    moved.set_input_size(size)
+    dynamic = small(dynamic_img_size=True)
+    dynamic.load_state_dict(model.state_dict())
+    built = small(img_size=size)
+    built.load_state_dict(moved.state_dict(), strict=True)
+    with convit.use_backend("reference"):
+        expected = built(x)
+    torch.testing.assert_close(moved(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dynamic(x), expected, rtol=1e-4, atol=1e-5)
+    dynamic(images(32, 32))
+
+
+@pytest.mark.parametrize("size", [(192, 256), 384], ids=str)
+def test_variant_at_other_sizes_from_224_weights(size):
+    model = convit.create_model("convit_tiny").eval()
+    model.set_input_size(size)
+    height, width = (size, size) if isinstance(size, int) else size
+    with torch.no_grad():
+        assert model(images(height, width, batch=1)).isfinite().all()
+
+
+def test_position_embedding_is_resampled_as_timm_does():
+    from timm.layers import resample_abs_pos_embed
+
+    pos_embed = torch.randn(1, 196, 8)
+    theirs = resample_abs_pos_embed(pos_embed, [12, 16], [14, 14], num_prefix_tokens=0)
+    torch.testing.assert_close(resample_position_embedding(pos_embed, (14, 14), (12, 16)), theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("local", [0, 1, 3])
+def test_class_token_always_reaches_the_head(local):
+    model = small(local_up_to_layer=local)
+    assert [block.use_gpsa for block in model.blocks] == [i < local for i in range(3)]
+    assert model.forward_features(images()).shape == (2, 17, 24)
+    before = model(images())
+    model.cls_token.data += 1
+    assert not torch.allclose(before, model(images()))
+
+
+def test_register_tokens_and_pooling():
+    model = small(reg_tokens=3, global_pool="avg")
+    assert model.forward_features(images()).shape == (2, 20, 24)
+    tokens = model.forward_features(images())
+    torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), tokens[:, 4:].mean(1))
+    model.reset_classifier(11, "token")
+    torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), tokens[:, 0])
+    assert model(images()).shape == (2, 11)
+    model.reset_classifier(0, "")
+    assert model(images()).shape == (2, 20, 24)
+
+
+def test_forward_intermediates_as_timms():
+    torch.manual_seed(0)
+    shape = {"img_size": 64, "num_classes": 7, "depth": 4, "local_up_to_layer": 3, "num_heads": 4}
+    theirs = timm.models.convit.ConVit(embed_dim=12, **shape).eval()
+    ours = convit.ConViT(embed_dim=48, **shape).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = images(64, 64)
+    for arguments in ({"indices": 2}, {"indices": [0, 3], "norm": True}, {"output_fmt": "NLC"}, {"indices": [1], "stop_early": True}):
+        final, maps = ours.forward_intermediates(x, **arguments)
+        expected_final, expected = theirs.forward_intermediates(x, **arguments)
+        for a, b in zip([final, *maps], [expected_final, *expected], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    (patches, prefix), (last, cls) = ours.get_intermediate_layers(x, [0, 3], return_prefix_tokens=True, norm=True)
+    assert patches.shape == last.shape == (2, 16, 48) and prefix.shape == (2, 0, 48) and cls.shape == (2, 1, 48)
+    with pytest.raises(ValueError, match="indices must choose among 4 blocks, got 9"):
+        ours.get_intermediate_layers(x, 9)
+
+
+def test_gradient_checkpointing_changes_no_bit():
+    model = small(drop_path_rate=0.5, proj_drop_rate=0.2).train()
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        torch.manual_seed(5)
+        model(images()).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_every_parameter_gets_a_gradient():
+    model = small(reg_tokens=1).train()
+    model(images()).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("rate", ["drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"])
+def test_dropouts_act_while_training_only(rate):
+    model = small(**{rate: 0.5})
+    x = images(batch=4)
+    assert torch.equal(model(x), model(x))
+    model.train()
+    assert not torch.equal(model(x), model(x))
+
+
+def test_timm_groups_parameters_by_layer():
+    from timm.optim import param_groups_layer_decay
+
+    model = small()
+    groups = param_groups_layer_decay(model, weight_decay=0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.5)
+    undecayed = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+    assert {id(model.cls_token), id(model.pos_embed)} <= undecayed
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert scales[id(model.patch_embed.proj.weight)] < scales[id(model.blocks[0].mlp.fc1.weight)] < scales[id(model.head.weight)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_and_autocast(dtype):
+    model = small()
+    expected = model(images())
+    tolerance = 20 * FLOOR[dtype]
+    with torch.autocast("cpu", dtype):
+        under_autocast = model(images())
+    assert (under_autocast - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(1)
+    model.to(dtype)
+    logits = model(images(dtype=dtype))
+    assert logits.dtype == dtype
+    assert (logits - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(1)
+
+
+def test_autocast_trains():
+    model = small().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(images()).float().square().sum()
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_deepcopy_and_pickle():
+    model = small()
+    expected = model(images())
+    assert torch.equal(copy.deepcopy(model)(images()), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(images()), expected)
+
+
+def test_compile_export_and_trace_agree_with_eager():
+    model = small()
+    expected = model(images())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images()), expected)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(model, (images(),), dynamic_shapes=({0: batch},))
+    torch.testing.assert_close(program.module()(images(batch=5))[:2], model(images(batch=5))[:2])
+    with pytest.warns(torch.jit.TracerWarning):
+        traced = torch.jit.trace(model, images())
+    torch.testing.assert_close(traced(images()), expected)
+
+
+def test_compiled_training_step_has_no_graph_break():
+    model = small().train()
+    torch.compile(model, fullgraph=True, backend="aot_eager")(images()).square().sum().backward()
+    compiled = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(images()).square().sum().backward()
+    for a, p in zip(compiled, model.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"num_heads": 5}, "num_heads must divide dim = 24, got 5"),
+        ({"local_up_to_layer": 4}, r"local_up_to_layer must be in 0..depth = 0..3, got 4"),
+        ({"global_pool": "max"}, "global_pool must be"),
+        ({"img_size": 30}, "must be a multiple of the patch size 8 x 8, got 30 x 30"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        small(**arguments)
+
+
+def test_unknown_model_suggests_the_nearest():
+    with pytest.raises(ValueError, match="unknown model 'convit_tinny'; did you mean 'convit_tiny'"):
+        convit.create_model("convit_tinny")
+
+
+def test_no_square_grid_is_named():
+    with pytest.raises(ValueError, match="N = 12 patches form no square grid"):
+        convit.GPSA(16, 4)(torch.zeros(1, 12, 16))
+    assert convit.GPSA(16, 4)(torch.zeros(1, 12, 16), grid=(3, 4)).shape == (1, 12, 16)
+
+
+def test_attention_maps_equal_timms():
+    torch.manual_seed(0)
+    x = torch.randn(2, 49, 32)
+    for ours, theirs in ((convit.GPSA(32, 4), timm.models.convit.GPSA(32, 4)), (convit.MHSA(32, 4), timm.models.convit.MHSA(32, 4))):
+        theirs.load_state_dict(ours.state_dict())
+        theirs(x)  # timm makes its relative indices here
+        for a, b in zip(ours.get_attention_map(x, return_map=True), theirs.get_attention_map(x, return_map=True), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    distance, attn = convit.MHSA(32, 4).get_attention_map(torch.randn(2, 50, 32), return_map=True)
+    assert distance.shape == (4,) and attn.shape == (4, 50, 50)

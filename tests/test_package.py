@@ -1,0 +1,64 @@
+"""What a user sees before any kernel runs: import, names, console script."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import convit
+from convit.cli import COMMANDS
+
+
+def python(code: str, **kwargs) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, **kwargs).stdout
+
+
+def test_import_is_light():
+    code = "import sys, convit; print([m for m in ('torch', 'numpy', 'mindspore', 'timm', 'triton') if m in sys.modules])"
+    assert python(code).strip() == "[]"
+
+
+def test_public_names():
+    for name in convit.__all__:
+        assert callable(getattr(convit, name)), name
+    with pytest.raises(AttributeError, match="no attribute 'gspa'"):
+        convit.gspa  # noqa: B018
+
+
+def test_kernels_are_never_imported_by_a_wrong_name(tmp_path):
+    from convit import kernels
+
+    (tmp_path / "kernels").symlink_to(kernels.__path__[0])
+    result = subprocess.run([sys.executable, "-c", "import kernels"], cwd=tmp_path, capture_output=True, text=True)
+    assert "this folder is the package convit.kernels and was imported as 'kernels'" in result.stderr
+
+
+def test_extension_is_built():
+    """The suite's own installation builds it; users without a compiler are told by `convit env`."""
+    from convit import _C
+
+    assert _C.instruction_set()
+
+
+def convit_command(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "convit", *words], capture_output=True, text=True)
+
+
+def test_env_lists_each_backend_with_its_reason():
+    report = json.loads(convit_command("env", "--json").stdout)
+    cpu = next(device for device in report["devices"] if device["framework"] == "torch")
+    assert cpu["chosen"] in ("cpp", "sdpa")
+    assert set(cpu["why_not"]) >= set(convit.backends())
+    text = convit_command("env").stdout
+    assert all(f"\n  {name}" in text for name in convit.backends())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command):
+    result = convit_command(command, "--help")
+    assert result.returncode == 0 and "usage: convit" in result.stdout, result.stderr
+
+
+def test_wrong_usage_exits_with_2():
+    assert convit_command("trane").returncode == 2

@@ -1,0 +1,130 @@
+"""Diagnostics against the definition formed in full, and the pictures of a run."""
+
+import json
+
+import pytest
+import torch
+
+import convit
+from convit import plot
+from convit.kernels.gpsa.reference import position_attention, relative_positions
+from convit.pytorch import diagnostics
+
+pytest.importorskip("matplotlib")
+
+
+def small(**kwargs):
+    torch.manual_seed(0)
+    shape = {"img_size": (12, 20), "patch_size": 4, "embed_dim": 16, "num_heads": 4, "depth": 3, "local_up_to_layer": 2, "num_classes": 5}
+    model = convit.ConViT(**shape | kwargs)
+    for block in model.blocks[: model.local_up_to_layer]:
+        torch.nn.init.normal_(block.attn.gating_param)
+        torch.nn.init.normal_(block.attn.qk.weight, std=0.5)
+    return model
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (3, 5), (7, 2), (6, 6)])
+def test_position_distance_is_the_dense_one(grid):
+    weight = torch.randn(5, 3, dtype=torch.float64) * torch.tensor([2.0, 2.0, 0.5]).double()
+    distance = relative_positions(grid)[..., 2].double().sqrt()
+    expected = (position_attention(weight, grid) * distance).sum((1, 2)) / len(distance)
+    torch.testing.assert_close(diagnostics.position_distance(weight, grid), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"reg_tokens": 2}, {"local_up_to_layer": 3}, {"local_up_to_layer": 0}, {"qkv_bias": True}])
+def test_diagnose_is_the_dense_distance_on_each_layers_input(kwargs):
+    model, images = small(**kwargs), torch.randn(3, 3, 12, 20)
+    inputs, hooks = [], []
+    for block in model.blocks:
+        hooks.append(block.attn.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0])))
+    model.eval()(images)
+    for hook in hooks:
+        hook.remove()
+    model.train()
+    found = diagnostics.diagnose(model, images)
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert json.loads(json.dumps(found)) == found
+    assert found["gating"] == [block.attn.gating_param.sigmoid().tolist() for block in model.blocks[: model.local_up_to_layer]]
+    for block, x, heads, layer in zip(model.blocks, inputs, found["distance"], found["nonlocality"], strict=True):
+        expected = block.attn.get_attention_map(x, grid=(3, 5))
+        torch.testing.assert_close(torch.tensor(heads), expected.detach(), rtol=1e-5, atol=1e-6)
+        assert layer == pytest.approx(expected.mean().item(), rel=1e-5)
+
+
+def test_diagnose_takes_timms_model():
+    timm = pytest.importorskip("timm.models.convit")
+    theirs = timm.ConVit(img_size=16, patch_size=4, embed_dim=4, num_heads=4, depth=3, local_up_to_layer=2, num_classes=5)
+    ours = small(img_size=16)
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, 16, 16)
+    a, b = diagnostics.diagnose(theirs, images), diagnostics.diagnose(ours, images)
+    torch.testing.assert_close(torch.tensor(a["distance"]), torch.tensor(b["distance"]), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="must be a ConViT"):
+        diagnostics.attentions(torch.nn.Linear(2, 2))
+
+
+def records(epochs):
+    gate = [[[0.7 - 0.01 * epoch * layer for _ in range(4)] for layer in range(2)] for epoch in range(epochs)]
+    return [
+        {"kind": "epoch", "epoch": e, "train_loss": 2 / (e + 1), "top1": 10.0 + e, "gating": gate[e], "distance": [[1.0, 2.0]] * 3}
+        for e in range(epochs)
+    ]
+
+
+@pytest.mark.parametrize("epochs", [1, 5])
+def test_command_draws_a_run(tmp_path, capsys, epochs):
+    from convit.cli import main
+
+    lines = [json.dumps(record) for record in records(epochs)]
+    lines.insert(0, json.dumps({"kind": "step", "epoch": 0, "loss": 1.0}))
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"kind": "epo')
+    assert main(["plot", str(tmp_path)]) == 0
+    drawn = capsys.readouterr().out.split()
+    assert [name.rsplit("/", 1)[1] for name in drawn] == ["history.png", "gates_over_time.png", "gates.png", "locality.png"]
+    for name in drawn:
+        with open(name, "rb") as file:
+            assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+    assert main(["plot", str(tmp_path), "--format", "svg", "-o", str(tmp_path / "svg")]) == 0
+    assert "<svg" in (tmp_path / "svg/history.svg").read_text()
+
+
+def test_command_says_what_is_wrong(tmp_path, capsys):
+    from convit.cli import main
+
+    assert main(["plot", str(tmp_path)]) == 1
+    assert "log.jsonl does not exist" in capsys.readouterr().err
+    (tmp_path / "log.jsonl").write_text('{"kind": "step", "epoch": 0}\n')
+    assert main(["plot", str(tmp_path)]) == 1
+    assert "no finished epoch" in capsys.readouterr().err
+    (tmp_path / "log.jsonl").write_text('oops\n{"kind": "epoch", "epoch": 0}\n')
+    assert main(["plot", str(tmp_path)]) == 1
+    assert "log.jsonl:1" in capsys.readouterr().err
+    (tmp_path / "log.jsonl").write_text(json.dumps(records(1)[0]))
+    assert main(["plot", str(tmp_path), "--image", "none.png"]) == 1
+    assert "recipe.yaml" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["plot", str(tmp_path), "--query", "three"])
+
+
+def test_attention_picture(tmp_path):
+    model, image = small(), torch.randn(3, 12, 20)
+    path = plot.plot_attention(model, image, tmp_path / "a" / "attention.png", query=(2, 4), heads=2)
+    assert path.stat().st_size > 1000
+    for query, layers, text in (((3, 0), None, "3 x 5 grid"), (None, [7], "layers must be among 0..2")):
+        with pytest.raises(ValueError, match=text):
+            plot.plot_attention(model, image, tmp_path / "b.png", query=query, layers=layers)
+    with pytest.raises(ValueError, match="same layers"):
+        plot.plot_gates([[0.5]], [[0.5, 0.5]], tmp_path / "b.png")
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_load_image(tmp_path):
+    pillow = pytest.importorskip("PIL.Image")
+    pillow.new("RGB", (40, 20), (255, 0, 0)).save(tmp_path / "red.png")
+    image = plot.load_image(tmp_path / "red.png", (8, 12), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.25))
+    assert image.shape == (3, 8, 12) and image[:, 0, 0].tolist() == [1.0, -1.0, -2.0]
+    assert plot.load_image(tmp_path / "red.png", (8, 12), 1, (0.0,), (1.0,)).shape == (1, 8, 12)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="bad.png is not an image"):
+        plot.load_image(tmp_path / "bad.png", (8, 8), 3, (0.5,) * 3, (0.5,) * 3)

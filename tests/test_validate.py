@@ -1,0 +1,194 @@
+"""Validate and infer: the same digits for every kind of checkpoint, and messages for what cannot be measured."""
+
+import json
+import shutil
+
+import pytest
+
+pytest.importorskip("timm")
+pytest.importorskip("sklearn")
+np = pytest.importorskip("numpy")
+torch = pytest.importorskip("torch")
+
+from PIL import Image  # noqa: E402
+
+import convit  # noqa: E402
+from convit import cli  # noqa: E402
+from convit.checkpoints import save_checkpoint  # noqa: E402
+from convit.config import load_recipe  # noqa: E402
+from convit.pytorch.data import EvalData  # noqa: E402
+from convit.pytorch.distributed import World  # noqa: E402
+from convit.pytorch.train import build_model, train  # noqa: E402
+from convit.pytorch.validate import evaluate, validate  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A validation split of 3 classes with 5 images each, larger than the model's input."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for name in ("a", "b", "c"):
+        (root / "val" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.fromarray(random.integers(0, 255, (50 + i, 60, 3), dtype=np.uint8)).save(root / "val" / name / f"{i}.png")
+    return root
+
+
+TINY = {"image_resize": 32, "num_classes": 3, "num_parallel_workers": 0, "batch_size": 4, "amp_level": "O0"}
+
+
+def recipe(root, **keys):
+    return load_recipe("convit_tiny", {**TINY, "data_dir": str(root), **keys})
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """One model in every kind of file."""
+    root = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(1)
+    model = convit.create_model("convit_tiny", img_size=32, num_classes=3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    torch.save(model.state_dict(), root / "timm.pth")
+    torch.save({"model": model.state_dict(), "epoch": 3}, root / "fair.pth")
+    save_checkpoint(model, root / "ours.safetensors")
+    save_checkpoint(model, root / "mindcv.ckpt")
+    return model, root
+
+
+def by_hand(model, root, keys):
+    """Top-1, top-5 and loss, image by image, in float64."""
+    from timm.data import ImageDataset, create_transform
+
+    data = ImageDataset(str(root / "val"), transform=create_transform(32, interpolation="bicubic", crop_pct=keys.crop_pct))
+    model = model.double().eval()
+    with torch.no_grad():
+        logits = torch.cat([model(image[None].double()) for image, _ in data])
+    model.float()
+    targets = torch.tensor([target for _, target in data])
+    top1 = (logits.argmax(1) == targets).double().mean().item()
+    return 100 * top1, torch.nn.functional.cross_entropy(logits, targets).item()
+
+
+@pytest.mark.parametrize("name", ["timm.pth", "fair.pth", "ours.safetensors", "mindcv.ckpt"])
+def test_every_kind_of_checkpoint_validates(folder, weights, name):
+    model, root = weights
+    result = validate(recipe(folder, ckpt_path=str(root / name)), progress=False)
+    top1, loss = by_hand(model, folder, recipe(folder))
+    assert result["samples"] == 15 and result["top5"] == 100.0 and result["bad_images"] == []
+    assert result["top1"] == pytest.approx(top1, abs=1e-9)
+    assert result["loss"] == pytest.approx(loss, abs=1e-5)
+
+
+def test_the_result_is_reproducible_to_the_digit(folder, weights, capsys):
+    words = ["validate", "-c", "convit_tiny", "--data_dir", str(folder), "--ckpt_path", str(weights[1] / "timm.pth"), "--json"]
+    words += [word for key, value in TINY.items() for word in (f"--{key}", str(value))]
+    results = []
+    for workers in ("0", "1"):
+        assert cli.main([*words, "--num_parallel_workers", workers]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    assert set(results[0]) == {"model", "checkpoint", "samples", "top1", "top5", "loss", "images_per_second", "bad_images"}
+    for result in results:
+        assert result.pop("images_per_second") > 0
+    assert results[0] == results[1]
+
+
+def test_processes_add_up(folder, weights):
+    """The parts that three processes take are all images, each once."""
+    parts = [EvalData(recipe(folder), World(rank, 3), torch.device("cpu")) for rank in range(3)]
+    assert sorted(i for part in parts for i in part.chosen) == list(range(15))
+    scores = [evaluate(weights[0], part, World(), torch.device("cpu")) for part in parts]
+    whole = validate(recipe(folder, ckpt_path=str(weights[1] / "timm.pth")), progress=False)
+    assert sum(s.loss * s.samples for s in scores) / 15 == pytest.approx(whole["loss"], rel=1e-6)
+
+
+def test_unreadable_images_are_left_out_and_named(folder, weights, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "data")
+    (tmp_path / "data/val/b/2.png").write_bytes(b"\x89PNG broken")
+    result = validate(recipe(tmp_path / "data", ckpt_path=str(weights[1] / "timm.pth")), progress=False)
+    assert result["samples"] == 14 and [name[-7:] for name in result["bad_images"]] == ["b/2.png"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"ckpt_path": "missing.pth"}, "missing.pth"),
+        ({"num_classes": 7}, "head"),
+        ({"model": "convit_tinny"}, "did you mean 'convit_tiny"),
+        ({"data_dir": ""}, "data_dir must name the folder"),
+        ({"device": "tpu9"}, "device 'tpu9' cannot be used"),
+    ],
+)
+def test_what_cannot_be_measured_is_named(folder, weights, keys, message, capsys):
+    words = {**TINY, "data_dir": str(folder), "ckpt_path": str(weights[1] / "timm.pth"), **keys}
+    assert cli.main(["validate", "-c", "convit_tiny", *[w for k, v in words.items() for w in (f"--{k}", str(v))]]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A short run on the digits."""
+    output = tmp_path_factory.mktemp("digits") / "run"
+    keys = {"epoch_size": 2, "warmup_epochs": 1, "decay_epochs": 1, "depth": 2, "local_up_to_layer": 1, "ema": True, "ema_decay": 0.9}
+    return train(load_recipe("digits", keys), output, progress=False)
+
+
+@pytest.mark.parametrize("name", ["best.pth", "last.pth"])
+def test_a_run_validates_without_its_recipe(digits, capsys, name):
+    """The recipe is in the checkpoint; the scores are those of the log, of the moving average."""
+    assert cli.main(["validate", "--ckpt_path", str(digits.output / name), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    log = [json.loads(line) for line in (digits.output / "log.jsonl").read_text().splitlines()]
+    epochs = {record["epoch"]: record for record in log if record["kind"] == "epoch"}
+    record = epochs[digits.best_epoch if name == "best.pth" else 1]
+    assert (result["top1"], result["loss"], result["samples"]) == (record["top1"], record["val_loss"], 360)
+
+
+def test_infer_names_the_digits(digits, tmp_path, capsys):
+    from sklearn.datasets import load_digits
+
+    pixels = (load_digits().images[:3] * 15.9).astype(np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    words = ["--ckpt_path", str(digits.output / "best.pth"), "--json", "--topk", "10", "--crop_pct", "1.0"]
+    assert cli.main(["infer", str(tmp_path), *words]) == 0
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [result["image"][-5:] for result in results] == ["0.png", "1.png", "2.png"]
+    recipe = load_recipe("digits", {"depth": 2, "local_up_to_layer": 1, "ckpt_path": str(digits.output / "best.pth")})
+    model = build_model(recipe, 10).eval()
+    for result in results:
+        assert sorted(one["name"] for one in result["classes"]) == list("0123456789")
+        assert sum(one["probability"] for one in result["classes"]) == pytest.approx(1, abs=1e-5)
+        image = Image.open(result["image"]).resize((16, 16), Image.Resampling.BILINEAR)
+        x = (torch.tensor(np.array(image), dtype=torch.float32) / 255 - 0.305) / 0.376
+        with torch.no_grad():
+            expected = model(x[None, None]).softmax(1)[0]
+        for one in result["classes"]:
+            assert one["probability"] == pytest.approx(expected[one["index"]].item(), abs=1e-5)
+
+
+def test_infer_names_imagenet_and_survives_a_broken_image(folder, tmp_path, capsys):
+    model = convit.create_model("convit_tiny")
+    with torch.no_grad():
+        model.head.bias[207] = 50.0
+    torch.save(model.state_dict(), tmp_path / "tiny.pth")
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    images = [str(folder / "val/a/0.png"), str(tmp_path / "broken.png")]
+    assert cli.main(["infer", *images, "--ckpt_path", str(tmp_path / "tiny.pth")]) == 1
+    shown = capsys.readouterr()
+    assert "golden retriever" in shown.out and "100.00 %" in shown.out and len(shown.out.splitlines()) == 6
+    assert "broken.png: UnidentifiedImageError" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere.jpg", "--pretrained"], "no such image: nowhere.jpg"),
+        (["."], "infer needs weights"),
+        (["x", "--topk", "0"], "--topk must be at least 1"),
+    ],
+)
+def test_infer_says_what_is_missing(words, message, capsys):
+    assert cli.main(["infer", *words]) == 1
+    assert message in capsys.readouterr().err
