@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test test-torch test-mindspore dev check types bench sanitize clean
+.PHONY: demo test test-torch test-mindspore dev check types bench sanitize ascend-check clean
 
 demo: .venv/ready
 	$(BIN)/convit demo
@@ -37,6 +37,10 @@ bench: .venv/ready
 	mkdir -p build
 	$(BIN)/pytest bench/ --benchmark-only --benchmark-json=build/bench.json $(BENCH)
 	$(BIN)/python bench/report.py --add build/bench.json
+
+# what can be shown of the Ascend kernels without an Ascend machine; makes its own environments under build/ascend
+ascend-check:
+	$(PYTHON) tests/ascend/check.py
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info convit/_C.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
