@@ -219,7 +219,8 @@ def refusals() -> None:
     x = inputs(1, 3, 4)
     op = ascend_tbe.operator("mix", 1, (3, 4), 12, "float32")
     tensors = [
-        Tensor(x[n].reshape(s)) for n, (s, _) in zip("s px py g".split(), ascend_tbe.tensors("mix", 1, (3, 4), 12, "float32"), strict=False)
+        Tensor(x[n].reshape(s))
+        for n, (s, _) in zip(["s", "px", "py", "g"], ascend_tbe.tensors("mix", 1, (3, 4), 12, "float32"), strict=False)
     ]
     try:
         op(*tensors)
@@ -285,7 +286,8 @@ def model() -> None:
         losses = [float(step(images, labels)) for _ in range(3)]
     if not losses[-1] < losses[0]:
         raise AssertionError(f"three training steps do not lower the loss: {losses}")
-    result = f"logits {logits:.0e}, gradients {gradients:.0e} (worst parameter {each:.0e}), 3 steps: loss {losses[0]:.2f} to {losses[-1]:.2f} ({seconds:.0f} s)"
+    result = f"logits {logits:.0e}, gradients {gradients:.0e} (worst parameter {each:.0e})"
+    result += f", 3 training steps: loss {losses[0]:.2f} to {losses[-1]:.2f} ({seconds:.0f} s)"
     row("AKG", "2: convit_tiny at 224 on CPU, `akg` forced, against the reference, float32, graph", result, NO_NPU)
 
 

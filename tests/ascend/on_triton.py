@@ -23,11 +23,28 @@ DEBIAN = ("mlir-19-tools", "libmlir-19", "llvm-19", "libllvm19")
 TARGET = "Ascend910B1"
 GRID, HEADS, DIM, ROWS = (14, 14), 2, 48, 32  # what the kernel is compiled for; it has 16 x 16 slots, 32 query slots a program
 
-PASSES = """--convert-elementwise-to-linalg --canonicalize --eliminate-empty-tensors --empty-tensor-to-alloc-tensor
---one-shot-bufferize=allow-return-allocs-from-loops=true --convert-linalg-to-loops --memref-expand --expand-strided-metadata
---lower-affine --convert-scf-to-cf --convert-math-to-llvm --convert-math-to-libm --convert-arith-to-llvm --finalize-memref-to-llvm
---convert-func-to-llvm --convert-cf-to-llvm --convert-index-to-llvm --lower-affine --convert-arith-to-llvm
---reconcile-unrealized-casts""".split()
+PASSES = [
+    "--convert-elementwise-to-linalg",
+    "--canonicalize",
+    "--eliminate-empty-tensors",
+    "--empty-tensor-to-alloc-tensor",
+    "--one-shot-bufferize=allow-return-allocs-from-loops=true",
+    "--convert-linalg-to-loops",
+    "--memref-expand",
+    "--expand-strided-metadata",
+    "--lower-affine",
+    "--convert-scf-to-cf",
+    "--convert-math-to-llvm",
+    "--convert-math-to-libm",
+    "--convert-arith-to-llvm",
+    "--finalize-memref-to-llvm",
+    "--convert-func-to-llvm",
+    "--convert-cf-to-llvm",
+    "--convert-index-to-llvm",
+    "--lower-affine",
+    "--convert-arith-to-llvm",
+    "--reconcile-unrealized-casts",
+]
 
 # MLIR's runtime function for a copy between strided buffers
 MEMREF_COPY = """

@@ -28,7 +28,7 @@ for node in ast.parse(text).body:
         exec(ast.get_source_segment(text, node), scope)
 
 dsl = SimpleNamespace(
-    **{word: getattr(akg_dsl, word) for word in "cast_to reduce_max broadcast vexp vsub vadd vmul vmuls vadds".split()},
+    **{word: getattr(akg_dsl, word) for word in ["cast_to", "reduce_max", "broadcast", "vexp", "vsub", "vadd", "vmul", "vmuls", "vadds"]},
     reduce_sum=akg_dsl.sum,
     vdiv=lambda a, b: akg_dsl.vmul(a, akg_dsl.vrec(b)),
 )
