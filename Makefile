@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test test-torch test-mindspore dev check types bench sanitize ascend-check clean
+.PHONY: demo test test-torch test-mindspore sanitize ascend-check aot dev check types bench clean
 
 demo: .venv/ready
 	$(BIN)/convit demo
@@ -13,6 +13,28 @@ test: test-torch test-mindspore
 
 test-torch: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+# MindSpore has an environment of its own: it needs numpy < 2, and nothing of torch
+test-mindspore: .venv-mindspore/ready
+	.venv-mindspore/bin/pytest tests/mindspore
+
+.venv-mindspore/ready: $(SOURCES)
+	test -x .venv-mindspore/bin/python || $(PYTHON) -m venv .venv-mindspore
+	.venv-mindspore/bin/pip install -q "setuptools>=64" wheel pybind11 "mindspore>=2.7,<2.11" "numpy<2" decorator mindcv PyYAML safetensors rich pytest
+	CONVIT_BUILD_EXT=1 .venv-mindspore/bin/pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+# the C++ core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+sanitize:
+	bash tests/csrc/sanitize.sh
+
+# what can be shown of the Ascend kernels without an Ascend machine; makes its own environments under build/ascend
+ascend-check:
+	$(PYTHON) tests/ascend/check.py
+
+# registers, stack, shared memory and issue time of every Triton kernel, compiled without a GPU: bench/results/aot.md
+aot: .venv/ready
+	$(BIN)/python bench/aot.py
 
 # one virtual environment for everything on PyTorch; the extension must build here
 dev: .venv/ready
@@ -37,10 +59,6 @@ bench: .venv/ready
 	mkdir -p build
 	$(BIN)/pytest bench/ --benchmark-only --benchmark-json=build/bench.json $(BENCH)
 	$(BIN)/python bench/report.py --add build/bench.json
-
-# what can be shown of the Ascend kernels without an Ascend machine; makes its own environments under build/ascend
-ascend-check:
-	$(PYTHON) tests/ascend/check.py
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info convit/_C.* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -111,7 +111,7 @@ def check(problem: Core | Model, peer, outputs: tuple) -> dict[str, float]:
     key = replace(problem, threads=1, device="cpu")  # one answer serves every thread count and device
     if isinstance(problem, Model):
         logits, error = _expected_logits(key, peer.truth)
-        exact, eager = (logits,), (error,)
+        exact, eager, outputs = (logits,), (error,), (outputs[0][:CHECKED],)
     else:
         exact, eager = _expected(key, peer.truth)
         if problem.tokens > LARGEST:

@@ -106,6 +106,10 @@ class Run:
         return max((e.problem["threads"] for entries in self.groups.values() for e in entries), default=1)
 
     @property
+    def on_cpu(self) -> bool:
+        return all(e.problem["device"] == "cpu" for entries in self.groups.values() for e in entries)
+
+    @property
     def slug(self) -> str:
         return re.sub(r"[^a-z0-9]+", "-", self.record["device"].lower()).strip("-")
 
@@ -198,6 +202,44 @@ def model_table(run: Run) -> str:
         return [f"{e.problem['batch'] / e.median:.1f}"]
 
     return _versus(run, run.kind("model"), case, own, ("whole model", "{mine}, images/s"))
+
+
+def _case(e: Entry) -> str:
+    if e.info["kind"] == "model":
+        return f"{e.problem['name']}, batch {e.problem['batch']}"
+    return f"attention, {'fwd+bwd' if e.problem['backward'] else 'fwd'} {e.shape}"
+
+
+def headline_table(run: Run) -> str:
+    """The widest thread count only: ours, timm, and the same without position."""
+    rows = []
+    for entries in [*_core_groups(run), *run.kind("model")]:
+        mine = leader(entries)
+        if mine is None or mine.problem["threads"] != run.threads:
+            continue
+        eager = next((e for e in entries if e.peer in ("timm eager", "timm convit eager")), None)
+        plain = _find(entries, YARDSTICK[mine.info["kind"]])
+        own = f"{mine.problem['batch'] / mine.median:.1f} images/s" if mine.info["kind"] == "model" else f"{_milliseconds(mine.median)} ms"
+        case = _case(mine) if run.on_cpu else f"{_case(mine)}, {mine.problem['dtype']}"
+        rows.append([case, own, *("–" if e is None else _times(e.over(mine)) + "×" for e in (eager, plain))])
+    where = f", {run.threads} threads" if run.on_cpu else ""
+    header = [run.record["device"] + where, "ours", "timm eager", "without position: plain SDPA, timm ViT"]
+    return _table(header, rows) if rows else ""
+
+
+def faster_list(run: Run) -> str:
+    """Where somebody else's GPSA or ConViT, or attention without position, takes less time than ours."""
+    cases: dict[str, list[str]] = {}
+    for entries in [*_core_groups(run), *run.kind("model")]:
+        mine = leader(entries)
+        for e in entries if mine else ():
+            if not e.info["ours"] and e.over(mine) < 1:
+                cases.setdefault(e.peer, []).append(f"{_case(e)}, {_where(e.problem)} ({_times(e.over(mine))}×)")
+    if not cases:
+        return "No competitor is faster than ours in any case of this run.\n"
+    threads = "; the number after each case is the thread count" if run.on_cpu else ""
+    lines = [f"- {peer}: {'; '.join(found)}" for peer, found in cases.items()]
+    return f"Faster than ours{threads}:\n\n" + "\n".join(lines) + "\n"
 
 
 def _megabytes(size: float) -> str:
@@ -294,8 +336,10 @@ def machine_table(run: Run) -> str:
 
 
 TABLES: dict[str, Callable[[Run], str]] = {
+    "headline": headline_table,
     "core": core_table,
     "models": model_table,
+    "faster": faster_list,
     "memory": memory_table,
     "scaling": scaling_table,
     "machine": machine_table,
@@ -304,8 +348,8 @@ TABLES: dict[str, Callable[[Run], str]] = {
 
 
 def summary(run: Run) -> str:
-    """Every table of a run, as Markdown that also reads in a terminal."""
-    return "\n".join(_aligned(text) for make in TABLES.values() if (text := make(run)))
+    """Every table of a run but the headline, which repeats them, as Markdown that also reads in a terminal."""
+    return "\n".join(_aligned(text) for name, make in TABLES.items() if name != "headline" and (text := make(run)))
 
 
 def _aligned(text: str) -> str:
@@ -361,7 +405,8 @@ def filled(text: str, found: dict[str, Run]) -> str:
 
 def report(run: Run, stem: str) -> str:
     plots = [f"![{caption}]({stem}-{name}.png)\n" for name, caption in PLOTS.items()]
-    return "\n".join([f"# {run.record['device']}\n", *(text for make in TABLES.values() if (text := make(run))), *plots])
+    text_of = [text for name, make in TABLES.items() if name != "headline" and (text := make(run))]
+    return "\n".join([f"# {run.record['device']}\n", *text_of, *plots])
 
 
 def stale() -> list[Path]:

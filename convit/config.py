@@ -55,7 +55,7 @@ class Recipe:
 
     # data
     dataset: str = key(
-        "imagenet", "imagenet: what data_dir holds (image folders, tar shards, Hugging Face files); or one of them by name; digits: embedded",
+        "imagenet", "imagenet: whatever data_dir holds (image folders, tar shards, Hugging Face files), or one of these by name",
         choices=("imagenet", "folder", "wds", "hfds", "digits"),
     )  # fmt: skip
     data_dir: str = key("", "folder of the data set, with one folder or file group per split")
@@ -92,7 +92,9 @@ class Recipe:
 
     # model; null leaves the variant's own value
     model: str = key("convit_tiny", "name of a variant, or convit for one described by the keys below")
-    num_classes: int | None = key(None, "size of the head; null: the data's. A smaller number keeps the first classes (FAIR's option)", low=1)
+    num_classes: int | None = key(
+        None, "size of the head; null: the data's. A smaller number keeps the first classes (FAIR's option)", low=1
+    )
     in_channels: int = key(3, "channels of the input", low=1)
     patch_size: int | None = key(None, "side of a patch, pixels", low=1)
     embed_dim: int | None = key(None, "width, all heads together", low=1)
@@ -140,7 +142,10 @@ class Recipe:
     # learning rate
     scheduler: str = key(
         "cosine_decay", "learning-rate schedule",
-        choices=("constant", "cosine_decay", "warmup_cosine_decay", "step_decay", "multi_step_decay", "exponential_decay", "polynomial_decay"),
+        choices=(
+            *("constant", "cosine_decay", "warmup_cosine_decay", "step_decay"),
+            *("multi_step_decay", "exponential_decay", "polynomial_decay"),
+        ),
     )  # fmt: skip
     lr: float = key(0.001, "learning rate", low=0.0)
     scale_lr: bool = key(False, "multiply lr by the global batch over scale_lr_batch")

@@ -10,8 +10,12 @@ from convit.config import Recipe, add_recipe_arguments, dump_recipe, load_recipe
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
-    run.add_argument("--output", metavar="RUN", help="folder of the run: last.*, best.*, log.jsonl, recipe.yaml [the recipe's ckpt_save_dir]")
-    run.add_argument("--resume", metavar="RUN", nargs="?", const="", help="continue the run in RUN (or in --output); start it if there is none")
+    run.add_argument(
+        "--output", metavar="RUN", help="folder of the run: last.*, best.*, log.jsonl, recipe.yaml [the recipe's ckpt_save_dir]"
+    )
+    run.add_argument(
+        "--resume", metavar="RUN", nargs="?", const="", help="continue the run in RUN (or in --output); start it if there is none"
+    )
     run.add_argument("--overwrite", action="store_true", help="start over in a folder that holds a run")
     run.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no messages")
     add_recipe_arguments(parser)

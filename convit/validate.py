@@ -28,7 +28,10 @@ def run(args: argparse.Namespace) -> int | None:
         print(json.dumps(result))
         return None
     print(f"{result['model']}, {result['checkpoint'] or 'untrained weights'}, {result['samples']} images")
-    print(f"top-1 {result['top1']:.3f} %   top-5 {result['top5']:.3f} %   loss {result['loss']:.5f}   {result['images_per_second']:.1f} images/s")
+    print(
+        f"top-1 {result['top1']:.3f} %   top-5 {result['top5']:.3f} %   "
+        f"loss {result['loss']:.5f}   {result['images_per_second']:.1f} images/s"
+    )
     if result["bad_images"]:
         print(f"left out {len(result['bad_images'])} unreadable images: {', '.join(result['bad_images'][:10])}", file=sys.stderr)
     return None

@@ -1,3 +1,5 @@
+#include <initializer_list>
+
 #include "kernels.h"
 
 #if defined(CONVIT_X86)

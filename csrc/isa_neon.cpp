@@ -1,3 +1,5 @@
+#include <initializer_list>
+
 #include "kernels.h"
 
 #if defined(__aarch64__)

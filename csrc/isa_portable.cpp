@@ -1,3 +1,5 @@
+#include <initializer_list>
+
 #include "kernels.h"
 
 #define CONVIT_LANES 4

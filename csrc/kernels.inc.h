@@ -125,14 +125,25 @@ CONVIT_INLINE void store_row(DType dtype, const MutableHeads& x, i64 b, i64 h, i
     }
 }
 
+// The rows of a head lie far apart in the packed projections and no hardware prefetcher follows them.
+CONVIT_INLINE void prefetch_row(DType dtype, const Heads& x, i64 b, i64 h, i64 n, i64 dim) {
+    const char* row = static_cast<const char*>(row_of(dtype, x, b, h, n));
+    for (i64 at = 0; at < dim * (dtype == DType::float32 ? 4 : 2); at += 64) __builtin_prefetch(row + at, 0, 2);
+}
+
 static void load_rows(DType dtype, const Heads& x, i64 b, i64 h, i64 begin, i64 end, i64 dim, i64 padded, float* to) {
-    const i64 bytes = dim * (dtype == DType::float32 ? 4 : 2);
     for (i64 n = begin; n < end; ++n) {
-        // the rows of a head lie far apart in the packed projections: no hardware prefetcher follows them
-        const char* ahead = static_cast<const char*>(row_of(dtype, x, b, h, min(n + 12, end - 1)));
-        for (i64 at = 0; at < bytes; at += 64) __builtin_prefetch(ahead + at);
+        prefetch_row(dtype, x, b, h, min(n + 12, end - 1), dim);
         load_row(dtype, row_of(dtype, x, b, h, n), dim, padded, to + (n - begin) * padded);
     }
+}
+
+// Rows [begin, end) of the next head, while this one is computed; not of long rows, which would push out what is in use.
+template <class Job>
+static void prefetch_next(const Job& job, const Heads& x, i64 begin, i64 end) {
+    const Shape& s = *job.shape;
+    if (job.next_b >= s.batch || s.tokens() * s.dim > 64 * 1024) return;
+    for (i64 n = begin; n < end; ++n) prefetch_row(s.dtype, x, job.next_b, job.next_h, n, s.dim);
 }
 
 typedef float vec4 __attribute__((vector_size(16)));
@@ -145,14 +156,15 @@ typedef std::int32_t ivec4 __attribute__((vector_size(16)));
 #define CONVIT_SHUFFLE4(a, b, i, j, k, l) __builtin_shuffle(a, b, ivec4{i, j, k, l})
 #endif
 
-// to[c][r] = factor * from[r][c] for r < rows, c < cols; 0 for the other r < ld. ld is a multiple of 4; from has padded rows of `padded`.
-static void transpose(const float* from, i64 rows, i64 cols, i64 padded, float factor, float* to, i64 ld) {
+// to[c][r] = factor * from[r][c] for r < rows, c < cols; 0 for the other r < ld. ld is a multiple of 4. Rows of `from` are `stride` apart
+// and readable, as `to` is writable, up to cols rounded up to 4.
+static void transpose(const float* from, i64 rows, i64 cols, i64 stride, float factor, float* to, i64 ld) {
     i64 r = 0;
     for (; r + 4 <= rows; r += 4) {
-        const float* x = from + r * padded;
-        for (i64 c = 0; c < cols; c += 4) {  // padded is a multiple of 4 and so is the room behind `to`
-            const vec4 a = *reinterpret_cast<const vec4_u*>(x + c), b = *reinterpret_cast<const vec4_u*>(x + padded + c);
-            const vec4 d = *reinterpret_cast<const vec4_u*>(x + 2 * padded + c), e = *reinterpret_cast<const vec4_u*>(x + 3 * padded + c);
+        const float* x = from + r * stride;
+        for (i64 c = 0; c < cols; c += 4) {
+            const vec4 a = *reinterpret_cast<const vec4_u*>(x + c), b = *reinterpret_cast<const vec4_u*>(x + stride + c);
+            const vec4 d = *reinterpret_cast<const vec4_u*>(x + 2 * stride + c), e = *reinterpret_cast<const vec4_u*>(x + 3 * stride + c);
             const vec4 ab_lo = CONVIT_SHUFFLE4(a, b, 0, 4, 1, 5), ab_hi = CONVIT_SHUFFLE4(a, b, 2, 6, 3, 7);
             const vec4 de_lo = CONVIT_SHUFFLE4(d, e, 0, 4, 1, 5), de_hi = CONVIT_SHUFFLE4(d, e, 2, 6, 3, 7);
             float* y = to + c * ld + r;
@@ -163,7 +175,7 @@ static void transpose(const float* from, i64 rows, i64 cols, i64 padded, float f
         }
     }
     for (; r < ld; ++r)
-        for (i64 c = 0; c < cols; ++c) to[c * ld + r] = r < rows ? factor * from[r * padded + c] : 0.f;
+        for (i64 c = 0; c < cols; ++c) to[c * ld + r] = r < rows ? factor * from[r * stride + c] : 0.f;
 }
 
 // ------------------------------------------------------------------------------------------------------ matrix product
@@ -458,8 +470,16 @@ static void forward(const ForwardJob& job) {
 
     for (i64 i0 = job.begin; i0 < job.end; i0 += query_block) {
         const i64 count = min(query_block, job.end - i0), cols = round_up(count, W);
-        load_rows(s.dtype, job.q, job.b, job.h, i0, i0 + count, dim, padded, x.rows);
-        transpose(x.rows, count, dim, padded, s.scale * log2_e, x.qt, cols);
+        const float* rows = x.rows;
+        i64 row_stride = padded;
+        if (s.dtype == DType::float32 && dim % 4 == 0) {  // each row of q is read once: straight from where it is
+            rows = static_cast<const float*>(row_of(s.dtype, job.q, job.b, job.h, i0));
+            row_stride = job.q.stride_n;
+        } else {
+            load_rows(s.dtype, job.q, job.b, job.h, i0, i0 + count, dim, padded, x.rows);
+        }
+        for (const Heads* next : {&job.q, &job.k, &job.v}) prefetch_next(job, *next, i0, i0 + count);
+        transpose(rows, count, dim, row_stride, s.scale * log2_e, x.qt, cols);
         for (i64 c = 0; c < cols; ++c) {
             x.max[c] = lowest;
             x.sum[c] = 0.f;
@@ -598,6 +618,7 @@ static void backward(const BackwardJob& job) {
         const i64 count = min(backward_block, n - i0), cols = round_up(count, W);
         float* grad = x.grad + i0 * padded;
         load_rows(s.dtype, job.q, job.b, job.h, i0, i0 + count, dim, padded, x.rows);
+        for (const Heads* next : {&job.q, &job.k, &job.v, &job.grad_out}) prefetch_next(job, *next, i0, i0 + count);
         transpose(x.rows, count, dim, padded, s.scale * log2_e, x.qt, cols);
         transpose(grad, count, dim, padded, 1.f, x.gt, cols);
         for (i64 c = 0; c < cols; ++c) {

@@ -10,16 +10,16 @@ pytest.importorskip("sklearn")
 np = pytest.importorskip("numpy")
 torch = pytest.importorskip("torch")
 
-from PIL import Image
+from PIL import Image  # noqa: E402
 
-import convit
-from convit import cli
-from convit.checkpoints import save_checkpoint
-from convit.config import load_recipe
-from convit.pytorch.data import EvalData
-from convit.pytorch.distributed import World
-from convit.pytorch.train import build_model, train
-from convit.pytorch.validate import evaluate, validate
+import convit  # noqa: E402
+from convit import cli  # noqa: E402
+from convit.checkpoints import save_checkpoint  # noqa: E402
+from convit.config import load_recipe  # noqa: E402
+from convit.pytorch.data import EvalData  # noqa: E402
+from convit.pytorch.distributed import World  # noqa: E402
+from convit.pytorch.train import build_model, train  # noqa: E402
+from convit.pytorch.validate import evaluate, validate  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,11 @@ def test_infer_names_imagenet_and_survives_a_broken_image(folder, tmp_path, caps
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["nowhere.jpg", "--pretrained"], "no such image: nowhere.jpg"), (["."], "infer needs weights"), (["x", "--topk", "0"], "--topk must be at least 1")],
+    [
+        (["nowhere.jpg", "--pretrained"], "no such image: nowhere.jpg"),
+        (["."], "infer needs weights"),
+        (["x", "--topk", "0"], "--topk must be at least 1"),
+    ],
 )
 def test_infer_says_what_is_missing(words, message, capsys):
     assert cli.main(["infer", *words]) == 1

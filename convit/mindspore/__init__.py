@@ -1,4 +1,6 @@
-"""ConViT for MindSpore, with MindCV's signatures and parameter names. If MindCV is installed, importing this registers our variants with it.
+"""ConViT for MindSpore, with MindCV's signatures and parameter names.
+
+Where MindCV is installed, importing this registers our variants with it:
 
     import mindcv, convit.mindspore
     model = mindcv.create_model("convit_tiny_kernel")

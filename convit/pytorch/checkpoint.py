@@ -27,7 +27,8 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
         intact = f"; the {path.name} written before is intact" if path.exists() else ""
-        raise OSError(f"cannot write {path}: {(str(error).splitlines() or [type(error).__name__])[0]}{intact}. Free some space and go on with --resume") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OSError(f"cannot write {path}: {reason}{intact}. Free some space and go on with --resume") from error
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -94,7 +95,9 @@ class Log:
             if sync:
                 os.fsync(self.file.fileno())
         except OSError as error:
-            raise OSError(f"cannot write {self.path}: {error}. The checkpoints are intact: free some space and go on with --resume") from error
+            raise OSError(
+                f"cannot write {self.path}: {error}. The checkpoints are intact: free some space and go on with --resume"
+            ) from error
 
     def close(self) -> None:
         self.file.close()

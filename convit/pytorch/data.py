@@ -9,13 +9,12 @@ its loaders are not used, because they can only start at the beginning of an epo
 import hashlib
 import io
 import logging
-import os
 import random
 import signal
 import struct
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -246,10 +245,10 @@ def choose_samples(targets: list[int], num_classes: int | None, sampling_ratio: 
 # --- transforms ---
 
 
-def normalisation(recipe: Recipe) -> tuple[list[float], list[float]]:
+def normalisation(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """``mean`` and ``std`` of images in 0 to 1; MindCV gives them for 0 to 255."""
     by = 255.0 if max(recipe.mean) > 1 else 1.0
-    return [value / by for value in recipe.mean], [value / by for value in recipe.std]
+    return tuple(value / by for value in recipe.mean), tuple(value / by for value in recipe.std)
 
 
 def train_transform(recipe: Recipe) -> Any:
@@ -258,12 +257,14 @@ def train_transform(recipe: Recipe) -> Any:
     from timm.data.random_erasing import RandomErasing
 
     mean, std = normalisation(recipe)
-    jitter = recipe.color_jitter
+    jitter: Any = recipe.color_jitter
+    area: Any = tuple(recipe.scale)
+    aspect: Any = tuple(recipe.ratio)
     transform = create_transform(
         recipe.image_resize,
         is_training=True,
-        scale=tuple(recipe.scale),
-        ratio=tuple(recipe.ratio),
+        scale=area,
+        ratio=aspect,
         hflip=recipe.hflip,
         vflip=recipe.vflip,
         color_jitter=tuple(jitter) if isinstance(jitter, list) else jitter,
@@ -395,7 +396,7 @@ class TrainData:
         last = min(first + self.global_batch, self.samples_per_epoch)
         return np.array_split(np.arange(first, last), self.shares)[self.world.rank :: self.world.size]
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """This process's batches of ``epoch`` from ``start``, ``accumulation`` of them per step."""
         made = self._digits(epoch, start) if isinstance(self.source, DigitsSource) else self._load(epoch, start)
         for number, (images, targets, bad) in enumerate(made):

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-# launcher -> (rank, world size, local rank, local size) variables; all but the last must be set. srun sets SLURM_STEP_*, sbatch alone does not.
+# launcher -> its variables for (rank, world size, local rank, local size); the first two must be set. Of Slurm's, only srun sets
+# SLURM_STEP_*: a script under sbatch alone is one process.
 LAUNCHERS = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),

@@ -25,13 +25,23 @@ from torch import Tensor, nn
 from convit.config import Recipe, changed_keys, dump_recipe, load_recipe
 from convit.pytorch.checkpoint import Log, Progress, States, load, save, write_atomic
 from convit.pytorch.data import EvalData, TrainData, mix_seed, seeded
+from convit.pytorch.diagnostics import diagnose
 from convit.pytorch.distributed import World, choose_device, find_world, start, total
 from convit.pytorch.validate import Scores, evaluate
 
 logger = logging.getLogger("convit")
 
 # recipe keys that may differ when a run is resumed without changing what it computes
-FREE = {"num_parallel_workers", "log_interval", "data_dir", "ckpt_save_dir", "ckpt_save_steps", "ckpt_save_interval", "tensorboard", "device"}
+FREE = {
+    "num_parallel_workers",
+    "log_interval",
+    "data_dir",
+    "ckpt_save_dir",
+    "ckpt_save_steps",
+    "ckpt_save_interval",
+    "tensorboard",
+    "device",
+}
 
 
 class Interrupted(Exception):
@@ -147,6 +157,7 @@ class _Run:
         saved = load(last) if resume and last.exists() else None
         self.log: Log | None = None
         self.board: Any = None
+        self.probe: Tensor | None = None
         self.stop = 0
         self._old_handlers: dict[int, Any] = {}
 
@@ -181,11 +192,11 @@ class _Run:
         from timm.utils import ModelEmaV3
 
         recipe, world = self.recipe, self.world
-        model = build_model(recipe, self.data.num_classes, strict_head=False).to(self.device)
+        model: Any = build_model(recipe, self.data.num_classes, strict_head=False).to(self.device)
         if recipe.channels_last:
             model = model.to(memory_format=torch.channels_last)
         model.set_grad_checkpointing(recipe.grad_checkpointing)
-        self.model = model
+        self.model: Any = model
         self.ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema else None
         self.sharded = recipe.fsdp and world.size > 1
         if self.sharded:
@@ -212,7 +223,7 @@ class _Run:
         self.states = States(model, self.optimizer, self.sharded)
         if recipe.compile:
             model.compile()
-        self.parallel: nn.Module = model
+        self.parallel: Any = model
         if world.size > 1 and not self.sharded:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.parallel = nn.parallel.DistributedDataParallel(model, device_ids=ids)
@@ -240,7 +251,9 @@ class _Run:
         old = Recipe(**saved["recipe"])
         changed = {name: pair for name, pair in changed_keys(old, self.recipe).items() if name not in FREE}
         if changed:
-            self.say("resuming with other keys: " + ", ".join(f"{name} {before!r} -> {after!r}" for name, (before, after) in changed.items()))
+            self.say(
+                "resuming with other keys: " + ", ".join(f"{name} {before!r} -> {after!r}" for name, (before, after) in changed.items())
+            )
         self.progress = Progress(**saved["progress"])
         if self.progress.step and saved["global_batch"] != self.data.global_batch:
             raise ValueError(
@@ -264,8 +277,8 @@ class _Run:
             precision += f" (amp_level {recipe.amp_level} is for accelerators; --amp_dtype bfloat16 forces it)"
         processes = f"{world.size} processes ({world.launcher}{', FSDP' if self.sharded else ''})" if world.size > 1 else "1 process"
         self.say(
-            f"{recipe.model}, {parameters:.2f} M parameters, {self.data.num_classes} classes; {self.data.samples_per_epoch} training samples, "
-            f"{recipe.epoch_size} epochs of {self.data.steps_per_epoch} steps\n"
+            f"{recipe.model}, {parameters:.2f} M parameters, {self.data.num_classes} classes; "
+            f"{self.data.samples_per_epoch} training samples, {recipe.epoch_size} epochs of {self.data.steps_per_epoch} steps\n"
             f"{self.device.type}, {processes}, {precision}; global batch {self.data.global_batch}; learning rate {self.lr:g}"
         )
 
@@ -339,7 +352,7 @@ class _Run:
         if self.eval_data is not None and ((at.epoch + 1) % recipe.val_interval == 0 or at.epoch + 1 == recipe.epoch_size):
             scores = self._validate()
             record |= {"val_loss": scores.loss, "top1": scores.top1, "top5": scores.top5}
-        record["gating"] = self._gating()
+        record |= self._diagnose()
         self._finish_epoch(record, scores)
         return record
 
@@ -417,22 +430,33 @@ class _Run:
     def _last_part(self, last: bool) -> Any:
         """Exchange gradients only in the last forward pass of a step."""
         if self.sharded:
-            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+            self.model.set_requires_gradient_sync(last)
         elif self.world.size > 1 and not last:
-            return self.parallel.no_sync()  # type: ignore[operator]
+            return self.parallel.no_sync()
         return nullcontext()
 
     def _validate(self) -> Scores:
         model = self.ema.module if self.ema is not None else self.model
+        assert self.eval_data is not None
         scores = evaluate(model, self.eval_data, self.world, self.device, self.dtype)
         for image in scores.bad:
             logger.warning("left out the unreadable validation image %s (%s)", image.name, image.reason)
         return scores
 
+    def _diagnose(self) -> dict[str, Any]:
+        """Gates, attention distances and non-locality (``convit.pytorch.diagnostics``); only the gates where the model is sharded or
+        compiled, or nothing validates."""
+        if self.eval_data is None or self.sharded or self.recipe.compile:
+            return {"gating": self._gating()}
+        if self.probe is None:
+            self.probe = next(iter(self.eval_data))[0][:32].to(self.device)
+        found = diagnose(self.model, self.probe) if self.chief else {}
+        return {name: _rounded(value) for name, value in found.items()}
+
     def _gating(self) -> list[list[float]]:
         """sigmoid(gating_param) per GPSA block and head: 1 is all position, 0 all content."""
         gates = []
-        for block in self.model.blocks:  # type: ignore[union-attr]
+        for block in self.model.blocks:
             gate = getattr(block.attn, "gating_param", None)
             if gate is not None:
                 gate = gate.full_tensor() if hasattr(gate, "full_tensor") else gate
@@ -531,6 +555,10 @@ class _Run:
             dist.destroy_process_group()
 
 
+def _rounded(value: Any) -> Any:
+    return [_rounded(one) for one in value] if isinstance(value, list) else round(value, 5)
+
+
 def _scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, lr: float, steps: int) -> Any:
     """timm's schedule for MindCV's words. Called once per step, or once per epoch with ``lr_epoch_stair``."""
     from timm.scheduler import create_scheduler_v2
@@ -598,7 +626,9 @@ class _Bar:
     def epoch(self, record: dict[str, Any], epochs: int) -> None:
         if self.show:
             scores = f"  top-1 {record['top1']:.2f} %  val loss {record['val_loss']:.4f}" if "top1" in record else ""
-            line = f"epoch {record['epoch'] + 1}/{epochs}  loss {record['train_loss']:.4f}{scores}  {record['images_per_second']:.0f} images/s"
+            line = (
+                f"epoch {record['epoch'] + 1}/{epochs}  loss {record['train_loss']:.4f}{scores}  {record['images_per_second']:.0f} images/s"
+            )
             if self.bar:
                 self.bar.console.print(line, highlight=False)
             else:

@@ -23,6 +23,12 @@ def relative_positions(grid: tuple[int, int], dtype) -> Tensor:
     return Tensor(np.stack([dx, dy, dx**2 + dy**2], axis=-1), dtype)
 
 
+@ms.constexpr
+def _number(x: float, dtype) -> Tensor:
+    """``x`` in full: MindSpore takes a Python number for a float32."""
+    return Tensor(x, dtype)
+
+
 def why_not(problem) -> str | None:
     if problem.framework != "mindspore":
         return "the tensors are not MindSpore tensors"
@@ -32,7 +38,7 @@ def why_not(problem) -> str | None:
 def attention_map(q: Tensor, k: Tensor, pos_weight: Tensor, gating: Tensor, grid: tuple[int, int], scale: float) -> Tensor:
     """The gated mix of the two softmaxes, [B, H, N, N], in the type it is computed in."""
     dtype = ms.float64 if q.dtype == ms.float64 else ms.float32
-    scores = ops.matmul(ops.cast(q, dtype), ops.swapaxes(ops.cast(k, dtype), -2, -1)) * scale
+    scores = ops.matmul(ops.cast(q, dtype), ops.swapaxes(ops.cast(k, dtype), -2, -1)) * _number(scale, dtype)
     content = ops.softmax(scores, -1)
     heads, tokens = q.shape[1], q.shape[2]
     rel = ops.reshape(relative_positions(grid, dtype), (tokens * tokens, 3))

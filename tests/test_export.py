@@ -1,0 +1,194 @@
+"""The deployed form equals the model; exported files run in their runtimes; a failed export leaves nothing."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import convit
+from convit import export as exporting
+from convit.cli import main
+from convit.export import export
+from convit.pytorch.deploy import Deployed
+
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2", "torchscript": ".pt"}
+
+
+def small(**kwargs):
+    torch.manual_seed(0)
+    shape = {"img_size": (32, 48), "patch_size": 8, "embed_dim": 32, "num_heads": 4, "depth": 3, "local_up_to_layer": 2, "num_classes": 5}
+    model = convit.ConViT(**shape | kwargs)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Two images that look like something: smooth gradients with an edge."""
+    pillow = pytest.importorskip("PIL.Image")
+    y, x = np.mgrid[:60, :80]
+    for i in (1, 2):
+        array = np.stack([x * 3, y * 4, (x + i * y > 70) * 200], -1).astype(np.uint8)
+        pillow.fromarray(array).save(tmp_path / f"{i}.png")
+    return [tmp_path / "1.png", tmp_path / "2.png"]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dynamic_size", [False, True])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"reg_tokens": 2},
+        {"global_pool": "avg"},
+        {"global_pool": ""},
+        {"local_up_to_layer": 3},
+        {"local_up_to_layer": 0},
+        {"qkv_bias": True},
+        {"use_pos_embed": False},
+        {"num_classes": 0},
+    ],
+)
+def test_deployed_equals_the_model(kwargs, dynamic_size, fused):
+    model = small(dynamic_img_size=True, **kwargs)
+    deployed = Deployed(model, dynamic_size=dynamic_size, fused=fused)
+    for size in ((32, 48), (40, 24)) if dynamic_size else ((32, 48),):
+        images = torch.randn(2, 3, *size)
+        with torch.no_grad(), convit.use_backend("reference"):
+            expected, found = model(images), deployed(images)
+        assert (found - expected).abs().max() <= exporting.TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("gate", [-100.0, 100.0])
+def test_deployed_at_closed_and_open_gates(gate):
+    model = small()
+    for block in model.blocks[:2]:
+        torch.nn.init.constant_(block.attn.gating_param, gate)
+    images = torch.randn(1, 3, 32, 48)
+    with torch.no_grad(), convit.use_backend("reference"):
+        torch.testing.assert_close(Deployed(model)(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dynamic_size", [False, True])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
+@pytest.mark.parametrize("format", SUFFIXES)
+def test_export(tmp_path, photographs, format, dynamic_size):
+    for package in exporting.FORMATS[format].needs:
+        pytest.importorskip(package)
+    model = small(depth=2, local_up_to_layer=1).train()
+    path = tmp_path / "out" / f"model{SUFFIXES[format]}"
+    report = export(model, path, format, images=photographs, dynamic_size=dynamic_size, opset=20)
+    assert model.training and not model.patch_embed.dynamic
+    assert report.difference <= 1e-5 and report.batches == [1, 2]
+    assert report.sizes == ([(32, 48), (40, 64)] if dynamic_size else [(32, 48)])
+    assert sorted(path.parent.iterdir()) == sorted(report.files)
+    # a batch and (if dynamic) a size that the exporter did not see, in a fresh load of the file
+    images = torch.randn(3, 3, *((64, 24) if dynamic_size else (32, 48)))
+    model.patch_embed.dynamic = True
+    with torch.no_grad():
+        expected = model.eval()(images).numpy()
+    found = run_file(format, path, images)
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    if format == "onnx":
+        check_graph(path, blocks=2, tokens=24)
+
+
+def run_file(format, path, images):
+    if format == "onnx":
+        import onnxruntime
+
+        return onnxruntime.InferenceSession(path).run(None, {"images": images.numpy()})[0]
+    if format == "openvino":
+        import openvino
+
+        compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        return compiled([images.numpy()])[0]
+    module = torch.export.load(path).module() if format == "torch-export" else torch.jit.load(str(path))
+    with torch.no_grad():
+        return module(images).numpy()
+
+
+def check_graph(path, blocks, tokens):
+    """One content softmax per block, none for position; nothing as large as N x N is stored; no trace of this machine."""
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(path)
+    assert sum(node.op_type == "Softmax" for node in model.graph.node) == blocks
+    assert not [tensor.name for tensor in model.graph.initializer if list(tensor.dims[-2:]) == [tokens, tokens]]
+    assert {entry.key for entry in model.metadata_props} >= {"mean", "std", "img_size"}
+    assert {entry.domain: entry.version for entry in model.opset_import}[""] == 20
+    assert str(path.parent).encode() not in path.read_bytes() and b"site-packages" not in path.read_bytes()
+
+
+def test_wrong_file_is_not_kept(tmp_path, photographs, monkeypatch):
+    """An exporter that gets the function wrong is found out, and the file that was there before stays."""
+
+    def wrong(deployed, *rest):
+        deployed.head.bias += 1e-3
+        return exporting._write_torchscript(deployed, *rest)
+
+    monkeypatch.setitem(exporting._WRITERS, "torchscript", wrong)
+    path = tmp_path / "out" / "m.pt"
+    path.parent.mkdir()
+    path.write_bytes(b"before")
+    with pytest.raises(ValueError, match="differs from the eager model by"):
+        export(small(), path, "torchscript", images=photographs)
+    assert [p.name for p in path.parent.iterdir()] == ["m.pt"] and path.read_bytes() == b"before"
+    monkeypatch.setitem(exporting._WRITERS, "torchscript", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(small(), path, "torchscript", images=photographs)
+    assert [p.name for p in path.parent.iterdir()] == ["m.pt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convit_tiny", "--format", "tflite"], "format must be one of onnx, openvino"),
+        (["convit_tiny", "--format", "onnx", "--opset", "9"], "opset must be in 18..23, got 9"),
+        (["convit_tinny", "--format", "torchscript"], "did you mean 'convit_tiny'"),
+        (["convit_tiny", "--format", "mindir", "--dynamic-size"], "fixed image size"),
+        (["convit_tiny", "--format", "torchscript", "--images", "{}/bad.png"], "bad.png is not an image"),
+        (["convit_tiny", "--format", "torchscript", "--images", "{}/none.png"], "none.png"),
+        (["convit_tiny", "--format", "torchscript", "--checkpoint", "{}/bad.png"], "bad.png is no checkpoint"),
+        (["{}", "--format", "torchscript"], "must hold recipe.yaml"),
+    ],
+)
+def test_bad_input(tmp_path, capsys, monkeypatch, arguments, message):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    assert main(["export", *(argument.format(tmp_path) for argument in arguments)]) == 1
+    assert message in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.png"]
+
+
+def test_missing_runtime_is_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "mindspore", None)
+    with pytest.raises(ImportError, match=r"needs onnxruntime .*pip install 'convit\[export\]'"):
+        export(small(), tmp_path / "m.onnx", "onnx")
+    with pytest.raises(ImportError, match=r"needs mindspore .*pip install 'convit\[mindspore\]'"):
+        export(small(), tmp_path / "m.mindir", "mindir")
+    assert not list(tmp_path.iterdir())
+
+
+def test_command(tmp_path, photographs, capsys):
+    """A checkpoint with recorded settings, another image size, into TorchScript; an existing file stays without --force."""
+    from convit.checkpoints import save_checkpoint
+
+    model = convit.create_model("convit_tiny", num_classes=7)
+    for module in model.modules():
+        if isinstance(module, torch.nn.GELU):
+            module.approximate = "tanh"
+    save_checkpoint(model, tmp_path / "w.safetensors")
+    command = ["export", "convit_tiny", "--format", "torchscript", "-o", str(tmp_path / "m.pt"), "--img-size", "64,96"]
+    command += ["--checkpoint", str(tmp_path / "w.safetensors"), "--num-classes", "7", "--images", *map(str, photographs)]
+    assert main(command) == 0
+    assert "batch 1 and 2, 64 x 96" in capsys.readouterr().out
+    images = torch.randn(2, 3, 64, 96)
+    model.set_input_size((64, 96))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.load(str(tmp_path / "m.pt"))(images), model.eval()(images), rtol=1e-4, atol=1e-5)
+    assert main(command) == 1
+    assert "--force" in capsys.readouterr().err
