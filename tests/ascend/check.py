@@ -35,9 +35,9 @@ RUNGS = {
     "pynative": ("mindspore", ["on_mindspore.py", "pynative"], 240),
     "refusals": ("mindspore", ["on_mindspore.py", "refusals"], 120),
     "model": ("mindspore", ["on_mindspore.py", "model"], 300),
-    "cce": ("mindspore-2.7", ["lower.py", "cce"], 240),
-    "tbe": ("mindspore-2.7", ["lower.py", "tbe"], 300),
-    "cuda": ("mindspore-2.7", ["lower.py", "cuda"], 120),
+    "cce": ("mindspore-2.7", ["lower.py", "cce"], 400),
+    "tbe": ("mindspore-2.7", ["lower.py", "tbe"], 400),
+    "cuda": ("mindspore-2.7", ["lower.py", "cuda"], 200),
     "linalg": ("triton-ascend", ["on_triton.py", "linalg"], 240),
     "hivm": ("triton-ascend", ["on_triton.py", "hivm"], 240),
 }

@@ -1,6 +1,6 @@
 """Rungs in MindSpore 2.10 on CPU: plain Python, compiled in both modes with gradients, refusals, a whole model.
 
-    python on_mindspore.py plain|graph|pynative|refusals|model
+python on_mindspore.py plain|graph|pynative|refusals|model
 """
 
 import json
@@ -218,7 +218,10 @@ def refusals() -> None:
         raise AssertionError("a forced tbe ran on CPU")
     x = inputs(1, 3, 4)
     op = ascend_tbe.operator("mix", 1, (3, 4), 12, "float32")
-    tensors = [Tensor(x[n].reshape(s)) for n, (s, _) in zip("s px py g".split(), ascend_tbe.tensors("mix", 1, (3, 4), 12, "float32"), strict=False)]
+    tensors = [
+        Tensor(x[n].reshape(s))
+        for n, (s, _) in zip(["s", "px", "py", "g"], ascend_tbe.tensors("mix", 1, (3, 4), 12, "float32"), strict=False)
+    ]
     try:
         op(*tensors)
     except Exception as refused:
@@ -234,7 +237,12 @@ def refusals() -> None:
         if parameters != registered or info["target"] != "Ascend":
             raise AssertionError(f"{name}: entry takes {parameters}, registered {registered} for {info['target']}")
         ascend_tbe.operator(name, 1, (3, 4), 12, "float16")
-    row("TBE", "3: op info and `ops.Custom` constructed, entry signatures as registered", f"{len(ascend_tbe.ENTRY)} operators", "the real `te` and `tbe`")
+    row(
+        "TBE",
+        "3: op info and `ops.Custom` constructed, entry signatures as registered",
+        f"{len(ascend_tbe.ENTRY)} operators",
+        "the real `te` and `tbe`",
+    )
     row("TBE", "4: MindSpore on CPU refuses the operator", "as it must", "")
     row("dispatch", "refusals name the mend", ", ".join(cases), "")
 
@@ -266,7 +274,9 @@ def model() -> None:
     logits = error(got[0], want[0].astype(np.float64))
     flat = [np.concatenate([g.ravel() for g in x[2]]).astype(np.float64) for x in (got, want)]
     gradients = error(flat[0], flat[1])
-    each = max(error(a, b.astype(np.float64)) for a, b in zip(got[2], want[2], strict=True) if np.linalg.norm(b) > 1e-6 * np.linalg.norm(flat[1]))
+    each = max(
+        error(a, b.astype(np.float64)) for a, b in zip(got[2], want[2], strict=True) if np.linalg.norm(b) > 1e-6 * np.linalg.norm(flat[1])
+    )
     if max(logits, gradients) > 1e-5:
         raise AssertionError(f"convit_tiny: logits {logits:.1e}, gradients {gradients:.1e}")
     optimizer = nn.SGD(parameters, 0.01)
@@ -276,7 +286,8 @@ def model() -> None:
         losses = [float(step(images, labels)) for _ in range(3)]
     if not losses[-1] < losses[0]:
         raise AssertionError(f"three training steps do not lower the loss: {losses}")
-    result = f"logits {logits:.0e}, gradients {gradients:.0e} (worst parameter {each:.0e}), 3 steps: loss {losses[0]:.2f} to {losses[-1]:.2f} ({seconds:.0f} s)"
+    result = f"logits {logits:.0e}, gradients {gradients:.0e} (worst parameter {each:.0e})"
+    result += f", 3 training steps: loss {losses[0]:.2f} to {losses[-1]:.2f} ({seconds:.0f} s)"
     row("AKG", "2: convit_tiny at 224 on CPU, `akg` forced, against the reference, float32, graph", result, NO_NPU)
 
 

@@ -22,11 +22,13 @@ scope: dict = {"KEYS": None}
 for node in ast.parse(text).body:
     if isinstance(node, ast.Assign) and node.targets[0].id == "KEYS":
         scope["KEYS"] = ast.literal_eval(node.value)
-    if isinstance(node, ast.FunctionDef) and (node.name.endswith("_compute") or node.name in ("_shape", "_exponentials", "_content_weight")):
+    if isinstance(node, ast.FunctionDef) and (
+        node.name.endswith("_compute") or node.name in ("_shape", "_exponentials", "_content_weight")
+    ):
         exec(ast.get_source_segment(text, node), scope)
 
 dsl = SimpleNamespace(
-    **{word: getattr(akg_dsl, word) for word in "cast_to reduce_max broadcast vexp vsub vadd vmul vmuls vadds".split()},
+    **{word: getattr(akg_dsl, word) for word in ["cast_to", "reduce_max", "broadcast", "vexp", "vsub", "vadd", "vmul", "vmuls", "vadds"]},
     reduce_sum=akg_dsl.sum,
     vdiv=lambda a, b: akg_dsl.vmul(a, akg_dsl.vrec(b)),
 )
