@@ -39,7 +39,7 @@ _LAYERS, _HEAT = "viridis", "inferno"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Draws what the run's log.jsonl holds; with a trained model in RUN also where its heads look."
-    parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a training run")
+    parser.add_argument("folder", metavar="RUN", type=Path, help="the folder of a training run")
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="folder for the pictures [RUN/plots]")
     parser.add_argument("--image", metavar="FILE", type=Path, help="draw where heads look on this image")
     parser.add_argument("--query", metavar="Y,X", type=_point, help="the patch they look from, row and column [the middle]")
@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    records = read_log(args.run)
-    output = args.output or args.run / "plots"
+    records = read_log(args.folder)
+    output = args.output or args.folder / "plots"
     output.mkdir(parents=True, exist_ok=True)
 
     def path(name: str) -> Path:
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     if any(record.get("distance") for record in records):
         drawn.append(plot_locality(records, path("locality")))
     if args.image is not None:
-        model, recipe = trained_model(args.run)
+        model, recipe = trained_model(args.folder)
         image = load_image(args.image, model.patch_embed.img_size, recipe.in_channels, recipe.mean, recipe.std)
         drawn.append(plot_attention(model, image, path("attention"), query=args.query))
     for one in drawn:
