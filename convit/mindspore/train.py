@@ -391,9 +391,11 @@ class _Keeper:
         try:
             saved = ms.load_checkpoint(str(path))
             state = json.loads(str(saved.pop("convit_run")))
+            saved.pop("learning_rate", None)  # the whole schedule, which the recipe gives anew
             missing, _ = ms.load_param_into_net(self.trainer.train_network, saved)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged, or of another model or optimiser: {str(error).splitlines()[0]}") from None
+        missing = [name for name in missing if name != "learning_rate"]
         if missing:
             raise ValueError(f"{path} lacks {len(missing)} parameters of this model and optimiser, the first is {missing[0]}")
         self.epoch, self.best, self.best_epoch, self.kept = (state[name] for name in ("epoch", "best", "best_epoch", "kept"))
