@@ -53,10 +53,16 @@ class Case(NamedTuple):
 SETS = {
     "tile": [Case(256, 4, (14, 14), 48), Case(64, 16, (14, 14), 64)],
     "loop": [Case(64, 16, (56, 56), 48), Case(64, 16, (56, 56), 64)],
-    "dtypes": [Case(64, 16, grid, 64, dtype, tf32) for grid in ((14, 14), (56, 56)) for dtype, tf32 in
-               (("float16", False), ("float32", True), ("float32", False))],  # fmt: skip
-    "wide": [Case(8, 8, grid, 128, dtype, tf32) for grid in ((14, 14), (56, 56)) for dtype, tf32 in
-             (("bfloat16", False), ("float32", True), ("float32", False))],  # fmt: skip
+    "dtypes": [
+        Case(64, 16, grid, 64, dtype, tf32)
+        for grid in ((14, 14), (56, 56))
+        for dtype, tf32 in (("float16", False), ("float32", True), ("float32", False))
+    ],  # fmt: skip
+    "wide": [
+        Case(8, 8, grid, 128, dtype, tf32)
+        for grid in ((14, 14), (56, 56))
+        for dtype, tf32 in (("bfloat16", False), ("float32", True), ("float32", False))
+    ],  # fmt: skip
     "odd": [Case(2, 3, (7, 30), 20), Case(2, 3, (1, 300), 20), Case(1, 1, (3, 4), 16), Case(1, 1, (65536, 1), 16)],
 }
 SETS["all"] = [case for name in ("tile", "loop", "dtypes", "wide", "odd") for case in SETS[name]]
@@ -221,7 +227,11 @@ def rows(cases: list[Case], chips: list[str], kernels: str = "") -> list[dict]:
                     seen.add(key)
                     found.append(compile_launch(launch, case, chip))
                     bad = problem(found[-1])
-                    print({k: v for k, v in found[-1].items() if k not in ("triton", "dots", "matrix")}, f"BAD {bad}" if bad else "", file=sys.stderr)
+                    print(
+                        {k: v for k, v in found[-1].items() if k not in ("triton", "dots", "matrix")},
+                        f"BAD {bad}" if bad else "",
+                        file=sys.stderr,
+                    )
     return found
 
 

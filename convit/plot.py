@@ -1,9 +1,9 @@
 """``convit plot RUN``: the pictures of a training run, and the functions that draw them.
 
-    history     loss and accuracy per epoch
-    gates       every gate over the epochs, and before and after
-    locality    how far each layer and head looks, over the epochs and at the end
-    attention   where heads look from one patch of an image, layer by layer
+history     loss and accuracy per epoch
+gates       every gate over the epochs, and before and after
+locality    how far each layer and head looks, over the epochs and at the end
+attention   where heads look from one patch of an image, layer by layer
 """
 
 import argparse

@@ -82,7 +82,9 @@ def _axis_weights(w, w2, at, to, size):
     w, w2 scalars for exponents of 2; ``at`` the query and ``to`` the key coordinates, float32, of shapes that broadcast.
     """
     best = _peak(w, w2, at, size)
-    logit = (to - best) * (w + w2 * (to + (best - 2.0 * at)))  # coordinates are exact: one rounding in the sum; never above 0 but for rounding: -|logit| costs nothing and cannot overflow
+    logit = (to - best) * (
+        w + w2 * (to + (best - 2.0 * at))
+    )  # coordinates are exact: one rounding in the sum; never above 0 but for rounding: -|logit| costs nothing and cannot overflow
     return tl.where(to < size, tl.exp2(-tl.abs(logit)), 0.0)
 
 
@@ -543,9 +545,7 @@ def _fwd_loop_kernel(
     full = N // BN * BN
     for start in range(0, full, BN):
         j = start + tl.arange(0, BN)
-        m, total, acc = _fwd_loop_step(
-            q, k_ptr, v_ptr, j, N, stride_kn, stride_vn, m, total, acc, scale_log2, D, BD, PRECISION, False
-        )
+        m, total, acc = _fwd_loop_step(q, k_ptr, v_ptr, j, N, stride_kn, stride_vn, m, total, acc, scale_log2, D, BD, PRECISION, False)
     if TAIL:
         j = full + tl.arange(0, BN)
         m, total, acc = _fwd_loop_step(q, k_ptr, v_ptr, j, N, stride_kn, stride_vn, m, total, acc, scale_log2, D, BD, PRECISION, True)
