@@ -438,7 +438,8 @@ class _Keeper:
                         f"the loss is {self.losses[-1]} in epoch {keeper.epoch}; {keeper.output / 'last.ckpt'} is from before. "
                         "Lower lr, clip the gradient (--clip_grad), or use --amp_level O0"
                     )
-                update = at.cur_step_num
+                # MindSpore counts from the start of this process
+                update = keeper.epoch * keeper.steps + (at.cur_step_num - 1) % keeper.steps + 1
                 if keeper.rank == 0 and update % keeper.recipe.log_interval == 0:
                     keeper.write({"kind": "step", "epoch": keeper.epoch, "update": update, "loss": self.losses[-1]})
                 if keeper.stop:
