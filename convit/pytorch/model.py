@@ -64,7 +64,8 @@ class PatchEmbed(nn.Module):
                 f"this model takes images of {self.img_size[0]} x {self.img_size[1]}, got {height} x {width}: "
                 "call set_input_size, or build it with dynamic_img_size=True"
             )
-        return self.proj(x).flatten(2).transpose(1, 2), grid
+        # contiguous tokens: else the residual stream inherits the convolution's layout, and every norm and addition pays for it
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous(), grid
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         (ph, pw) = self.patch_size
