@@ -14,14 +14,15 @@ test: test-torch test-mindspore
 test-torch: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-# MindSpore has an environment of its own: it needs numpy < 2, and nothing of torch
+# MindSpore has an environment of its own: it needs numpy < 2, and nothing of torch (hence --no-deps). The install is not editable: the
+# library of an editable one would be built over the other environment's.
 test-mindspore: .venv-mindspore/ready
-	.venv-mindspore/bin/pytest tests/mindspore
+	OMP_NUM_THREADS=1 .venv-mindspore/bin/pytest tests/mindspore
 
-.venv-mindspore/ready: $(SOURCES)
+.venv-mindspore/ready: $(SOURCES) $(wildcard convit/*.py convit/*/*.py convit/recipes/* kernels/*/*.py)
 	test -x .venv-mindspore/bin/python || $(PYTHON) -m venv .venv-mindspore
 	.venv-mindspore/bin/pip install -q "setuptools>=64" wheel pybind11 "mindspore>=2.7,<2.11" "numpy<2" decorator mindcv PyYAML safetensors rich pytest
-	CONVIT_BUILD_EXT=1 .venv-mindspore/bin/pip install -q --no-build-isolation --no-deps -e .
+	CONVIT_BUILD_EXT=1 .venv-mindspore/bin/pip install -q --no-build-isolation --no-deps --force-reinstall .
 	touch $@
 
 # the C++ core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer

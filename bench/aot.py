@@ -53,10 +53,16 @@ class Case(NamedTuple):
 SETS = {
     "tile": [Case(256, 4, (14, 14), 48), Case(64, 16, (14, 14), 64)],
     "loop": [Case(64, 16, (56, 56), 48), Case(64, 16, (56, 56), 64)],
-    "dtypes": [Case(64, 16, grid, 64, dtype, tf32) for grid in ((14, 14), (56, 56)) for dtype, tf32 in
-               (("float16", False), ("float32", True), ("float32", False))],  # fmt: skip
-    "wide": [Case(8, 8, grid, 128, dtype, tf32) for grid in ((14, 14), (56, 56)) for dtype, tf32 in
-             (("bfloat16", False), ("float32", True), ("float32", False))],  # fmt: skip
+    "dtypes": [
+        Case(64, 16, grid, 64, dtype, tf32)
+        for grid in ((14, 14), (56, 56))
+        for dtype, tf32 in (("float16", False), ("float32", True), ("float32", False))
+    ],  # fmt: skip
+    "wide": [
+        Case(8, 8, grid, 128, dtype, tf32)
+        for grid in ((14, 14), (56, 56))
+        for dtype, tf32 in (("bfloat16", False), ("float32", True), ("float32", False))
+    ],  # fmt: skip
     "odd": [Case(2, 3, (7, 30), 20), Case(2, 3, (1, 300), 20), Case(1, 1, (3, 4), 16), Case(1, 1, (65536, 1), 16)],
 }
 SETS["all"] = [case for name in ("tile", "loop", "dtypes", "wide", "odd") for case in SETS[name]]
@@ -116,20 +122,26 @@ def source(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
 
 
-def trips(launch: Launch, case: Case) -> int:
-    """How often the kernel's main loop runs; 1 where there is none."""
-    name, c, tokens = launch.kernel.__name__, launch.config, case.grid[0] * case.grid[1]
+def trips(launch: Launch, case: Case) -> tuple[int, int]:
+    """How often the kernel's outer loop runs, and the loop inside it."""
+    name, c, tokens, fixed = launch.kernel.__name__, launch.config, case.grid[0] * case.grid[1], launch.constants
     if name == "_dkdv_tile_kernel":
-        return -(-case.grid[0] // (launch.constants["BM"] // launch.constants["GWP"]))
+        return -(-case.grid[0] // (fixed["BM"] // fixed["GWP"])), 1
     if name == "_dkdv_loop_kernel":
-        return -(-tokens // c.rows)
+        return -(-tokens // c.rows), 1
     if name in ("_fwd_loop_kernel", "_dq_loop_kernel"):
-        return max(tokens // c.keys, 1)
-    return launch.constants.get("STEPS", 1)
+        return max(tokens // c.keys, 1), 1
+    if name == "_dq_tile_kernel":
+        return fixed["STEPS"], -(-case.grid[0] // (fixed["BN"] // fixed["GWP"]))
+    if "LINES" in fixed:
+        size, count = case.grid[fixed["X"]], case.grid[not fixed["X"]]
+        lines, blocks = min(fixed["LINES"], count), -(-size // c.keys)
+        return (lines, blocks) if name == "_mix_kernel" else (blocks, lines)
+    return fixed.get("STEPS", 1), 1
 
 
-def instructions(sass: str, repeats: int) -> collections.Counter:
-    """Executed instructions of a warp: bodies of backward branches counted ``repeats`` times."""
+def instructions(sass: str, repeats: tuple[int, int]) -> collections.Counter:
+    """Executed instructions of a warp: bodies of backward branches counted ``repeats`` times, outer and inner."""
     operations, labels, branches = [], {}, []
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
@@ -141,10 +153,11 @@ def instructions(sass: str, repeats: int) -> collections.Counter:
             operations.append(op[1])
     end = max((i for i, op in enumerate(operations) if op.startswith("EXIT")), default=len(operations))
     weights = [1] * len(operations)
-    for place, label in branches:
-        if label in labels and labels[label] < place - 20:  # shorter ones are waits on a barrier
-            for i in range(labels[label], place + 1):
-                weights[i] *= repeats
+    loops = [(labels[label], place) for place, label in branches if label in labels and labels[label] < place - 20]  # shorter: waits
+    for low, high in loops:
+        inner = any(a <= low and high <= b and (a, b) != (low, high) for a, b in loops)
+        for i in range(low, high + 1):
+            weights[i] *= repeats[inner]
     count = collections.Counter()
     for i, op in enumerate(operations[: end + 1]):
         if op != "NOP":
@@ -214,7 +227,11 @@ def rows(cases: list[Case], chips: list[str], kernels: str = "") -> list[dict]:
                     seen.add(key)
                     found.append(compile_launch(launch, case, chip))
                     bad = problem(found[-1])
-                    print({k: v for k, v in found[-1].items() if k not in ("triton", "dots", "matrix")}, f"BAD {bad}" if bad else "", file=sys.stderr)
+                    print(
+                        {k: v for k, v in found[-1].items() if k not in ("triton", "dots", "matrix")},
+                        f"BAD {bad}" if bad else "",
+                        file=sys.stderr,
+                    )
     return found
 
 

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from models import Model, reference_outputs
+from models import CHECKED, Model, reference_outputs
 from peers import OUTPUTS, Core, CoreInputs, gpsa_attention, plain_attention
 from torch import Tensor
 

@@ -17,7 +17,7 @@ def pytest_addoption(parser) -> None:
     group.addoption("--bench-threads", default="", help="CPU thread counts, such as 1,2 (default: 1 and all; --bench-full: between too)")
     group.addoption("--bench-isa", choices=list(ISA_VARIABLES), help="hold every CPU library to this instruction set")
     group.addoption("--bench-device", help="torch device type (default: cuda if there is one, else cpu)")
-    group.addoption("--bench-budget", type=float, help="seconds of timing per group (default: 3, with --bench-full 20)")
+    group.addoption("--bench-budget", type=float, help="seconds of timing per group (default: 2, with --bench-full 20)")
     group.addoption("--bench-rounds", type=int, help="most rounds per group (default: 15, with --bench-full 50)")
 
 

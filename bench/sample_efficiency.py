@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
     parser.add_argument("--shares", nargs="+", type=float, default=[0.05, 0.1, 0.2, 0.5, 1.0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=2000)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "runs.jsonl"

@@ -35,7 +35,7 @@ class Session:
         self.full = full
         self.cores = os.cpu_count() or 1
         self.threads = self._thread_counts(threads)
-        self.budget = budget if budget is not None else (20.0 if full else 3.0)
+        self.budget = budget if budget is not None else (20.0 if full else 2.0)
         self.rounds = rounds if rounds is not None else (50 if full else 15)
         self.isa = isa
         self.groups: dict[Core | Model, dict[str, Competitor]] = {}

@@ -403,9 +403,7 @@ def _load(model: Any, checkpoint: Checkpoint, path: str | os.PathLike[str], stri
     inner = _unwrap(model)
     own = inner.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    fitted = fit(
-        checkpoint.tensors, shapes, grid=_grid(inner), source_grid=checkpoint.grid, strict_head=strict_head, what=str(path)
-    )
+    fitted = fit(checkpoint.tensors, shapes, grid=_grid(inner), source_grid=checkpoint.grid, strict_head=strict_head, what=str(path))
     acts = [module for module in inner.modules() if isinstance(module, nn.GELU)]
     if not acts and any(name.startswith("blocks.") for name in own):
         raise ValueError(f"{path} was trained with {checkpoint.act}, but the model has no torch.nn.GELU")

@@ -20,7 +20,9 @@ DIGITS_EPOCHS = 60  # of the recipe's 100: enough for 98 % within four minutes o
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="skip training on the digits")
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="where pictures and the trained model go [runs/demo]")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="where pictures and the trained model go [runs/demo]"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

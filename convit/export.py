@@ -185,7 +185,7 @@ def check_images(
         ImportError: No files are given and scikit-learn is not installed.
         ValueError: A file is no image.
     """
-    from convit.plot import load_image
+    from convit.plot import load_array
 
     if files is None:
         try:
@@ -196,7 +196,7 @@ def check_images(
         files = [folder / "china.jpg", folder / "flower.jpg"]
     if len(mean) != channels:
         mean, std = [float(np.mean(mean))] * channels, [float(np.mean(std))] * channels
-    images = [np.asarray(load_image(file, size, channels, mean, std)) for file in files]
+    images = [load_array(file, size, channels, mean, std) for file in files]
     if len(images) == 1:
         images.append(np.ascontiguousarray(images[0][:, :, ::-1]))
     return np.stack(images)

@@ -1,9 +1,9 @@
 """``convit plot RUN``: the pictures of a training run, and the functions that draw them.
 
-    history     loss and accuracy per epoch
-    gates       every gate over the epochs, and before and after
-    locality    how far each layer and head looks, over the epochs and at the end
-    attention   where heads look from one patch of an image, layer by layer
+history     loss and accuracy per epoch
+gates       every gate over the epochs, and before and after
+locality    how far each layer and head looks, over the epochs and at the end
+attention   where heads look from one patch of an image, layer by layer
 """
 
 import argparse
@@ -39,7 +39,7 @@ _LAYERS, _HEAT = "viridis", "inferno"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Draws what the run's log.jsonl holds; with a trained model in RUN also where its heads look."
-    parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a training run")
+    parser.add_argument("folder", metavar="RUN", type=Path, help="the folder of a training run")
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="folder for the pictures [RUN/plots]")
     parser.add_argument("--image", metavar="FILE", type=Path, help="draw where heads look on this image")
     parser.add_argument("--query", metavar="Y,X", type=_point, help="the patch they look from, row and column [the middle]")
@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    records = read_log(args.run)
-    output = args.output or args.run / "plots"
+    records = read_log(args.folder)
+    output = args.output or args.folder / "plots"
     output.mkdir(parents=True, exist_ok=True)
 
     def path(name: str) -> Path:
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     if any(record.get("distance") for record in records):
         drawn.append(plot_locality(records, path("locality")))
     if args.image is not None:
-        model, recipe = trained_model(args.run)
+        model, recipe = trained_model(args.folder)
         image = load_image(args.image, model.patch_embed.img_size, recipe.in_channels, recipe.mean, recipe.std)
         drawn.append(plot_attention(model, image, path("attention"), query=args.query))
     for one in drawn:
@@ -324,7 +324,16 @@ def trained_model(run: Path) -> tuple[Any, Any]:
 
 
 def load_image(path: str | os.PathLike[str], size: tuple[int, int], channels: int, mean: Sequence[float], std: Sequence[float]) -> Any:
-    """An image file as a normalised tensor [channels, *size]: scaled to cover the size, then cropped in the middle.
+    """``load_array`` as a torch tensor."""
+    import torch
+
+    return torch.from_numpy(load_array(path, size, channels, mean, std))
+
+
+def load_array(
+    path: str | os.PathLike[str], size: tuple[int, int], channels: int, mean: Sequence[float], std: Sequence[float]
+) -> np.ndarray:
+    """An image file, normalised, [channels, *size] float32: scaled to cover the size, then cropped in the middle.
 
     Args:
         path: Any file that Pillow reads.
@@ -335,7 +344,6 @@ def load_image(path: str | os.PathLike[str], size: tuple[int, int], channels: in
     Raises:
         ValueError: The file is no image.
     """
-    import torch
     from PIL import Image, ImageOps
 
     try:
@@ -348,7 +356,7 @@ def load_image(path: str | os.PathLike[str], size: tuple[int, int], channels: in
     image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
     array = np.asarray(image, dtype=np.float32).reshape(*size, channels) / 255
     array = (array - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+    return np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
 class _figure:

@@ -133,9 +133,8 @@ void gpsa_forward(const Shape& s, Heads q, Heads k, Heads v, const float* pos_we
     auto memory = scratch(per_worker * workers);
     for_parts(heads * chunks, workers, [&](i64 part, int worker) {
         const i64 head = part / chunks, b = head / s.heads, h = head % s.heads, begin = part % chunks * per_chunk;
-        const i64 next = std::min(chunks == 1 ? head + workers : heads, heads);
         kern.forward({&s, q, k, v, out, lse + head * n, px + h * gw * gw, py + h * gh * gh, sigmoid(-gating[h]), b, h, begin,
-                      std::min(n, begin + per_chunk), next / s.heads, next % s.heads, memory.get() + worker * per_worker});
+                      std::min(n, begin + per_chunk), memory.get() + worker * per_worker});
     });
 }
 
@@ -154,9 +153,9 @@ void gpsa_backward(const Shape& s, Heads grad_out, Heads q, Heads k, Heads v, co
     auto memory = scratch(per_worker * workers);
     std::vector<double> partial(std::size_t(heads) * 4);
     for_parts(heads, workers, [&](i64 head, int worker) {
-        const i64 b = head / s.heads, h = head % s.heads, next = std::min(head + workers, heads);
+        const i64 b = head / s.heads, h = head % s.heads;
         kern.backward({&s, grad_out, q, k, v, dq, dk, dv, lse + head * n, px + h * gw * gw, py + h * gh * gh, sigmoid(gating[h]),
-                       sigmoid(-gating[h]), b, h, next / s.heads, next % s.heads, partial.data() + 4 * head, memory.get() + worker * per_worker});
+                       sigmoid(-gating[h]), b, h, partial.data() + 4 * head, memory.get() + worker * per_worker});
     });
     for (i64 h = 0; h < s.heads; ++h) {
         double sum[4] = {};

@@ -1,5 +1,3 @@
-#include <initializer_list>
-
 #include "kernels.h"
 
 #if defined(CONVIT_X86)

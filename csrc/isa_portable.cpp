@@ -1,5 +1,3 @@
-#include <initializer_list>
-
 #include "kernels.h"
 
 #define CONVIT_LANES 4

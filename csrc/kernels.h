@@ -15,7 +15,6 @@ struct ForwardJob {
     float content_gate;        // 1 - g
     std::int64_t b, h;
     std::int64_t begin, end;   // queries; begin is a multiple of query_block
-    std::int64_t next_b, next_h;  // the head that this thread will probably do next, to be fetched meanwhile; next_b = B if none
     float* scratch;
 };
 
@@ -26,7 +25,7 @@ struct BackwardJob {
     const float* lse;
     const float *px, *py;      // py is not scaled
     float gate, content_gate;  // g, 1 - g
-    std::int64_t b, h, next_b, next_h;
+    std::int64_t b, h;
     double* partial;           // [4]: dpos_weight / g of this head and batch, then dgating / (g (1 - g))
     float* scratch;
 };

@@ -138,14 +138,6 @@ static void load_rows(DType dtype, const Heads& x, i64 b, i64 h, i64 begin, i64 
     }
 }
 
-// Rows [begin, end) of the next head, while this one is computed; not of long rows, which would push out what is in use.
-template <class Job>
-static void prefetch_next(const Job& job, const Heads& x, i64 begin, i64 end) {
-    const Shape& s = *job.shape;
-    if (job.next_b >= s.batch || s.tokens() * s.dim > 64 * 1024) return;
-    for (i64 n = begin; n < end; ++n) prefetch_row(s.dtype, x, job.next_b, job.next_h, n, s.dim);
-}
-
 typedef float vec4 __attribute__((vector_size(16)));
 typedef float vec4_u __attribute__((vector_size(16), aligned(4), may_alias));
 
@@ -478,7 +470,6 @@ static void forward(const ForwardJob& job) {
         } else {
             load_rows(s.dtype, job.q, job.b, job.h, i0, i0 + count, dim, padded, x.rows);
         }
-        for (const Heads* next : {&job.q, &job.k, &job.v}) prefetch_next(job, *next, i0, i0 + count);
         transpose(rows, count, dim, row_stride, s.scale * log2_e, x.qt, cols);
         for (i64 c = 0; c < cols; ++c) {
             x.max[c] = lowest;
@@ -618,7 +609,6 @@ static void backward(const BackwardJob& job) {
         const i64 count = min(backward_block, n - i0), cols = round_up(count, W);
         float* grad = x.grad + i0 * padded;
         load_rows(s.dtype, job.q, job.b, job.h, i0, i0 + count, dim, padded, x.rows);
-        for (const Heads* next : {&job.q, &job.k, &job.v, &job.grad_out}) prefetch_next(job, *next, i0, i0 + count);
         transpose(x.rows, count, dim, padded, s.scale * log2_e, x.qt, cols);
         transpose(grad, count, dim, padded, 1.f, x.gt, cols);
         for (i64 c = 0; c < cols; ++c) {

@@ -56,7 +56,8 @@ def test_source_distribution_is_complete(checkout):
     result = build(checkout, "sdist", CONVIT_BUILD_EXT="1")
     assert result.returncode == 0, result.stderr
     (archive,) = (checkout / "dist").glob("*.tar.gz")
-    packed = {name.split("/", 1)[1] for name in tarfile.open(archive).getnames() if "/" in name}
+    with tarfile.open(archive) as tar:
+        packed = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
     tracked = {str(path.relative_to(checkout)) for path in checkout.rglob("*") if path.is_file()}
     outside = {".gitignore", ".ci/run"}
     missing = {name for name in tracked - packed - outside if not name.startswith(("dist/", "convit.egg-info/", "bench/results/"))}

@@ -20,9 +20,9 @@ def pair(size: Size) -> tuple[int, int]:
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., C] times weight [D, C] transposed, plus bias [D], as one matrix product over all other axes: [..., D]."""
     shape = x.shape
-    y = ops.MatMul(transpose_b=True)(ops.reshape(x, (-1, shape[-1])), weight)
+    y = ops.MatMul(transpose_b=True)(ops.reshape(x, (-1, shape[-1])), weight.astype(x.dtype))  # mixed precision narrows x alone
     if bias is not None:
-        y = ops.BiasAdd()(y, bias)
+        y = ops.BiasAdd()(y, bias.astype(x.dtype))
     return ops.reshape(y, shape[:-1] + (weight.shape[0],))
 
 

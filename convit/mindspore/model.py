@@ -125,9 +125,7 @@ class ConViT(nn.Cell):
             drop_path = drop_path_rate * i / max(depth - 1, 1)
             use_gpsa = i < local_up_to_layer
             blocks.append(
-                Block(
-                    embed_dim, num_heads, mlp_ratio, qkv_bias, drop_rate, attn_drop_rate, drop_path, use_gpsa, norm_eps, approximate_gelu
-                )
+                Block(embed_dim, num_heads, mlp_ratio, qkv_bias, drop_rate, attn_drop_rate, drop_path, use_gpsa, norm_eps, approximate_gelu)
             )
         self.blocks = nn.CellList(blocks)
         self.norm = LayerNorm(embed_dim, norm_eps)

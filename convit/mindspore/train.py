@@ -5,7 +5,6 @@ Differences from it, each of them refused or said rather than ignored: a run is 
 data in another order; a loss that is not finite stops the run at once, because MindSpore has already applied the step.
 """
 
-import dataclasses
 import json
 import logging
 import math
@@ -45,7 +44,9 @@ class Interrupted(Exception):
     """A signal asked the run to stop; the last complete epoch is saved."""
 
     def __init__(self, signum: int, path: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}; {path} holds the last complete epoch; go on with --resume {path.parent}")
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name}; {path} holds the last complete epoch; go on with --resume {path.parent}"
+        )
         self.signum = signum
 
 
@@ -390,9 +391,11 @@ class _Keeper:
         try:
             saved = ms.load_checkpoint(str(path))
             state = json.loads(str(saved.pop("convit_run")))
+            saved.pop("learning_rate", None)  # the whole schedule, which the recipe gives anew
             missing, _ = ms.load_param_into_net(self.trainer.train_network, saved)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged, or of another model or optimiser: {str(error).splitlines()[0]}") from None
+        missing = [name for name in missing if name != "learning_rate"]
         if missing:
             raise ValueError(f"{path} lacks {len(missing)} parameters of this model and optimiser, the first is {missing[0]}")
         self.epoch, self.best, self.best_epoch, self.kept = (state[name] for name in ("epoch", "best", "best_epoch", "kept"))
@@ -421,6 +424,8 @@ class _Keeper:
         keeper = self
 
         class Watch(ms.train.Callback):
+            losses: list[float]
+
             def on_train_epoch_begin(self, run_context: Any) -> None:
                 self.began, self.losses = time.perf_counter(), []
 
@@ -433,7 +438,8 @@ class _Keeper:
                         f"the loss is {self.losses[-1]} in epoch {keeper.epoch}; {keeper.output / 'last.ckpt'} is from before. "
                         "Lower lr, clip the gradient (--clip_grad), or use --amp_level O0"
                     )
-                update = at.cur_step_num
+                # MindSpore counts from the start of this process
+                update = keeper.epoch * keeper.steps + (at.cur_step_num - 1) % keeper.steps + 1
                 if keeper.rank == 0 and update % keeper.recipe.log_interval == 0:
                     keeper.write({"kind": "step", "epoch": keeper.epoch, "update": update, "loss": self.losses[-1]})
                 if keeper.stop:
@@ -474,10 +480,10 @@ class _Keeper:
         self.write(record)
         weights = list(self.model.get_parameters())
         if better:
-            save(self.output / "best.ckpt", weights, self._about())
+            save(self.output / "best.ckpt", weights)
         if recipe.keep_checkpoint_max > 0 and (epoch + 1) % recipe.ckpt_save_interval == 0:
             name = f"epoch_{epoch + 1}.ckpt"
-            save(self.output / name, weights, self._about())
+            save(self.output / name, weights)
             self.kept = [one for one in self.kept if one[0] != name] + [[name, record.get("top1", -1.0)]]
             if recipe.ckpt_save_policy == "top_k":
                 self.kept.sort(key=lambda one: one[1])
@@ -485,10 +491,7 @@ class _Keeper:
                 (self.output / old).unlink(missing_ok=True)
             self.kept = self.kept[-recipe.keep_checkpoint_max :]
         state = {"epoch": self.epoch, "best": self.best, "best_epoch": self.best_epoch, "kept": self.kept}
-        save(self.output / "last.ckpt", self.parameters(), {"convit_run": json.dumps(state), **self._about()})
-
-    def _about(self) -> dict[str, Any]:
-        return {"convit_recipe": json.dumps(dataclasses.asdict(self.recipe))}
+        save(self.output / "last.ckpt", self.parameters(), {"convit_run": json.dumps(state)})
 
     def write(self, record: dict[str, Any]) -> None:
         with open(self.output / "log.jsonl", "a", encoding="utf-8") as file:

@@ -2,8 +2,8 @@
 
     out = ((1 - g) Pc + g P) v,   lse = log sum_j exp(scale q k^T)          shapes in operator.py, mathematics in README.md
 
-Per head: the positional half (1) contracts v with px along x, (2) with g py along y; the content half, per block of queries, (3) scores with
-queries along the lanes, S^T = K Q^T, (4) online softmax over tiles of keys, (5) product with v. The gradient recomputes the
+Per head: the positional half (1) contracts v with px along x, (2) with g py along y; the content half, per block of queries, (3)
+scores with queries along the lanes, S^T = K Q^T, (4) online softmax over tiles of keys, (5) product with v. The gradient recomputes the
 softmax from ``lse``, whole rows of one block of queries at a time; ``out`` is not needed.
 Deviations from ``reference.py``: the halves are mixed after their products with v, so there is no attention dropout; exp is a polynomial
 (relative error 1e-7); float32 and bfloat16 only, arithmetic in float32.

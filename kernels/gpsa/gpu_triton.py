@@ -29,7 +29,7 @@ from convit.kernels.gpsa import operator
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
-_ENOUGH = 512  # heads in the batch from which on one program takes several query blocks
+_ENOUGH = 512  # batch times heads from which on one program takes several query blocks, or many lines of an axis
 _SLOTS = 256  # the largest padded grid that the tile kernels hold
 
 
@@ -43,13 +43,13 @@ class _Config(NamedTuple):
 # kernel -> [(family, element bytes, largest BD, configuration)]; the first row that fits is taken, "" stands for any family
 _CONFIGS = {
     "fwd_tile": [("", 2, 64, _Config(64, 4, 4, 1)), ("", 2, 128, _Config(64, 4, 8, 1)), ("", 4, 128, _Config(32, 8, 8, 1))],
-    "dq_tile": [("", 2, 128, _Config(64, 4, 8, 1)), ("", 4, 128, _Config(32, 8, 8, 1))],
+    "dq_tile": [("", 2, 128, _Config(64, 64, 4, 1)), ("", 4, 128, _Config(32, 64, 8, 1))],
     "dkdv_tile": [("", 2, 64, _Config(32, 256, 8, 1)), ("", 2, 128, _Config(32, 128, 8, 1)), ("", 4, 128, _Config(32, 128, 8, 1))],
     "fwd_loop": [("", 2, 128, _Config(64, 64, 4, 2)), ("", 4, 128, _Config(64, 32, 4, 2))],
     "dq_loop": [("", 2, 128, _Config(64, 64, 4, 2)), ("", 4, 128, _Config(64, 32, 4, 1))],
     "dkdv_loop": [("", 2, 128, _Config(64, 64, 4, 2)), ("", 4, 128, _Config(32, 64, 4, 1))],
     "mix": [("", 4, 128, _Config(64, 64, 4, 2))],
-    "moments": [("", 4, 128, _Config(64, 64, 4, 2))],
+    "moments": [("", 4, 128, _Config(64, 64, 8, 2))],
 }
 _SMALL = _Config(64, 64, 4, 1)  # of the two kernels that touch no tensor
 
@@ -82,8 +82,9 @@ def _axis_weights(w, w2, at, to, size):
     w, w2 scalars for exponents of 2; ``at`` the query and ``to`` the key coordinates, float32, of shapes that broadcast.
     """
     best = _peak(w, w2, at, size)
-    slope = w + w2 * (best - 2.0 * at)
-    logit = (to - best) * (slope + w2 * to)  # never above 0 but for rounding: -|logit| costs nothing and cannot overflow
+    logit = (to - best) * (
+        w + w2 * (to + (best - 2.0 * at))
+    )  # coordinates are exact: one rounding in the sum; never above 0 but for rounding: -|logit| costs nothing and cannot overflow
     return tl.where(to < size, tl.exp2(-tl.abs(logit)), 0.0)
 
 
@@ -203,34 +204,71 @@ def _fwd_tile_kernel(
 @triton.jit
 def _dq_tile_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, w_ptr, gating_ptr, lse_ptr,  # [B,H,N,D] x4, [H,3], [H], [B,H,N]
-    dq_ptr, delta_ptr, part_ptr,  # [B,N,H,D], [B,H,N], [B*H,blocks,4]
+    dq_ptr, stats_ptr, part_ptr,  # [B,N,H,D], [3,B,H,N], [B*H,blocks,4]
     stride_ob, stride_oh, stride_on, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    scale, H,
+    scale, H, total,
     GH: tl.constexpr, GW: tl.constexpr, GHP: tl.constexpr, GWP: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, the row sums delta of Pc dA, and this program's share of (dgating, dpos_weight) up to factors of the head."""
+    """dq, the rows' statistics for dk and dv, and this program's share of (dgating, dpos_weight) up to factors of the head.
+
+    The keys come BN slots at a time: dA and the scores of a whole row do not fit into registers together. delta, the row sum of
+    Pc dA, is then known only after the last: dA is centred by its mean over all keys, and dq corrected by the mean key.
+    """
     N: tl.constexpr = GH * GW
-    BN: tl.constexpr = GHP * GWP
     BY: tl.constexpr = BM // GWP
+    ROWS: tl.constexpr = BN // GWP
     blocks: tl.constexpr = (GH + BY * STEPS - 1) // (BY * STEPS)
     block, bh, b, h = _place(tl.program_id(0), blocks, H)
     d = tl.arange(0, BD)
-    j, key = _slots(0, BN, GH, GW, GWP)
-    key_mask = key[:, None] & (d < D)[None, :]
-    k = tl.load(_rows(k_ptr + b * stride_kb + h * stride_kh, j, stride_kn, d), mask=key_mask, other=0.0)  # [BN, BD]
-    v = tl.load(_rows(v_ptr + b * stride_vb + h * stride_vh, j, stride_vn, d), mask=key_mask, other=0.0)  # [BN, BD]
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    v_mean = tl.zeros((BD,), tl.float32)
+    for first in range(0, GH, ROWS):
+        j, key = _slots(first, BN, GH, GW, GWP)
+        v = tl.load(_rows(v_ptr, j, stride_vn, d), mask=key[:, None] & (d < D)[None, :], other=0.0)  # [BN, BD]
+        v_mean += tl.sum(v.to(tl.float32), 0) * (1.0 / N)
     do_ptr += b * stride_ob + h * stride_oh
     q_ptr += b * stride_qb + h * stride_qh
     dq_ptr += (b * N * H + h) * D
     lse_ptr += bh * N
-    delta_ptr += bh * N
+    stats_ptr += bh * N
     w0, w1, w2 = _pos_weight(w_ptr, h)
-    dq_scale = scale / (1.0 + _exp(tl.load(gating_ptr + h)))
-    # sums over yj of dA times a row of Py, and of Py times the centred dy and dy^2; with a table of Px they give every moment
+    lam = tl.load(gating_ptr + h)
+    dq_scale = scale / (1.0 + _exp(lam))
+    rest = tl.log2(1.0 + _exp(lam))  # -log2(1 - g), a shift of the exponent for dk and dv
+    # first the positional part, so that its tiles are dead before the content's are made: sums over yj of dA times a row of Py,
+    # and of Py times the centred dy and dy^2; with a table of Px they give every moment
     m0 = tl.zeros((BY, GWP, GWP), tl.float32)
     m1 = tl.zeros((BY, GWP, GWP), tl.float32)
     m2 = tl.zeros((BY, GWP, GWP), tl.float32)
+    for step in range(STEPS):
+        y0 = (block * STEPS + step) * BY
+        i, query = _slots(y0, BM, GH, GW, GWP)
+        do = tl.load(_rows(do_ptr, i, stride_on, d), mask=query[:, None] & (d < D)[None, :], other=0.0)  # [BM, BD]
+        y = (y0 + tl.arange(0, BY)).to(tl.float32)[:, None]
+        to = tl.arange(0, GHP).to(tl.float32)[None, :]
+        py = _axis_weights(w1, w2, y, to, GH)  # [BY, GHP]
+        inverse = 1.0 / tl.sum(py, 1)[:, None]
+        mean1 = tl.sum(py * (to - y), 1)[:, None] * inverse
+        mean2 = tl.sum(py * (to - y) * (to - y), 1)[:, None] * inverse
+        for first in range(0, GH, ROWS):
+            j, key = _slots(first, BN, GH, GW, GWP)
+            v = tl.load(_rows(v_ptr, j, stride_vn, d), mask=key[:, None] & (d < D)[None, :], other=0.0)  # [BN, BD]
+            da = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BM, BN], zero at padded rows and slots
+            da = tl.reshape(da, (BY, GWP, ROWS, GWP))
+            r = (first + tl.arange(0, ROWS)).to(tl.float32)[None, :] - y
+            weight = _axis_weights(w1, w2, y, r + y, GH) * inverse  # [BY, ROWS]
+            m0 += tl.sum(da * _pin(weight)[:, None, :, None], 2)
+            m1 += tl.sum(da * _pin(weight * (r - mean1))[:, None, :, None], 2)
+            m2 += tl.sum(da * _pin(weight * (r * r - mean2))[:, None, :, None], 2)
+    px = _table(w0, w2, tl.arange(0, GWP), GW, GWP)  # [GWP, GWP]
+    px1, px2 = _centred(px, tl.arange(0, GWP), GWP)
+    part = part_ptr + (bh * blocks + block) * 4
+    gate_part = tl.sum(tl.reshape(m0 * px[None, :, :], (BM * GWP,)), 0)
+    tl.store(part + 1, tl.sum(tl.reshape(m0 * px1[None, :, :], (BM * GWP,)), 0))
+    tl.store(part + 2, tl.sum(tl.reshape(m1 * px[None, :, :], (BM * GWP,)), 0))
+    tl.store(part + 3, tl.sum(tl.reshape(m0 * px2[None, :, :] + m2 * px[None, :, :], (BM * GWP,)), 0))
     deltas = tl.zeros((BM,), tl.float32)
     for step in range(STEPS):
         y0 = (block * STEPS + step) * BY
@@ -239,39 +277,42 @@ def _dq_tile_kernel(
         do = tl.load(_rows(do_ptr, i, stride_on, d), mask=row_mask, other=0.0)  # [BM, BD]
         q = tl.load(_rows(q_ptr, i, stride_qn, d), mask=row_mask, other=0.0)  # [BM, BD]
         lse = tl.load(lse_ptr + i, mask=query, other=1e30)
-        da = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BM, BN], zero at padded rows and slots
-        da4 = tl.reshape(da, (BY, GWP, GHP, GWP))
-        y = y0 + tl.arange(0, BY)
-        py = _table(w1, w2, y, GH, GHP)  # [BY, GHP]
-        py1, py2 = _centred(py, y, GHP)
-        m0 += tl.sum(da4 * _pin(py)[:, None, :, None], 2)
-        m1 += tl.sum(da4 * _pin(py1)[:, None, :, None], 2)
-        m2 += tl.sum(da4 * _pin(py2)[:, None, :, None], 2)
         factor = _cap(tl.abs(lse), _LOG2E)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
-        p = tl.exp2(s * (scale * factor)[:, None] - (lse * factor)[:, None])
-        p = tl.where(key[None, :], p, 0.0)
-        delta = tl.sum(p * da, 1)
-        ds = p * (da - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, input_precision=PRECISION) * dq_scale
+        row_scale = scale * factor
+        row_shift = lse * factor
+        centre = tl.sum(do.to(tl.float32) * v_mean[None, :], 1)
+        excess = tl.zeros((BM,), tl.float32)
+        acc = tl.zeros((BM, BD), tl.float32)
+        mean = tl.zeros((BM, BD), tl.float32)
+        for first in range(0, GH, ROWS):
+            j, key = _slots(first, BN, GH, GW, GWP)
+            key_mask = key[:, None] & (d < D)[None, :]
+            k = tl.load(_rows(k_ptr, j, stride_kn, d), mask=key_mask, other=0.0)  # [BN, BD]
+            v = tl.load(_rows(v_ptr, j, stride_vn, d), mask=key_mask, other=0.0)  # [BN, BD]
+            da = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BM, BN]
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+            p = tl.exp2(s * row_scale[:, None] - row_shift[:, None])
+            p = tl.where(key[None, :], p, 0.0)
+            ds = p * (da - centre[:, None])
+            excess += tl.sum(ds, 1)
+            acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+            mean = tl.dot(p.to(k.dtype), k, mean, input_precision=PRECISION)
+        dq = (acc - excess[:, None] * mean) * dq_scale
+        delta = centre + excess
         tl.store(_rows(dq_ptr, i, H * D, d), dq.to(q.dtype), mask=row_mask)
-        tl.store(delta_ptr + i, delta, mask=query)
-        deltas += delta
-    px = _table(w0, w2, tl.arange(0, GWP), GW, GWP)  # [GWP, GWP]
-    px1, px2 = _centred(px, tl.arange(0, GWP), GWP)
-    part = part_ptr + (bh * blocks + block) * 4
-    tl.store(part, tl.sum(tl.reshape(m0 * px[None, :, :], (BM * GWP,)), 0) - tl.sum(deltas, 0))
-    tl.store(part + 1, tl.sum(tl.reshape(m0 * px1[None, :, :], (BM * GWP,)), 0))
-    tl.store(part + 2, tl.sum(tl.reshape(m1 * px[None, :, :], (BM * GWP,)), 0))
-    tl.store(part + 3, tl.sum(tl.reshape(m0 * px2[None, :, :] + m2 * px[None, :, :], (BM * GWP,)), 0))
+        tl.store(stats_ptr + i, row_scale, mask=query)
+        tl.store(stats_ptr + total + i, row_shift + rest, mask=query)
+        tl.store(stats_ptr + 2 * total + i, delta, mask=query)
+        deltas += delta  # zero at padded rows
+    tl.store(part, gate_part - tl.sum(deltas, 0))
 
 
 @triton.jit
 def _dkdv_tile_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, w_ptr, gating_ptr, lse_ptr, delta_ptr,  # [B,H,N,D] x4, [H,3], [H], [B,H,N] x2
+    do_ptr, q_ptr, k_ptr, v_ptr, w_ptr, gating_ptr, stats_ptr,  # [B,H,N,D] x4, [H,3], [H], [3,B,H,N]
     dk_ptr, dv_ptr,  # [B,N,H,D] x2
     stride_ob, stride_oh, stride_on, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    scale, H,
+    scale, H, total,
     GH: tl.constexpr, GW: tl.constexpr, GHP: tl.constexpr, GWP: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -287,12 +328,9 @@ def _dkdv_tile_kernel(
     v = tl.load(_rows(v_ptr + b * stride_vb + h * stride_vh, j, stride_vn, d), mask=key_mask, other=0.0)  # [BN, BD]
     do_ptr += b * stride_ob + h * stride_oh
     q_ptr += b * stride_qb + h * stride_qh
-    lse_ptr += bh * N
-    delta_ptr += bh * N
+    stats_ptr += bh * N
     w0, w1, w2 = _pos_weight(w_ptr, h)
-    lam = tl.load(gating_ptr + h)
-    gate = 1.0 / (1.0 + _exp(-lam))
-    rest = tl.log2(1.0 + _exp(lam))  # -log2(1 - g), a shift of the exponent
+    gate = 1.0 / (1.0 + _exp(-tl.load(gating_ptr + h)))
     px = _pin(tl.trans(_table(w0, w2, tl.arange(0, GWP), GW, GWP)))  # [GWP keys, GWP queries]
     dk = tl.zeros((BN, BD), tl.float32)
     dv = tl.zeros((BN, BD), tl.float32)
@@ -301,9 +339,9 @@ def _dkdv_tile_kernel(
         row_mask = query[:, None] & (d < D)[None, :]
         q = tl.load(_rows(q_ptr, i, stride_qn, d), mask=row_mask, other=0.0)  # [BM, BD]
         do = tl.load(_rows(do_ptr, i, stride_on, d), mask=row_mask, other=0.0)  # [BM, BD]
-        lse = tl.load(lse_ptr + i, mask=query, other=1e30)
-        delta = tl.load(delta_ptr + i, mask=query, other=0.0)
-        factor = _cap(tl.abs(lse), _LOG2E)
+        row_scale = tl.load(stats_ptr + i, mask=query, other=0.0)
+        row_shift = tl.load(stats_ptr + total + i, mask=query, other=1e30)
+        delta = tl.load(stats_ptr + 2 * total + i, mask=query, other=0.0)
         at = (y0 + tl.arange(0, BY)).to(tl.float32)[None, :]
         to = (block * ROWS + tl.arange(0, ROWS)).to(tl.float32)[:, None]
         py = _axis_weights(w1, w2, at, tl.arange(0, GHP).to(tl.float32)[:, None], GH)  # [GHP, BY]
@@ -313,7 +351,7 @@ def _dkdv_tile_kernel(
         py = _pin(py * norm[None, :])
         # rows of padded slots may hold anything: they are not stored, and no row meets another
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BM]
-        p = tl.exp2(s * (scale * factor)[None, :] - (lse * factor + rest)[None, :])  # (1 - g) Pc
+        p = tl.exp2(s * row_scale[None, :] - row_shift[None, :])  # (1 - g) Pc
         mix = p + tl.reshape(py[:, None, :, None] * px[None, :, None, :], (BN, BM))
         dv = tl.dot(mix.to(do.dtype), do, dv, input_precision=PRECISION)
         da = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BN, BM]
@@ -343,67 +381,89 @@ def _norm_kernel(w_ptr, sum_ptr, GH, GW, BM: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
+def _mix_weights(w, w2, sum_ptr, to, t, size, TRANSPOSE: tl.constexpr):
+    """[BM, BK] weights of patches ``t`` of a line for its patches ``to``; the transpose is normalised, the other is not."""
+    if TRANSPOSE:
+        norm = tl.load(sum_ptr + t, mask=t < size, other=float("inf"))
+        return _axis_weights(w, w2, t.to(tl.float32)[None, :], to.to(tl.float32)[:, None], size) * (1.0 / norm)[None, :]
+    return _axis_weights(w, w2, to.to(tl.float32)[:, None], t.to(tl.float32)[None, :], size)
+
+
+@triton.jit
 def _mix_kernel(
     in_ptr, w_ptr, sum_ptr, out_ptr,  # [B,H,N,D], [H,3], [H,GW+GH] (read if TRANSPOSE), [B,N,H,D]
     stride_b, stride_h, stride_n, H, GH, GW,
-    X: tl.constexpr, TRANSPOSE: tl.constexpr,
+    X: tl.constexpr, TRANSPOSE: tl.constexpr, SHORT: tl.constexpr, LINES: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Product with Px along x, or with Py along y, or with its transpose. One program: a line of the axis, BM of its patches."""
+    """Product with Px along x, or with Py along y, or with its transpose. One program: LINES lines of the axis, BM patches each.
+
+    SHORT: a line fits into one tile, and its weights are made once for all lines.
+    """
     size = GW if X else GH
+    count = GH if X else GW
     step = 1 if X else GW
     blocks = (size + BM - 1) // BM
-    block, bh, b, h = _place(tl.program_id(0), blocks * (GH if X else GW), H)
-    line = block // blocks
-    first = line * GW if X else line
+    block, bh, b, h = _place(tl.program_id(0), blocks * ((count + LINES - 1) // LINES), H)
     to = (block % blocks) * BM + tl.arange(0, BM)
     d = tl.arange(0, BD)
     w = tl.load(w_ptr + h * 3 + (0 if X else 1)) * _LOG2E
     w2 = tl.load(w_ptr + h * 3 + 2) * _LOG2E
     in_ptr += b * stride_b + h * stride_h
-    acc = tl.zeros((BM, BD), tl.float32)
-    total = tl.zeros((BM,), tl.float32)
-    for start in range(0, size, BK):
-        t = start + tl.arange(0, BK)
-        x = tl.load(_rows(in_ptr, first + t * step, stride_n, d), mask=(t < size)[:, None] & (d < D)[None, :], other=0.0)  # [BK, BD]
-        if TRANSPOSE:
-            norm = tl.load(sum_ptr + h * (GW + GH) + (0 if X else GW) + t, mask=t < size, other=float("inf"))
-            p = _axis_weights(w, w2, t.to(tl.float32)[None, :], to.to(tl.float32)[:, None], size) / norm[None, :]  # [BM, BK]
-        else:
-            p = _axis_weights(w, w2, to.to(tl.float32)[:, None], t.to(tl.float32)[None, :], size)
-            total += tl.sum(p, 1)
-        acc = tl.dot(p.to(x.dtype), x, acc, input_precision=PRECISION)
-    if not TRANSPOSE:
-        acc = acc / total[:, None]
     N = (GH * GW).to(tl.int64)
-    rows = _rows(out_ptr + (b * N * H + h) * D, first + to * step, H * D, d)
-    tl.store(rows, acc.to(out_ptr.dtype.element_ty), mask=(to < size)[:, None] & (d < D)[None, :])
+    out_ptr += (b * N * H + h) * D
+    if TRANSPOSE:
+        sum_ptr += h * (GW + GH) + (0 if X else GW)
+    if SHORT:
+        t = tl.arange(0, BK)
+        p = _mix_weights(w, w2, sum_ptr, to, t, size, TRANSPOSE)
+        if not TRANSPOSE:
+            p = p * (1.0 / tl.sum(p, 1))[:, None]
+        p = p.to(in_ptr.dtype.element_ty)
+    for line in range(block // blocks * LINES, tl.minimum(block // blocks * LINES + LINES, count)):
+        first = line * GW if X else line
+        if SHORT:
+            x = tl.load(_rows(in_ptr, first + t * step, stride_n, d), mask=(t < size)[:, None] & (d < D)[None, :], other=0.0)
+            acc = tl.dot(p, x, input_precision=PRECISION)  # [BM, BD]
+        else:
+            acc = tl.zeros((BM, BD), tl.float32)
+            total = tl.zeros((BM,), tl.float32)
+            for start in range(0, size, BK):
+                t = start + tl.arange(0, BK)
+                x = tl.load(_rows(in_ptr, first + t * step, stride_n, d), mask=(t < size)[:, None] & (d < D)[None, :], other=0.0)
+                p = _mix_weights(w, w2, sum_ptr, to, t, size, TRANSPOSE)
+                if not TRANSPOSE:
+                    total += tl.sum(p, 1)
+                acc = tl.dot(p.to(x.dtype), x, acc, input_precision=PRECISION)
+            if not TRANSPOSE:
+                acc = acc * (1.0 / total)[:, None]
+        rows = _rows(out_ptr, first + to * step, H * D, d)
+        tl.store(rows, acc.to(out_ptr.dtype.element_ty), mask=(to < size)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
 def _moments_kernel(
     do_ptr, u_ptr, w_ptr, part_ptr,  # [B,H,N,D], [B,N,H,D] = product of v with the other axis, [H,3], [B*H,parts,4]
     stride_b, stride_h, stride_n, H, GH, GW, parts, part0,
-    X: tl.constexpr, GATE: tl.constexpr,
+    X: tl.constexpr, GATE: tl.constexpr, LINES: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One axis's share of dpos_weight: moments of P dP along a line, dP = dO u^T, never stored. GATE: also the sum of P dP."""
+    """One axis's share of dpos_weight: moments of P dP, dP = dO u^T summed over LINES lines, never stored. GATE: also sum P dP."""
     size = GW if X else GH
+    count = GH if X else GW
     step = 1 if X else GW
     blocks = (size + BM - 1) // BM
-    block, bh, b, h = _place(tl.program_id(0), blocks * (GH if X else GW), H)
-    line = block // blocks
-    first = line * GW if X else line
+    block, bh, b, h = _place(tl.program_id(0), blocks * ((count + LINES - 1) // LINES), H)
     i = (block % blocks) * BM + tl.arange(0, BM)
     d = tl.arange(0, BD)
-    at = i.to(tl.float32)[:, None]
+    at = i.to(tl.float32)
     w = tl.load(w_ptr + h * 3 + (0 if X else 1)) * _LOG2E
     w2 = tl.load(w_ptr + h * 3 + 2) * _LOG2E
-    mask = (i < size)[:, None] & (d < D)[None, :]
-    do = tl.load(_rows(do_ptr + b * stride_b + h * stride_h, first + i * step, stride_n, d), mask=mask, other=0.0)  # [BM, BD]
+    row_mask = (i < size)[:, None] & (d < D)[None, :]
+    do_ptr += b * stride_b + h * stride_h
     N = (GH * GW).to(tl.int64)
     u_ptr += (b * N * H + h) * D
-    # moments of order 0, 1, 2 about the largest weight, of P dP and of P
+    # moments of order 0, 1, 2 about the largest weight, of P dP (c) and of P (p)
     best = _peak(w, w2, at, size)
     p0 = tl.zeros((BM,), tl.float32)
     p1 = tl.zeros((BM,), tl.float32)
@@ -413,28 +473,32 @@ def _moments_kernel(
     c2 = tl.zeros((BM,), tl.float32)
     for start in range(0, size, BK):
         t = start + tl.arange(0, BK)
-        u = tl.load(_rows(u_ptr, first + t * step, H * D, d), mask=(t < size)[:, None] & (d < D)[None, :], other=0.0)  # [BK, BD]
-        dp = tl.dot(do, tl.trans(u), input_precision=PRECISION)  # [BM, BK]
-        to = t.to(tl.float32)[None, :]
-        p = _axis_weights(w, w2, at, to, size)
-        r = to - best
-        pr = p * r
+        mask = (t < size)[:, None] & (d < D)[None, :]
+        dp = tl.zeros((BM, BK), tl.float32)
+        for line in range(block // blocks * LINES, tl.minimum(block // blocks * LINES + LINES, count)):
+            first = line * GW if X else line
+            do = tl.load(_rows(do_ptr, first + i * step, stride_n, d), mask=row_mask, other=0.0)  # [BM, BD]
+            u = tl.load(_rows(u_ptr, first + t * step, H * D, d), mask=mask, other=0.0)  # [BK, BD]
+            dp = tl.dot(do, tl.trans(u), dp, input_precision=PRECISION)
+        p = _axis_weights(w, w2, at[:, None], t.to(tl.float32)[None, :], size)  # [BM, BK]
+        r = t.to(tl.float32)[None, :] - best[:, None]
         p0 += tl.sum(p, 1)
-        p1 += tl.sum(pr, 1)
-        p2 += tl.sum(pr * r, 1)
         c0 += tl.sum(p * dp, 1)
-        c1 += tl.sum(pr * dp, 1)
-        c2 += tl.sum(pr * r * dp, 1)
+        p = p * r
+        p1 += tl.sum(p, 1)
+        c1 += tl.sum(p * dp, 1)
+        p = p * r
+        p2 += tl.sum(p, 1)
+        c2 += tl.sum(p * dp, 1)
     inverse = 1.0 / p0
-    e0 = c0 * inverse  # expectation of dP
-    z1 = (c1 - e0 * p1) * inverse  # covariance of dP with r, and with r^2
-    z2 = (c2 - e0 * p2) * inverse
-    shift = tl.sum(best - at, 1)  # d = r + shift, so cov(dP, d^2) = z2 + 2 shift z1
+    c0 = c0 * inverse  # expectation of dP, then its covariances with r and r^2
+    c1 = (c1 - c0 * p1) * inverse
+    c2 = (c2 - c0 * p2) * inverse
     part = part_ptr + (bh * parts + part0 + block) * 4
-    tl.store(part, tl.sum(e0, 0) if GATE else 0.0)
-    tl.store(part + 1, tl.sum(z1, 0) if X else 0.0)
-    tl.store(part + 2, 0.0 if X else tl.sum(z1, 0))
-    tl.store(part + 3, tl.sum(z2 + 2.0 * shift * z1, 0))
+    tl.store(part, tl.sum(c0, 0) if GATE else 0.0)
+    tl.store(part + 1, tl.sum(c1, 0) if X else 0.0)
+    tl.store(part + 2, 0.0 if X else tl.sum(c1, 0))
+    tl.store(part + 3, tl.sum(c2 + 2.0 * (best - at) * c1, 0))  # the distance is r + best - at
 
 
 @triton.jit
@@ -481,9 +545,7 @@ def _fwd_loop_kernel(
     full = N // BN * BN
     for start in range(0, full, BN):
         j = start + tl.arange(0, BN)
-        m, total, acc = _fwd_loop_step(
-            q, k_ptr, v_ptr, j, N, stride_kn, stride_vn, m, total, acc, scale_log2, D, BD, PRECISION, False
-        )
+        m, total, acc = _fwd_loop_step(q, k_ptr, v_ptr, j, N, stride_kn, stride_vn, m, total, acc, scale_log2, D, BD, PRECISION, False)
     if TAIL:
         j = full + tl.arange(0, BN)
         m, total, acc = _fwd_loop_step(q, k_ptr, v_ptr, j, N, stride_kn, stride_vn, m, total, acc, scale_log2, D, BD, PRECISION, True)
@@ -523,12 +585,12 @@ def _dq_loop_step(
 @triton.jit
 def _dq_loop_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, gating_ptr, lse_ptr,  # [B,H,N,D] x4, [B,N,H,D], [H], [B,H,N]
-    dq_ptr, delta_ptr, part_ptr,  # [B,N,H,D], [B,H,N], [B*H,parts,4]
+    dq_ptr, stats_ptr, part_ptr,  # [B,N,H,D], [3,B,H,N], [B*H,parts,4]
     stride_ob, stride_oh, stride_on, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    scale, H, N, parts,
+    scale, H, N, total, parts,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, delta = row sums of Pc dA, and minus their sum.
+    """dq, the rows' statistics for dk and dv (factor and shift of the exponent, delta = row sum of Pc dA), minus the sum of delta.
 
     delta is not to be had from the rounded output: with g near 1 what is left after taking out the positional part is rounding.
     dO . out only centres dA; the exact delta is the centre plus the row sum of what was centred, and dq is corrected by the mean key.
@@ -566,7 +628,10 @@ def _dq_loop_kernel(
     delta = centre + excess
     dq = (acc - excess[:, None] * mean) * (scale / (1.0 + _exp(tl.load(gating_ptr + h))))
     tl.store(dq_ptr + rows, dq.to(q.dtype), mask=row_mask)
-    tl.store(delta_ptr + bh * N + i, delta, mask=i < N)
+    stats_ptr += bh * N + i
+    tl.store(stats_ptr, scale * factor, mask=i < N)
+    tl.store(stats_ptr + total, lse * factor, mask=i < N)
+    tl.store(stats_ptr + 2 * total, delta, mask=i < N)
     part = part_ptr + (bh * parts + block) * 4
     tl.store(part, -tl.sum(delta, 0))
     tl.store(part + 1 + tl.arange(0, 2), tl.zeros((2,), tl.float32))
@@ -575,10 +640,10 @@ def _dq_loop_kernel(
 
 @triton.jit
 def _dkdv_loop_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, position_ptr, gating_ptr, lse_ptr, delta_ptr,  # [B,H,N,D] x4, P^T dO [B,N,H,D], [H], [B,H,N] x2
+    do_ptr, q_ptr, k_ptr, v_ptr, position_ptr, gating_ptr, stats_ptr,  # [B,H,N,D] x4, P^T dO [B,N,H,D], [H], [3,B,H,N]
     dk_ptr, dv_ptr,  # [B,N,H,D] x2
     stride_ob, stride_oh, stride_on, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    scale, H, N,
+    scale, H, N, total,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BN keys, over all queries. Tiles are [keys, queries]."""
@@ -590,6 +655,7 @@ def _dkdv_loop_kernel(
     v = tl.load(_rows(v_ptr + b * stride_vb + h * stride_vh, j, stride_vn, d), mask=key_mask, other=0.0)  # [BN, BD]
     do_ptr += b * stride_ob + h * stride_oh
     q_ptr += b * stride_qb + h * stride_qh
+    stats_ptr += bh * N
     dk = tl.zeros((BN, BD), tl.float32)
     dv = tl.zeros((BN, BD), tl.float32)
     for start in range(0, N, BM):
@@ -597,11 +663,11 @@ def _dkdv_loop_kernel(
         row_mask = (i < N)[:, None] & (d < D)[None, :]
         q = tl.load(_rows(q_ptr, i, stride_qn, d), mask=row_mask, other=0.0)  # [BM, BD]
         do = tl.load(_rows(do_ptr, i, stride_on, d), mask=row_mask, other=0.0)  # [BM, BD]
-        lse = tl.load(lse_ptr + bh * N + i, mask=i < N, other=1e30)
-        delta = tl.load(delta_ptr + bh * N + i, mask=i < N, other=0.0)
-        factor = _cap(tl.abs(lse), _LOG2E)
+        row_scale = tl.load(stats_ptr + i, mask=i < N, other=0.0)
+        row_shift = tl.load(stats_ptr + total + i, mask=i < N, other=1e30)
+        delta = tl.load(stats_ptr + 2 * total + i, mask=i < N, other=0.0)
         p = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BM]
-        p = tl.exp2(p * (scale * factor)[None, :] - (lse * factor)[None, :])
+        p = tl.exp2(p * row_scale[None, :] - row_shift[None, :])
         da = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BN, BM]
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         dk = tl.dot((p * (da - delta[None, :])).to(q.dtype), q, dk, input_precision=PRECISION)
@@ -685,6 +751,7 @@ class _Plan:
         self.block_d = max(16, _power_of_two(dim))
         self.size = q.element_size()
         self.family = _family(q.device.index)
+        self.lines = 32 if self.batch * self.heads >= _ENOUGH else 4  # of an axis that one program takes: its weights serve them all
         self.common = {"D": dim, "BD": self.block_d, "PRECISION": _precision(q.dtype)}
         if self.padded:
             self.tile = {"GH": grid_h, "GW": grid_w, "GHP": self.padded[0], "GWP": self.padded[1], **self.common}
@@ -707,10 +774,10 @@ class _Plan:
         steps = min(blocks, config.keys) if self.batch * self.heads >= _ENOUGH else 1
         return slots, steps, -(-blocks // steps)
 
-    def lines(self, x: bool, rows: int) -> int:
-        """Blocks of ``rows`` patches over all the lines of one axis."""
-        gh, gw = self.grid
-        return gh * -(-gw // rows) if x else gw * -(-gh // rows)
+    def line_blocks(self, x: bool, rows: int) -> int:
+        """Programs of a head over the lines of one axis, ``rows`` patches of ``lines`` lines each."""
+        count, size = self.grid if x else self.grid[::-1]
+        return -(-count // self.lines) * -(-size // rows)
 
 
 def _forward(
@@ -750,8 +817,9 @@ def _mix(plan: _Plan, x: Tensor, pos_weight: Tensor, sums: Tensor | None, axes: 
             continue  # one patch along this axis: the factor is 1
         out = operator.empty_heads(x)
         _launch(
-            _mix_kernel, plan.batch * plan.heads * plan.lines(is_x, c.rows), c, x, pos_weight, sums, out, *x.stride()[:3],
-            plan.heads, *plan.grid, X=is_x, TRANSPOSE=sums is not None, BM=c.rows, BK=c.keys, **plan.common,
+            _mix_kernel, plan.batch * plan.heads * plan.line_blocks(is_x, c.rows), c, x, pos_weight, sums, out, *x.stride()[:3],
+            plan.heads, *plan.grid, X=is_x, TRANSPOSE=sums is not None, SHORT=plan.grid[is_x] <= c.keys, LINES=plan.lines, BM=c.rows,
+            BK=c.keys, **plan.common,
         )  # fmt: skip
         x = out
     return x if x.transpose(1, 2).is_contiguous() else operator.empty_heads(x).copy_(x)
@@ -777,27 +845,28 @@ def _backward(
 
 def _backward_tile(plan, grad_out, q, k, v, pos_weight, gating, out, lse, dq, dk, dv, scale) -> Tensor:
     strides = (*grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    delta = torch.empty_like(lse)
+    stats = lse.new_empty((3, *lse.shape))
     c = plan.config("dq_tile")
     rows, steps, blocks = plan.query_blocks(c)
     part = lse.new_empty((plan.batch * plan.heads, blocks, 4))
     _launch(
-        _dq_tile_kernel, plan.batch * plan.heads * blocks, c, grad_out, q, k, v, pos_weight, gating, lse, dq, delta, part, *strides, scale, plan.heads,
-        BM=rows, STEPS=steps, **plan.tile,
+        _dq_tile_kernel, plan.batch * plan.heads * blocks, c, grad_out, q, k, v, pos_weight, gating, lse, dq, stats, part, *strides,
+        scale, plan.heads, lse.numel(), BM=rows, BN=plan.tile_rows(c.keys), STEPS=steps,
+        **plan.tile,
     )  # fmt: skip
     c = plan.config("dkdv_tile")
     rows, keys = plan.tile_rows(c.rows), plan.tile_rows(c.keys)
     blocks = -(-plan.grid[0] // (keys // plan.padded[1]))
     _launch(
-        _dkdv_tile_kernel, plan.batch * plan.heads * blocks, c, grad_out, q, k, v, pos_weight, gating, lse, delta, dk, dv,
-        *strides, scale, plan.heads, BM=rows, BN=keys, **plan.tile,
+        _dkdv_tile_kernel, plan.batch * plan.heads * blocks, c, grad_out, q, k, v, pos_weight, gating, stats, dk, dv, *strides, scale,
+        plan.heads, lse.numel(), BM=rows, BN=keys, **plan.tile,
     )  # fmt: skip
     return part
 
 
 def _backward_loop(plan, grad_out, q, k, v, pos_weight, gating, out, lse, dq, dk, dv, scale) -> Tensor:
     strides = (*grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    delta = torch.empty_like(lse)
+    stats = lse.new_empty((3, *lse.shape))
     gh, gw = plan.grid
     sums = lse.new_empty((plan.heads, gw + gh))
     c = _SMALL
@@ -805,25 +874,25 @@ def _backward_loop(plan, grad_out, q, k, v, pos_weight, gating, out, lse, dq, dk
     moments, c = plan.config("moments"), plan.config("dq_loop")
     blocks = -(-plan.tokens // c.rows)
     axes = [is_x for is_x in (True, False) if plan.grid[is_x] > 1]
-    counts = [plan.lines(is_x, moments.rows) for is_x in axes]
+    counts = [plan.line_blocks(is_x, moments.rows) for is_x in axes]
     parts = blocks + sum(counts)
     part = lse.new_empty((plan.batch * plan.heads, parts, 4))
     _launch(
-        _dq_loop_kernel, plan.programs(c.rows), c, grad_out, q, k, v, out, gating, lse, dq, delta, part, *strides, scale, plan.heads,
-        plan.tokens, parts, BM=c.rows, BN=c.keys, TAIL=plan.tokens % c.keys != 0, **plan.common,
+        _dq_loop_kernel, plan.programs(c.rows), c, grad_out, q, k, v, out, gating, lse, dq, stats, part, *strides, scale, plan.heads,
+        plan.tokens, lse.numel(), parts, BM=c.rows, BN=c.keys, TAIL=plan.tokens % c.keys != 0, **plan.common,
     )  # fmt: skip
     for number, is_x in enumerate(axes):
         u = _mix(plan, v, pos_weight, None, (not is_x,))
         _launch(
             _moments_kernel, plan.batch * plan.heads * counts[number], moments, grad_out, u, pos_weight, part, *grad_out.stride()[:3],
-            plan.heads, gh, gw, parts, blocks + sum(counts[:number]), X=is_x, GATE=number == 0, BM=moments.rows, BK=moments.keys,
+            plan.heads, gh, gw, parts, blocks + sum(counts[:number]), X=is_x, GATE=number == 0, LINES=plan.lines, BM=moments.rows, BK=moments.keys,
             **plan.common,
         )  # fmt: skip
     position = _mix(plan, grad_out, pos_weight, sums, (True, False))
     c = plan.config("dkdv_loop")
     _launch(
-        _dkdv_loop_kernel, plan.programs(c.keys), c, grad_out, q, k, v, position, gating, lse, delta, dk, dv, *strides, scale, plan.heads,
-        plan.tokens, BM=c.rows, BN=c.keys, **plan.common,
+        _dkdv_loop_kernel, plan.programs(c.keys), c, grad_out, q, k, v, position, gating, stats, dk, dv, *strides, scale, plan.heads,
+        plan.tokens, lse.numel(), BM=c.rows, BN=c.keys, **plan.common,
     )  # fmt: skip
     return part
 

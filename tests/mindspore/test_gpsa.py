@@ -49,10 +49,11 @@ class Attention(nn.Cell):
 
     def construct(self, q, k, v, pos_weight, gating, grad):
         if self.packed:
-            wide = ms.float32 if q.dtype == ms.bfloat16 else q.dtype  # MindSpore stacks no bfloat16
+            wide = ms.float32 if q.dtype == ms.bfloat16 else q.dtype  # MindSpore stacks and transposes no bfloat16
             qkv = ops.stack((ops.cast(q, wide), ops.cast(k, wide), ops.cast(v, wide)), 2)
             qkv = ops.cast(ops.transpose(qkv, (0, 3, 2, 1, 4)), q.dtype)
-            out = ops.transpose(gpsa_packed(qkv, pos_weight, gating, self.grid, self.scale, 0.0), (0, 2, 1, 3))
+            out = gpsa_packed(qkv, pos_weight, gating, self.grid, self.scale, 0.0)
+            out = ops.transpose(ops.cast(out, wide), (0, 2, 1, 3))
         else:
             out = convit.mindspore.gpsa(q, k, v, pos_weight, gating, self.grid, scale=self.scale, backend=self.backend)
         return (ops.cast(out, grad.dtype) * grad).sum(), out

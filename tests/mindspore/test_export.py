@@ -1,0 +1,32 @@
+"""MindIR files: equal to the eager model on images, at batches that the export did not see; a failed export leaves nothing."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import nn
+
+from convit.mindspore.export import export_mindir
+from convit.mindspore.model import ConViT
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"approximate_gelu": False, "norm_eps": 1e-6, "qkv_bias": True}, {"local_up_to_layer": 2}])
+def test_export_mindir(tmp_path, kwargs):
+    pillow = pytest.importorskip("PIL.Image")
+    y, x = np.mgrid[:60, :80]
+    pillow.fromarray(np.stack([x * 3, y * 4, (x + y > 70) * 200], -1).astype(np.uint8)).save(tmp_path / "image.png")
+    shape = {"image_size": (32, 48), "patch_size": 8, "embed_dim": 32, "num_heads": 4, "depth": 2, "local_up_to_layer": 1, "num_classes": 5}
+    model = ConViT(**shape | kwargs)
+    rng = np.random.default_rng(0)
+    for parameter in model.get_parameters():
+        parameter.set_data(ms.Tensor((parameter.asnumpy() + 0.2 * rng.standard_normal(parameter.shape)).astype(np.float32)))
+    path = tmp_path / "out" / "m.mindir"
+    report = export_mindir(model, path, images=[tmp_path / "image.png"])
+    assert report.difference <= 1e-5 and report.files == [path] and list(path.parent.iterdir()) == [path]
+    images = ms.Tensor(rng.standard_normal((5, 3, 32, 48)).astype(np.float32))
+    expected = model(images).asnumpy()
+    found = nn.GraphCell(ms.load(str(path)))(images).asnumpy()
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    with pytest.raises(ValueError, match="is not an image"):
+        (tmp_path / "bad.png").write_bytes(b"x")
+        export_mindir(model, tmp_path / "none" / "m.mindir", images=[tmp_path / "bad.png"])
+    assert not (tmp_path / "none").exists()
