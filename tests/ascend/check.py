@@ -24,8 +24,8 @@ ROOT = HERE.parents[1]
 ENVIRONMENTS = {
     "mindspore": [["mindspore>=2.10,<2.11", "numpy<2", "decorator", "PyYAML", "safetensors"]],
     # only its AKG is used, which needs no more than these two
-    "mindspore-2.7": [["--no-deps", "mindspore==2.7.0"], ["numpy<2", "decorator"]],
-    "triton-ascend": [["--no-deps", "triton-ascend==3.2.0"], ["numpy", "pybind11"]],
+    "mindspore-2.7": [["numpy<2", "decorator"], ["--no-deps", "mindspore==2.7.0"]],
+    "triton-ascend": [["numpy", "pybind11"], ["--no-deps", "triton-ascend==3.2.0"]],
     "ascendnpu-ir": [["--no-deps", "ascendnpu-ir==1.2.0"]],
 }
 

@@ -96,7 +96,7 @@ def examine(name: str, source: str, instructions: set[str]) -> str:
         raise AssertionError(f"{name}: no synchronisation between pipes")
     double = "double-buffered" if re.search(r"\bcc\d+_db\w*", source) else "single-buffered"
     cores = "many cores" if "block_idx" in source else "one core"
-    return f"{name}: {double}, {cores}, buffers below {max(buffers) // KILOBYTE + 1} KB"
+    return f"{name}: {double}, {cores}, last buffer at {max(buffers) // KILOBYTE} KB"
 
 
 def row(op: str, rung: str, result: str, unproven: str) -> None:

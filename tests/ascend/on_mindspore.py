@@ -3,9 +3,11 @@
 python on_mindspore.py plain|graph|pynative|refusals|model
 """
 
+import importlib.util
 import json
 import sys
 import time
+from unittest.mock import patch
 
 import mindspore as ms
 import numpy as np
@@ -204,9 +206,13 @@ def refusals() -> None:
         "tbe without CANN": (why_not("tbe", problem._replace(device="ascend")), "set_env.sh"),
         "akg, 28 x 28 on Ascend": (why_not("akg", problem._replace(device="ascend", tokens=784, grid=(28, 28))), "unified buffer"),
     }
-    ascend_akg._refusal.cache_clear()
-    ascend_akg._COMPILE_SECONDS = 0.05
-    cases["akg, compiler too slow"] = (why_not("akg", problem), "was stopped")
+    with patch.object(importlib.util, "find_spec", lambda name: None):
+        cases["akg without decorator"] = (why_not("akg", problem), "pip install decorator")
+    with patch.object(ascend_akg, "compile_attrs", lambda *_: {}):
+        # AKG's own tiling, which this grid does not survive
+        cases["akg, a grid the compiler refuses"] = (why_not("akg", problem._replace(tokens=77, grid=(7, 11))), "refuses the grid 7 x 11")
+    with patch.object(ascend_akg, "_COMPILE_SECONDS", 0.05):
+        cases["akg, compiler too slow"] = (why_not("akg", problem), "was stopped")
     for what, (got, want) in cases.items():
         if got is None or want not in got:
             raise AssertionError(f"{what}: {got!r} does not say {want!r}")
