@@ -212,6 +212,8 @@ def _status(key: str) -> float:
 
 def digits(output: Path) -> None:
     """Train on the digits, save, read back, validate; draw curves and gates."""
+    import torch
+
     from convit.checkpoints import save_checkpoint
     from convit.config import load_recipe
     from convit.plot import plot_gates, plot_history
@@ -222,7 +224,12 @@ def digits(output: Path) -> None:
     recipe = load_recipe("digits", {"epoch_size": DIGITS_EPOCHS, "decay_epochs": DIGITS_EPOCHS - 5})
     print(f"\na ConViT of {recipe.embed_dim} x {recipe.depth} learns 1437 handwritten digits, {DIGITS_EPOCHS} epochs")
     before = gates(build_model(recipe, 10))
-    result = train(recipe, output / "digits", overwrite=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # at 64 x 17 tokens a second thread waits more than it works
+    try:
+        result = train(recipe, output / "digits", overwrite=True)
+    finally:
+        torch.set_num_threads(threads)
     weights = output / "digits.safetensors"
     save_checkpoint(result.model, weights)
     scores = validate(load_recipe("digits", {"ckpt_path": str(weights)}))

@@ -665,3 +665,16 @@ def test_digits_learn(tmp_path):
     epoch = result.history[-1]
     assert epoch["data_seconds"] < 0.05 * epoch["seconds"]
     assert len(epoch["gating"]) == 1 and all(0 < gate < 1 for gate in epoch["gating"][0])
+
+
+def test_checkpoints_record_the_settings_of_the_model(whole, tmp_path):
+    """So that a model of MindCV's kind (tanh GELU, another epsilon), fine-tuned here, is read back as what it is."""
+    from convit import checkpoints
+
+    for name in ("best.pth", "last.pth"):
+        state = torch.load(Path(whole) / name, weights_only=True)
+        assert state["convit"]["act"] == "gelu" and state["convit"]["norm_eps"] == 1e-6
+    state["convit"] |= {"act": "gelu_tanh", "norm_eps": 1e-7}
+    torch.save(state, tmp_path / "tanh.pth")
+    read = checkpoints.read(tmp_path / "tanh.pth")
+    assert read.act == "gelu_tanh" and read.norm_eps == 1e-7

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from convit.checkpoints import settings_of
 from convit.config import Recipe, changed_keys, dump_recipe, load_recipe
 from convit.pytorch.checkpoint import Log, Progress, States, load, save, write_atomic
 from convit.pytorch.data import EvalData, TrainData, mix_seed, seeded
@@ -485,6 +486,7 @@ class _Run:
             weights = self.ema.module.state_dict() if self.ema is not None else self.states.get()[0]
             slim = {"state_dict": weights, "recipe": dataclasses.asdict(recipe), "epoch": at.epoch, "top1": record.get("top1", math.nan)}
             slim["classes"] = list(self.data.source.classes)
+            slim["convit"] = settings_of(self.states.model)
             if better and self.chief:
                 save(self.output / "best.pth", slim)
             if keep:
@@ -516,6 +518,7 @@ class _Run:
             "recipe": dataclasses.asdict(self.recipe),
             "global_batch": self.data.global_batch,
             "classes": list(self.data.source.classes),
+            "convit": settings_of(self.states.model),
         }
         if self.ema is not None:
             state["state_dict_ema"] = self.ema.module.state_dict()
