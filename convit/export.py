@@ -331,7 +331,7 @@ def _write_openvino(deployed: Any, batch: Any, path: Path, *options: Any) -> Inf
     import openvino
 
     with tempfile.TemporaryDirectory(dir=path.parent.parent, prefix=".export-") as folder:
-        _write_onnx(deployed, batch, Path(folder) / "model.onnx", *options, infer=False)
+        _write_onnx(deployed, batch, Path(folder) / "model.onnx", *options, infer=False)  # type: ignore[misc]
         model = openvino.convert_model(Path(folder) / "model.onnx")
         openvino.save_model(model, path, compress_to_fp16=False)
         del model

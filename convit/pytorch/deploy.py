@@ -23,6 +23,14 @@ from convit.kernels.gpsa.reference import position_tables
 class _Attention(nn.Module):
     """One GPSA or MHSA layer. ``fused`` leaves the content half to ``scaled_dot_product_attention``, else it is spelt out."""
 
+    weight: Tensor
+    bias: Any  # a tensor or None
+    content_share: Tensor
+    gate: Tensor
+    position: Tensor
+    px: Tensor
+    py: Tensor
+
     def __init__(self, attn: Any, grid: tuple[int, int] | None, class_only: bool, fused: bool) -> None:
         super().__init__()
         self.heads, self.class_only, self.fused, self.grid = attn.num_heads, class_only, fused, grid
@@ -91,6 +99,11 @@ class Deployed(nn.Module):
         dynamic_size: Take images of any multiple of the patch size, else only of ``model.patch_embed.img_size``.
         fused: Leave the content half to torch's ``scaled_dot_product_attention``; for runtimes that are torch.
     """
+
+    blocks: Any
+    attns: Any
+    prefix_tokens: Tensor
+    pos_embed: Any  # a tensor or None
 
     def __init__(self, model: Any, *, dynamic_size: bool = False, fused: bool = False) -> None:
         super().__init__()

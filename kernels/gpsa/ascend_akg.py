@@ -228,7 +228,7 @@ def tensors(name: str, maps: int, grid: tuple[int, int], lanes: int, dtype: str)
 def source(name: str, dtype: str) -> str:
     """The text of an operator for scores of ``dtype``: the DSL has no cast to "the type of s", so the store is spelled out."""
     function, _, output = OPERATORS[name]
-    text = inspect.getsource(function)
+    text = inspect.getsource(function)  # type: ignore[arg-type]
     if dtype == "float16" and output == "s":
         text = text.replace("out[b, y, x, i] = float32(", "out[b, y, x, i] = float16(")
     return text
@@ -332,7 +332,7 @@ def _device() -> str:
 
 
 @ms.constexpr
-def _axes(grid: tuple[int, int], lanes: int) -> tuple[Tensor, Tensor, Tensor]:
+def _axes(grid: tuple[int, int], lanes: int) -> tuple[Tensor, Tensor]:
     """Offsets dx [gw, lanes] and dy [gh, lanes] of key columns and rows from each query; zero beyond the last query."""
     gh, gw = grid
     y, x = np.divmod(np.arange(lanes), gw)

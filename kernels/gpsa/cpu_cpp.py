@@ -32,7 +32,7 @@ if _C is not None and os.environ.get("TRITON_INTERPRET") == "1":
 _DTYPES = ("float32", "bfloat16")
 
 
-def _strided(x: Tensor) -> tuple[int, int, int, int]:
+def _strided(x: Tensor) -> tuple[int, ...]:
     return (x.data_ptr(), *x.stride()[:3])
 
 
