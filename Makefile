@@ -17,7 +17,7 @@ test-torch: .venv/ready
 # MindSpore has an environment of its own: it needs numpy < 2, and nothing of torch (hence --no-deps). The install is not editable: the
 # library of an editable one would be built over the other environment's.
 test-mindspore: .venv-mindspore/ready
-	OMP_NUM_THREADS=1 .venv-mindspore/bin/pytest tests/mindspore
+	OMP_NUM_THREADS=1 .venv-mindspore/bin/pytest tests/with_mindspore
 
 .venv-mindspore/ready: $(SOURCES) $(wildcard convit/*.py convit/*/*.py convit/recipes/* kernels/*/*.py)
 	test -x .venv-mindspore/bin/python || $(PYTHON) -m venv .venv-mindspore

@@ -29,7 +29,8 @@ def run_benchmark(folder: Path, *, select: str, plugin: str = "") -> tuple[subpr
     command = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main())", str(BENCH / "bench_gpsa.py"), "--benchmark-only"]
     command += ["-p", "bench_plugin", "-p", "no:cacheprovider", "-k", select, f"--benchmark-json={out}"]
     command += ["--bench-threads=1", "--bench-rounds=4", "--bench-budget=0.2", "--bench-device=cpu"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("CONVIT_")} | {"PYTHONPATH": str(folder)}
+    ours = ("CONVIT_", "PYTEST_")  # PYTEST_XDIST_WORKER would switch the benchmark off
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)} | {"PYTHONPATH": str(folder)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     return done, json.loads(out.read_text()) if out.exists() else {}
 
