@@ -1,0 +1,48 @@
+"""The Triton kernels without a GPU: numerics in the interpreter, machine code by ahead-of-time compilation, and the refusals."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import convit
+from convit.backends import Problem
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).resolve().parent
+
+
+def test_numerics_in_the_interpreter():
+    """Every kernel and every gradient against float64; in a process of its own, see triton_interpreted.py."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "-q", "-x", "-p", "no:cacheprovider", str(HERE / "triton_interpreted.py")]
+    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"framework": "mindspore"}, "not torch tensors"),
+        ({"device": "cpu"}, "tensor is on cpu"),
+        ({"dropout_p": 0.1}, "attention dropout is not supported"),
+        ({"dtype": "float64"}, "float64 is not supported"),
+        ({"head_dim": 160}, "head dimension 160 is larger than 128"),
+    ],
+)
+def test_refusals_name_their_reason(change, reason):
+    problem = Problem("torch", "cuda", "float16", 2, 3, 196, 48, (14, 14))._replace(**change)
+    assert reason in convit.why_not("triton", problem)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_no_driver_is_told():
+    problem = Problem("torch", "cuda", "float16", 2, 3, 196, 48, (14, 14))
+    assert convit.why_not("triton", problem)

@@ -1,0 +1,146 @@
+"""The Triton kernels in Triton's interpreter, on CPU tensors, against float64. Run by test_triton.py with TRITON_INTERPRET=1, which
+must be set before Triton is imported and changes the whole process."""
+
+import os
+
+assert os.environ.get("TRITON_INTERPRET") == "1"
+
+import numpy as np
+import pytest
+import torch
+from gpsa_cases import Case, check, make_inputs, relative_error, run
+from triton.runtime import interpreter
+
+import convit
+from convit.kernels.gpsa import gpu_triton
+
+# up to 256 keys: whole rows in one tile; beyond: the loop over keys. Grids that pad badly, one row, one column, D that fills no tile.
+TILE = [Case(1, 2, 16, (4, 5)), Case(2, 2, 20, (7, 11)), Case(1, 1, 16, (1, 1)), Case(1, 2, 48, (14, 14)), Case(1, 1, 33, (3, 16))]
+LOOP = [Case(1, 1, 16, (17, 16)), Case(1, 2, 20, (1, 40)), Case(1, 1, 24, (40, 1)), Case(2, 1, 16, (5, 61))]
+
+
+def triton(*args):
+    return convit.gpsa(*args, backend="triton")
+
+
+@pytest.mark.parametrize("case", TILE + LOOP, ids=str)
+def test_float32(case):
+    inputs, grad = make_inputs(case)
+    check(run(triton, inputs, grad, case.grid), inputs, grad, case.grid)
+
+
+@pytest.mark.parametrize("case", [TILE[1], LOOP[0]], ids=str)
+def test_float16(case):
+    inputs, grad = make_inputs(case, dtype=torch.float16)
+    check(run(triton, inputs, grad, case.grid), inputs, grad, case.grid)
+
+
+@pytest.fixture
+def bfloat16(monkeypatch):
+    """The interpreter multiplies bfloat16's bit patterns and truncates on the way there: widen before products, round to nearest even."""
+    builder = interpreter.InterpreterBuilder
+    cast, dot = builder.cast_impl, builder.create_dot
+    tl = interpreter.tl
+
+    def widen(data):
+        return (data.astype(np.uint32) << 16).view(np.float32)
+
+    def narrow(data):
+        bits = np.ascontiguousarray(data, np.float32).view(np.uint32)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        return np.where(np.isnan(data), np.uint16(0x7FC0), rounded)
+
+    def cast_impl(self, source, target):
+        here, there = source.dtype.scalar, target.scalar
+        if here == tl.bfloat16 and there == tl.float32:
+            return interpreter.TensorHandle(widen(source.data), there)
+        if here == tl.float32 and there == tl.bfloat16:
+            return interpreter.TensorHandle(narrow(source.data), there)
+        return cast(self, source, target)
+
+    def create_dot(self, a, b, *rest):
+        a, b = (interpreter.TensorHandle(widen(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    monkeypatch.setattr(builder, "cast_impl", cast_impl)
+    monkeypatch.setattr(builder, "create_dot", create_dot)
+
+
+@pytest.mark.parametrize("case", [TILE[1], LOOP[0]], ids=str)
+def test_bfloat16(case, bfloat16):
+    inputs, grad = make_inputs(case, dtype=torch.bfloat16)
+    ours = run(torch_operator, inputs, grad, case.grid)
+    check(ours, inputs, grad, case.grid)
+
+
+def torch_operator(q, k, v, pos_weight, gating, grid):
+    """Past why_not, which rightly refuses bfloat16 in the interpreter as it is."""
+    return gpu_triton.gpsa(q, k, v, pos_weight, gating, grid, q.shape[-1] ** -0.5, 0.0)
+
+
+@pytest.mark.parametrize("case", [Case(1, 4, 16, (4, 5)), Case(1, 4, 16, (17, 16))], ids=str)
+@pytest.mark.parametrize("scale, strength, gate", [(1e3, 1.0, 0.0), (1.0, 1e4, 0.0), (1.0, 1.0, 100.0), (1.0, 1.0, -100.0)])
+def test_extreme_but_finite_input(case, scale, strength, gate):
+    inputs, grad = make_inputs(case)
+    inputs = inputs._replace(
+        q=inputs.q * scale, pos_weight=inputs.pos_weight.sign() * strength, gating=torch.tensor([gate, -gate, gate / 2, 0.0])
+    )
+    ours = run(triton, inputs, grad, case.grid)
+    assert all(value.isfinite().all() for value in ours.values())
+    truth = convit.gpsa(*inputs.cast(torch.float64), case.grid, backend="reference")
+    assert relative_error(ours["out"], truth) <= 1e-4
+
+
+@pytest.mark.parametrize("case", [TILE[0], LOOP[0]], ids=str)
+def test_same_bits_and_any_strides(case):
+    inputs, grad = make_inputs(case)
+    first = run(triton, inputs, grad, case.grid)
+    again = run(triton, inputs, grad, case.grid)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    apart = inputs._replace(q=inputs.q.contiguous(), k=inputs.k.transpose(-1, -2).contiguous().transpose(-1, -2))
+    moved = run(triton, apart, grad.contiguous(), case.grid)
+    assert all(torch.equal(first[name], moved[name]) for name in first)
+
+
+def test_empty_batch():
+    inputs, grad = make_inputs(Case(0, 2, 16, (3, 3)))
+    ours = run(triton, inputs, grad, (3, 3))
+    assert ours["out"].shape == (0, 2, 9, 16) and not ours["dgating"].any()
+
+
+def test_compiles_without_a_graph_break():
+    case = TILE[0]
+    inputs, grad = make_inputs(case)
+    compiled = torch.compile(lambda *args: triton(*args, case.grid), fullgraph=True, backend="aot_eager")
+    ours = run(lambda *args: compiled(*args[:-1]), inputs, grad, case.grid)
+    expected = run(triton, inputs, grad, case.grid)
+    assert all(torch.equal(ours[name], expected[name]) for name in ours)
+
+
+def test_a_tiny_convit_trains_as_with_the_reference():
+    losses = {}
+    images = torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+    targets = torch.tensor([0, 1, 2, 1])
+    for backend in ("reference", "triton"):
+        torch.manual_seed(0)
+        model = convit.ConViT(img_size=24, patch_size=8, num_classes=3, embed_dim=32, depth=2, num_heads=2, local_up_to_layer=1)
+        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses[backend] = []
+        with convit.use_backend(backend):
+            for _ in range(10):
+                optimiser.zero_grad()
+                loss = torch.nn.functional.cross_entropy(model(images), targets)
+                loss.backward()
+                optimiser.step()
+                losses[backend].append(loss.item())
+    assert losses["triton"][-1] < 0.9 * losses["triton"][0]
+    assert np.allclose(losses["triton"], losses["reference"], rtol=0, atol=1e-4)
+
+
+def test_the_interpreter_takes_the_cpu_from_the_cpp_kernel():
+    from convit.backends import Problem
+
+    problem = Problem("torch", "cpu", "float32", 1, 1, 4, 16, (2, 2))
+    assert convit.why_not("triton", problem) is None
+    assert "TRITON_INTERPRET" in convit.why_not("cpp", problem)
+    assert "bfloat16" in convit.why_not("triton", problem._replace(dtype="bfloat16"))
