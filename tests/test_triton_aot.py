@@ -1,0 +1,61 @@
+"""The Triton kernels compiled for GPUs that are not here: no stack, shared memory within the chip's, matrix instructions in use."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parent.parent
+OLDER = "3.6.0"  # what goes with torch 2.11 to 2.13
+
+
+def compile_for(chips: list[str], cases: str, out: Path, **environment: str) -> list[dict]:
+    """Rows of bench/aot.py, run in a process where Triton's interpreter is off."""
+    dropped = ("TRITON_INTERPRET", "PYTHONPATH")
+    settings = {k: v for k, v in os.environ.items() if k not in dropped} | environment
+    command = [sys.executable, str(ROOT / "bench/aot.py"), "--json", str(out), "--targets", *chips, "--cases", cases]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=1200)
+    assert out.exists(), done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    bad = [line for line in done.stderr.splitlines() if "BAD" in line]
+    assert done.returncode == 0 and not bad, "\n".join(bad) or done.stderr[-3000:]
+    return found
+
+
+@pytest.mark.parametrize("chip", ["sm80", "sm90", "sm100", "gfx942"])
+def test_the_models_shapes(chip, tmp_path):
+    found = {(row["case"], row["kernel"]): row for cases in ("tile", "loop") for row in compile_for([chip], cases, tmp_path / f"{cases}.json")}
+    kernels = {kernel for _, kernel in found}
+    assert {"fwd_tile", "dq_tile", "dkdv_tile", "fwd_loop", "dq_loop", "dkdv_loop"} <= kernels
+    assert all(row["mma"] for row in found.values() if row["matrix"])
+    if chip == "sm90":  # the goals: position costs at most 30 % of the tile's issue time, and 5 % of the loop's
+        for (case, kernel), row in found.items():
+            plain = found.get((case, f"{kernel} without position"))
+            if plain:
+                assert row["issue_us"] <= (1.3 if "tile" in kernel else 1.05) * plain["issue_us"], (case, kernel)
+
+
+@pytest.fixture(scope="session")
+def older(tmp_path_factory):
+    """A folder with Triton 3.6.0 alone."""
+    folder = ROOT / "build" / f"triton-{OLDER}"
+    if not (folder / "triton").exists():
+        if importlib.util.find_spec("pip") is None:
+            pytest.skip("no pip to install an older Triton with")
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), f"triton=={OLDER}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"Triton {OLDER} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
+    return folder
+
+
+def test_the_older_triton(older, tmp_path):
+    found = compile_for(["sm90"], "tile", tmp_path / "tile.json", PYTHONPATH=str(older))
+    found += compile_for(["sm90"], "loop", tmp_path / "loop.json", PYTHONPATH=str(older))
+    assert {row["triton"] for row in found} == {OLDER}
