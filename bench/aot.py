@@ -65,6 +65,7 @@ SETS = {
     ],  # fmt: skip
     "odd": [Case(2, 3, (7, 30), 20), Case(2, 3, (1, 300), 20), Case(1, 1, (3, 4), 16), Case(1, 1, (65536, 1), 16)],
 }
+SETS["gate"] = [*SETS["tile"], *SETS["loop"], SETS["dtypes"][1], SETS["dtypes"][4], SETS["wide"][0], *SETS["odd"][:2]]
 SETS["all"] = [case for name in ("tile", "loop", "dtypes", "wide", "odd") for case in SETS[name]]
 
 
@@ -194,6 +195,8 @@ def compile_launch(launch: Launch, case: Case, chip: str) -> dict:
     row["registers"], row["stack"] = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
     row["mma"] = len(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA|UTCQMMA|QGMMA)\b", sass))
     row["wgmma"] = len(re.findall(r"\b(?:HGMMA|UTCHMMA)\b", sass))
+    if chip != "sm90":
+        return row
     count = instructions(sass, trips(launch, case))
     total = sum(count.values())
     exps = count["MUFU"]

@@ -5,10 +5,10 @@
 q, k, v [B, H, N, D]; patches i = yi * gw + xi. Weights of P are computed where they are used, from ``pos_weight``: a row of Px or
 Py is exp((j - j*) (w + w2 (j + j* - 2i))) with j* the key of the largest logit, exact at any locality strength; no table is stored.
 
-1. Padded grid of at most 256 slots ("tile"): a program holds BM query rows against all keys, laid on a grid padded to powers of
+1. float16 and bfloat16 on a padded grid of at most 256 slots ("tile"): a program holds BM query rows against all keys, laid on a grid padded to powers of
    two, so that its tile of P is the outer product of a row of Py and one of Px. The gate is folded into the row of Py; one
    product with v remains. Backward: dq with the gate and weight gradients; dk and dv; a reduction.
-2. Larger N ("loop"): P v by one small product along each axis, then a plain online softmax that adds it in the epilogue.
+2. Otherwise ("loop"): P v by one small product along each axis, then a plain online softmax that adds it in the epilogue.
    Backward: P^T dO by the same products, the weight gradient from moments of one axis at a time, then dq; dk and dv.
 
 Nothing N x N leaves the chip, nothing is added atomically: the same input gives the same bits. Deviations from ``reference.py``:
@@ -40,16 +40,62 @@ class _Config(NamedTuple):
     stages: int
 
 
-# kernel -> [(family, element bytes, largest BD, configuration)]; the first row that fits is taken, "" stands for any family
+# kernel -> [(family, arithmetic, largest BD, configuration)]; the first row that fits is taken, "" is any family. Chosen by compiling
+# (bench/aot.py): no stack, then the fewest instructions. What bench/gpu.sh measures to be faster goes above the general row.
 _CONFIGS = {
-    "fwd_tile": [("", 2, 64, _Config(64, 4, 4, 1)), ("", 2, 128, _Config(64, 4, 8, 1)), ("", 4, 128, _Config(32, 8, 8, 1))],
-    "dq_tile": [("", 2, 128, _Config(64, 64, 4, 1)), ("", 4, 128, _Config(32, 64, 8, 1))],
-    "dkdv_tile": [("", 2, 64, _Config(32, 256, 8, 1)), ("", 2, 128, _Config(32, 128, 8, 1)), ("", 4, 128, _Config(32, 128, 8, 1))],
-    "fwd_loop": [("", 2, 128, _Config(64, 64, 4, 2)), ("", 4, 128, _Config(64, 32, 4, 2))],
-    "dq_loop": [("", 2, 128, _Config(64, 64, 4, 2)), ("", 4, 128, _Config(64, 32, 4, 1))],
-    "dkdv_loop": [("", 2, 128, _Config(64, 64, 4, 2)), ("", 4, 128, _Config(32, 64, 4, 1))],
-    "mix": [("", 4, 128, _Config(64, 64, 4, 2))],
-    "moments": [("", 4, 128, _Config(64, 64, 8, 2))],
+    "fwd_tile": [
+        ("sm80", "half", 64, _Config(32, 8, 4, 1)),
+        ("sm80", "half", 128, _Config(64, 4, 8, 1)),
+        ("", "half", 128, _Config(64, 4, 4, 1)),
+    ],
+    "dq_tile": [
+        ("sm80", "half", 64, _Config(64, 32, 4, 1)),
+        ("sm80", "half", 128, _Config(64, 64, 8, 1)),
+        ("", "half", 64, _Config(64, 64, 4, 1)),
+        ("sm90", "half", 128, _Config(64, 32, 4, 1)),
+        ("", "half", 128, _Config(64, 64, 4, 1)),
+    ],
+    "dkdv_tile": [
+        ("sm80", "half", 64, _Config(32, 128, 8, 1)),
+        ("sm80", "half", 128, _Config(32, 64, 4, 1)),
+        ("", "half", 64, _Config(32, 256, 8, 1)),
+        ("sm100", "half", 128, _Config(32, 128, 4, 1)),
+        ("", "half", 128, _Config(32, 128, 8, 1)),
+    ],
+    "fwd_loop": [
+        ("", "half", 128, _Config(128, 64, 8, 2)),
+        ("", "tf32", 64, _Config(64, 64, 4, 2)),
+        ("", "tf32", 128, _Config(64, 32, 4, 2)),
+        ("", "ieee", 128, _Config(32, 32, 4, 1)),
+    ],
+    "dq_loop": [
+        ("", "half", 64, _Config(64, 64, 4, 2)),
+        ("sm80", "half", 128, _Config(64, 64, 8, 1)),
+        ("sm90", "half", 128, _Config(64, 32, 4, 1)),
+        ("", "half", 128, _Config(64, 64, 4, 2)),
+        ("", "tf32", 64, _Config(64, 64, 4, 2)),
+        ("", "tf32", 128, _Config(32, 32, 4, 1)),
+        ("", "ieee", 128, _Config(32, 32, 8, 1)),
+    ],
+    "dkdv_loop": [
+        ("", "half", 64, _Config(64, 64, 4, 2)),
+        ("gfx942", "half", 128, _Config(64, 64, 4, 1)),
+        ("sm90", "half", 128, _Config(32, 64, 4, 1)),
+        ("", "half", 128, _Config(64, 64, 4, 2)),
+        ("", "tf32", 64, _Config(32, 64, 4, 1)),
+        ("", "tf32", 128, _Config(32, 32, 4, 1)),
+        ("", "ieee", 128, _Config(32, 32, 8, 1)),
+    ],
+    "mix": [
+        ("", "half", 128, _Config(64, 64, 4, 2)),
+        ("", "tf32", 128, _Config(64, 64, 4, 1)),
+        ("", "ieee", 128, _Config(64, 32, 8, 1)),
+    ],
+    "moments": [
+        ("", "half", 128, _Config(64, 64, 8, 2)),
+        ("", "tf32", 128, _Config(64, 64, 8, 1)),
+        ("", "ieee", 128, _Config(32, 32, 8, 1)),
+    ],
 }
 _SMALL = _Config(64, 64, 4, 1)  # of the two kernels that touch no tensor
 
@@ -721,11 +767,11 @@ def _family(index: int | None) -> str:
 
 
 @functools.cache
-def _config(kernel: str, family: str, size: int, block_d: int) -> _Config:
-    for chip, element, largest, config in _CONFIGS[kernel]:
-        if chip in ("", family) and size <= element and block_d <= largest:
+def _config(kernel: str, family: str, arithmetic: str, block_d: int) -> _Config:
+    for chip, kind, largest, config in _CONFIGS[kernel]:
+        if chip in ("", family) and kind == arithmetic and block_d <= largest:
             return config
-    raise AssertionError(f"no configuration of {kernel} for {family}, {size} bytes, D <= {block_d}")
+    raise AssertionError(f"no configuration of {kernel} for {family}, {arithmetic}, D <= {block_d}")
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -747,17 +793,19 @@ class _Plan:
     def __init__(self, q: Tensor, grid_h: int, grid_w: int):
         self.batch, self.heads, self.tokens, dim = q.shape
         self.grid = grid_h, grid_w
-        self.padded = _padded(self.grid)
+        # float32 tiles of a whole key row do not fit: it takes the loops at any N
+        precision = _precision(q.dtype)
+        self.arithmetic = "half" if q.element_size() == 2 else precision
+        self.padded = _padded(self.grid) if self.arithmetic == "half" else None
         self.block_d = max(16, _power_of_two(dim))
-        self.size = q.element_size()
         self.family = _family(q.device.index)
         self.lines = 32 if self.batch * self.heads >= _ENOUGH else 4  # of an axis that one program takes: its weights serve them all
-        self.common = {"D": dim, "BD": self.block_d, "PRECISION": _precision(q.dtype)}
+        self.common = {"D": dim, "BD": self.block_d, "PRECISION": precision}
         if self.padded:
             self.tile = {"GH": grid_h, "GW": grid_w, "GHP": self.padded[0], "GWP": self.padded[1], **self.common}
 
     def config(self, kernel: str) -> _Config:
-        return _config(kernel, self.family, self.size, self.block_d)
+        return _config(kernel, self.family, self.arithmetic, self.block_d)
 
     def programs(self, rows: int) -> int:
         return self.batch * self.heads * -(-self.tokens // rows)
