@@ -40,7 +40,7 @@ class _Config(NamedTuple):
     stages: int
 
 
-# kernel -> [(family, arithmetic, largest BD, configuration)]; the first row that fits is taken, "" is any family. Chosen by compiling
+# kernel -> [(family, arithmetic, largest BD, configuration)]; the first row that fits is taken, "" fits any. Chosen by compiling
 # (bench/aot.py): no stack, then the fewest instructions. What bench/gpu.sh measures to be faster goes above the general row.
 _CONFIGS = {
     "fwd_tile": [
@@ -59,23 +59,26 @@ _CONFIGS = {
         ("sm80", "half", 64, _Config(32, 128, 8, 1)),
         ("sm80", "half", 128, _Config(32, 64, 4, 1)),
         ("", "half", 64, _Config(32, 256, 8, 1)),
+        ("gfx942", "half", 128, _Config(32, 64, 4, 1)),
         ("sm100", "half", 128, _Config(32, 128, 4, 1)),
         ("", "half", 128, _Config(32, 128, 8, 1)),
     ],
     "fwd_loop": [
         ("", "half", 128, _Config(128, 64, 8, 2)),
-        ("", "tf32", 64, _Config(64, 64, 4, 2)),
-        ("", "tf32", 128, _Config(64, 32, 4, 2)),
-        ("", "ieee", 128, _Config(32, 32, 4, 1)),
+        ("", "tf32", 128, _Config(64, 32, 4, 1)),
+        ("gfx942", "ieee", 128, _Config(64, 32, 4, 1)),
+        ("", "ieee", 64, _Config(32, 32, 4, 1)),
+        ("", "ieee", 128, _Config(32, 32, 8, 1)),
     ],
     "dq_loop": [
         ("", "half", 64, _Config(64, 64, 4, 2)),
         ("sm80", "half", 128, _Config(64, 64, 8, 1)),
         ("sm90", "half", 128, _Config(64, 32, 4, 1)),
         ("", "half", 128, _Config(64, 64, 4, 2)),
-        ("", "tf32", 64, _Config(64, 64, 4, 2)),
         ("", "tf32", 128, _Config(32, 32, 4, 1)),
-        ("", "ieee", 128, _Config(32, 32, 8, 1)),
+        ("gfx942", "ieee", 128, _Config(32, 32, 4, 1)),
+        ("", "ieee", 64, _Config(32, 32, 8, 1)),
+        ("", "ieee", 128, _Config(16, 32, 8, 1)),
     ],
     "dkdv_loop": [
         ("", "half", 64, _Config(64, 64, 4, 2)),
@@ -84,17 +87,23 @@ _CONFIGS = {
         ("", "half", 128, _Config(64, 64, 4, 2)),
         ("", "tf32", 64, _Config(32, 64, 4, 1)),
         ("", "tf32", 128, _Config(32, 32, 4, 1)),
+        ("gfx942", "ieee", 128, _Config(32, 64, 4, 1)),
+        ("", "ieee", 64, _Config(32, 32, 4, 1)),
+        ("sm80", "ieee", 128, _Config(32, 32, 4, 1)),
         ("", "ieee", 128, _Config(32, 32, 8, 1)),
     ],
     "mix": [
         ("", "half", 128, _Config(64, 64, 4, 2)),
-        ("", "tf32", 128, _Config(64, 64, 4, 1)),
-        ("", "ieee", 128, _Config(64, 32, 8, 1)),
+        ("gfx942", "", 128, _Config(64, 64, 4, 1)),
+        ("", "tf32", 64, _Config(64, 64, 4, 1)),
+        ("", "", 128, _Config(64, 32, 8, 1)),
     ],
     "moments": [
         ("", "half", 128, _Config(64, 64, 8, 2)),
-        ("", "tf32", 128, _Config(64, 64, 8, 1)),
-        ("", "ieee", 128, _Config(32, 32, 8, 1)),
+        ("gfx942", "", 128, _Config(64, 64, 8, 1)),
+        ("", "tf32", 64, _Config(64, 64, 8, 1)),
+        ("", "tf32", 128, _Config(32, 64, 4, 1)),
+        ("", "ieee", 128, _Config(32, 32, 4, 1)),
     ],
 }
 _SMALL = _Config(64, 64, 4, 1)  # of the two kernels that touch no tensor
@@ -575,7 +584,7 @@ def _fwd_loop_kernel(
     out_ptr, lse_ptr,  # [B,N,H,D], [B,H,N]
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     scale_log2, H, N,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
     POSITION: tl.constexpr,
 ):  # fmt: skip
     block, bh, b, h = _place(tl.program_id(0), (N + BM - 1) // BM, H)
@@ -634,7 +643,7 @@ def _dq_loop_kernel(
     dq_ptr, stats_ptr, part_ptr,  # [B,N,H,D], [3,B,H,N], [B*H,parts,4]
     stride_ob, stride_oh, stride_on, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     scale, H, N, total, parts,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, the rows' statistics for dk and dv (factor and shift of the exponent, delta = row sum of Pc dA), minus the sum of delta.
 
@@ -658,12 +667,12 @@ def _dq_loop_kernel(
     excess = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BD), tl.float32)
     mean = tl.zeros((BM, BD), tl.float32)
-    full = N // BN * BN
+    full = N if MASK else N // BN * BN
     for start in range(0, full, BN):
         j = start + tl.arange(0, BN)
         excess, acc, mean = _dq_loop_step(
             q, do, k_ptr, v_ptr, j, N, stride_kn, stride_vn, scale * factor, lse * factor, centre, excess, acc, mean,
-            D, BD, PRECISION, False,
+            D, BD, PRECISION, MASK,
         )  # fmt: skip
     if TAIL:
         j = full + tl.arange(0, BN)
@@ -769,7 +778,7 @@ def _family(index: int | None) -> str:
 @functools.cache
 def _config(kernel: str, family: str, arithmetic: str, block_d: int) -> _Config:
     for chip, kind, largest, config in _CONFIGS[kernel]:
-        if chip in ("", family) and kind == arithmetic and block_d <= largest:
+        if chip in ("", family) and kind in ("", arithmetic) and block_d <= largest:
             return config
     raise AssertionError(f"no configuration of {kernel} for {family}, {arithmetic}, D <= {block_d}")
 
@@ -809,6 +818,12 @@ class _Plan:
 
     def programs(self, rows: int) -> int:
         return self.batch * self.heads * -(-self.tokens // rows)
+
+    def ragged(self, config: _Config) -> dict[str, bool]:
+        """How the loops treat a last step that N does not fill: a masked copy of the step behind the loop (TAIL), or, where the
+        products are long code on the CUDA cores, masks in every step."""
+        ragged = self.tokens % config.keys != 0
+        return {"MASK": ragged and self.arithmetic != "half", "TAIL": ragged and self.arithmetic == "half"}
 
     def tile_rows(self, slots: int) -> int:
         """``slots`` as whole rows of the padded grid, no more than it has and no less than a matrix instruction takes."""
@@ -852,7 +867,7 @@ def _forward(
         position = _mix(plan, v, pos_weight, None, (True, False))
         _launch(
             _fwd_loop_kernel, plan.programs(c.rows), c, q, k, v, position, gating, out, lse, *strides, scale_log2, plan.heads, plan.tokens,
-            BM=c.rows, BN=c.keys, TAIL=plan.tokens % c.keys != 0, POSITION=True, **plan.common,
+            BM=c.rows, BN=c.keys, POSITION=True, **plan.ragged(c), **plan.common,
         )  # fmt: skip
     return out, lse
 
@@ -927,7 +942,7 @@ def _backward_loop(plan, grad_out, q, k, v, pos_weight, gating, out, lse, dq, dk
     part = lse.new_empty((plan.batch * plan.heads, parts, 4))
     _launch(
         _dq_loop_kernel, plan.programs(c.rows), c, grad_out, q, k, v, out, gating, lse, dq, stats, part, *strides, scale, plan.heads,
-        plan.tokens, lse.numel(), parts, BM=c.rows, BN=c.keys, TAIL=plan.tokens % c.keys != 0, **plan.common,
+        plan.tokens, lse.numel(), parts, BM=c.rows, BN=c.keys, **plan.ragged(c), **plan.common,
     )  # fmt: skip
     for number, is_x in enumerate(axes):
         u = _mix(plan, v, pos_weight, None, (not is_x,))
