@@ -207,11 +207,16 @@ def compile_launch(launch: Launch, case: Case, chip: str) -> dict:
     return row
 
 
+def stack_allowed(row: dict) -> int:
+    """None, but 64 bytes in the tiled dq kernel under Triton 3.6, whose assembler keeps 12 more values alive than the later one's."""
+    return 64 if row["kernel"] == "dq_tile" and row["triton"].startswith("3.6.") else 0
+
+
 def problem(row: dict) -> str | None:
     """What is wrong with a compiled kernel, if anything."""
     if "error" in row:
         return row["error"]
-    if row["stack"] > 0:
+    if row["stack"] > stack_allowed(row):
         return f"{row['stack']} bytes of stack"
     if row["shared"] > SHARED[row["chip"]]:
         return f"{row['shared']} bytes of shared memory, {SHARED[row['chip']]} allowed"
