@@ -255,9 +255,9 @@ def table(found: list[dict]) -> str:
     lines = [
         "# The Triton kernels, compiled without a GPU",
         "",
-        f"By `python bench/aot.py` with Triton {versions}; nothing here was timed. Registers, stack and shared memory (bytes) are the compiler's. Issue time is",
-        "instructions over the issue rate of an H100, a lower bound without memory or latency, and only means something for sm90. The memory floor of",
-        "q, k, v and out once is 26.0 us at B*H=1024, 14x14, D=48 and 34.5 us at D=64.",
+        f"By `python bench/aot.py` with Triton {versions}; nothing here was timed. Registers, stack and shared memory (bytes) are the",
+        "compiler's. Issue time is instructions over the issue rate of an H100, a lower bound without memory or latency, and only means",
+        "something for sm90. The memory floor of q, k, v and out once is 26.0 us at B*H=1024, 14x14, D=48 and 34.5 us at D=64.",
         "",
         "| chip | case | kernel | rows, keys, warps, stages | registers | stack | shared | matrix instructions | issue us |",
         "|---|---|---|---|---|---|---|---|---|",
