@@ -139,3 +139,16 @@ def test_rounds_interleave_and_replay_exactly(monkeypatch):
     timing.REPLAY.load(samples["a"].wall)
     replayed = [-timing.REPLAY() + timing.REPLAY() for _ in samples["a"].wall]
     assert replayed == samples["a"].wall
+
+
+def test_whole_models_are_checked(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import checks
+    import models
+
+    problem = models.Model("convit_tiny", models.CHECKED + 1)
+    peer = next(p for p in models.model_peers("cpu") if p.name == "convit sdpa")
+    (logits,) = peer.build(problem)()
+    assert checks.check(problem, peer, (logits,))["out"] < 1e-5
+    with pytest.raises(checks.WrongAnswer, match="convit sdpa on convit_tiny batch 3"):
+        checks.check(problem, peer, (logits.roll(1, dims=-1),))

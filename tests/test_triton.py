@@ -1,6 +1,5 @@
 """The Triton kernels without a GPU: numerics in the interpreter, machine code by ahead-of-time compilation, and the refusals."""
 
-import json
 import os
 import subprocess
 import sys

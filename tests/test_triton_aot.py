@@ -30,7 +30,9 @@ def compile_for(chips: list[str], cases: str, out: Path, **environment: str) -> 
 
 @pytest.mark.parametrize("chip", ["sm80", "sm90", "sm100", "gfx942"])
 def test_the_models_shapes(chip, tmp_path):
-    found = {(row["case"], row["kernel"]): row for cases in ("tile", "loop") for row in compile_for([chip], cases, tmp_path / f"{cases}.json")}
+    found = {
+        (row["case"], row["kernel"]): row for cases in ("tile", "loop") for row in compile_for([chip], cases, tmp_path / f"{cases}.json")
+    }
     kernels = {kernel for _, kernel in found}
     assert {"fwd_tile", "dq_tile", "dkdv_tile", "fwd_loop", "dq_loop", "dkdv_loop"} <= kernels
     assert all(row["mma"] for row in found.values() if row["matrix"])

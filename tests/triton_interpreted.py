@@ -4,6 +4,7 @@ must be set before Triton is imported and changes the whole process."""
 import os
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
+# ruff: noqa: E402
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def test_float32(case):
     check(run(triton, inputs, grad, case.grid), inputs, grad, case.grid)
 
 
-@pytest.mark.parametrize("case", [TILE[1], LOOP[0]], ids=str)
+@pytest.mark.parametrize("case", [*TILE, LOOP[0]], ids=str)  # the tile kernels are for half precision
 def test_float16(case):
     inputs, grad = make_inputs(case, dtype=torch.float16)
     check(run(triton, inputs, grad, case.grid), inputs, grad, case.grid)
@@ -78,17 +79,19 @@ def torch_operator(q, k, v, pos_weight, gating, grid):
     return gpu_triton.gpsa(q, k, v, pos_weight, gating, grid, q.shape[-1] ** -0.5, 0.0)
 
 
-@pytest.mark.parametrize("case", [Case(1, 4, 16, (4, 5)), Case(1, 4, 16, (17, 16))], ids=str)
+@pytest.mark.parametrize(
+    "case, dtype", [(Case(1, 4, 16, (4, 5)), torch.float16), (Case(1, 4, 16, (17, 16)), torch.float32)], ids=["tile", "loop"]
+)
 @pytest.mark.parametrize("scale, strength, gate", [(1e3, 1.0, 0.0), (1.0, 1e4, 0.0), (1.0, 1.0, 100.0), (1.0, 1.0, -100.0)])
-def test_extreme_but_finite_input(case, scale, strength, gate):
-    inputs, grad = make_inputs(case)
+def test_extreme_but_finite_input(case, dtype, scale, strength, gate):
+    inputs, grad = make_inputs(case, dtype=dtype)
     inputs = inputs._replace(
         q=inputs.q * scale, pos_weight=inputs.pos_weight.sign() * strength, gating=torch.tensor([gate, -gate, gate / 2, 0.0])
     )
     ours = run(triton, inputs, grad, case.grid)
     assert all(value.isfinite().all() for value in ours.values())
     truth = convit.gpsa(*inputs.cast(torch.float64), case.grid, backend="reference")
-    assert relative_error(ours["out"], truth) <= 1e-4
+    assert relative_error(ours["out"], truth) <= (1e-4 if dtype == torch.float32 else 2e-3)
 
 
 @pytest.mark.parametrize("case", [TILE[0], LOOP[0]], ids=str)

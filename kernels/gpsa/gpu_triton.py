@@ -5,9 +5,9 @@
 q, k, v [B, H, N, D]; patches i = yi * gw + xi. Weights of P are computed where they are used, from ``pos_weight``: a row of Px or
 Py is exp((j - j*) (w + w2 (j + j* - 2i))) with j* the key of the largest logit, exact at any locality strength; no table is stored.
 
-1. float16 and bfloat16 on a padded grid of at most 256 slots ("tile"): a program holds BM query rows against all keys, laid on a grid padded to powers of
-   two, so that its tile of P is the outer product of a row of Py and one of Px. The gate is folded into the row of Py; one
-   product with v remains. Backward: dq with the gate and weight gradients; dk and dv; a reduction.
+1. float16 and bfloat16 on a padded grid of at most 256 slots ("tile"): a program holds BM query rows against all keys, laid on a
+   grid padded to powers of two, so that its tile of P is the outer product of a row of Py and one of Px. The gate is folded into
+   the row of Py; one product with v remains. Backward: dq with the gate and weight gradients; dk and dv; a reduction.
 2. Otherwise ("loop"): P v by one small product along each axis, then a plain online softmax that adds it in the epilogue.
    Backward: P^T dO by the same products, the weight gradient from moments of one axis at a time, then dq; dk and dv.
 
@@ -827,11 +827,13 @@ class _Plan:
 
     def tile_rows(self, slots: int) -> int:
         """``slots`` as whole rows of the padded grid, no more than it has and no less than a matrix instruction takes."""
+        assert self.padded is not None  # only the tile kernels ask
         rows, columns = self.padded
         return max(min(slots, rows * columns), columns, 16)
 
     def query_blocks(self, config: _Config) -> tuple[int, int, int]:
         """Query slots of a step, steps of a program, programs of a head: as few programs as still fill the chip."""
+        assert self.padded is not None
         slots = self.tile_rows(config.rows)
         blocks = -(-self.grid[0] // (slots // self.padded[1]))
         steps = min(blocks, config.keys) if self.batch * self.heads >= _ENOUGH else 1
@@ -859,7 +861,8 @@ def _forward(
             c = plan.config("fwd_tile")
             rows, steps, blocks = plan.query_blocks(c)
             _launch(
-                _fwd_tile_kernel, plan.batch * plan.heads * blocks, c, q, k, v, pos_weight, gating, out, lse, *strides, scale_log2, plan.heads,
+                _fwd_tile_kernel, plan.batch * plan.heads * blocks, c,
+                q, k, v, pos_weight, gating, out, lse, *strides, scale_log2, plan.heads,
                 BM=rows, STEPS=steps, POSITION=True, **plan.tile,
             )  # fmt: skip
             return out, lse
@@ -948,7 +951,8 @@ def _backward_loop(plan, grad_out, q, k, v, pos_weight, gating, out, lse, dq, dk
         u = _mix(plan, v, pos_weight, None, (not is_x,))
         _launch(
             _moments_kernel, plan.batch * plan.heads * counts[number], moments, grad_out, u, pos_weight, part, *grad_out.stride()[:3],
-            plan.heads, gh, gw, parts, blocks + sum(counts[:number]), X=is_x, GATE=number == 0, LINES=plan.lines, BM=moments.rows, BK=moments.keys,
+            plan.heads, gh, gw, parts, blocks + sum(counts[:number]),
+            X=is_x, GATE=number == 0, LINES=plan.lines, BM=moments.rows, BK=moments.keys,
             **plan.common,
         )  # fmt: skip
     position = _mix(plan, grad_out, pos_weight, sums, (True, False))
