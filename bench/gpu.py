@@ -17,6 +17,7 @@ CONVIT_GPU_FAIL names stages that shall fail, for the test that nothing else goe
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -41,7 +42,6 @@ class Stage:
         self.end = time.monotonic() + limit
         self.device = "cpu" if rehearse else "cuda"
         self.file = out / "run.json"
-        self.section: dict = {}
 
     def left(self) -> float:
         return self.end - time.monotonic()
@@ -49,11 +49,19 @@ class Stage:
     def load(self) -> dict:
         return json.loads(self.file.read_text()) if self.file.exists() else {}
 
+    def reset(self) -> None:
+        """Drop what an earlier run left of this stage."""
+        if self.name in (data := self.load()):
+            self._write({key: value for key, value in data.items() if key != self.name})
+
     def save(self, name: str | None = None, **values) -> None:
         """Put ``values`` into the section; the file is whole at every moment."""
         name = name or self.name
         data = self.load()
         data[name] = data.get(name, {}) | values
+        self._write(data)
+
+    def _write(self, data: dict) -> None:
         fresh = self.file.with_suffix(".tmp")
         fresh.write_text(json.dumps(data, indent=1, default=str))
         fresh.replace(self.file)
@@ -74,8 +82,11 @@ def environment(stage: Stage) -> None:
         found["multiprocessors"] = properties.multi_processor_count
         if found["tools"]["nvidia-smi"]:
             fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu,persistence_mode,ecc.mode.current"
-            done = subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True, text=True, timeout=15)
-            found["nvidia-smi"] = dict(zip(fields.split(","), (x.strip() for x in done.stdout.splitlines()[0].split(",")), strict=False))
+            done = subprocess.run(
+                ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True, text=True, timeout=15
+            )
+            values = done.stdout.splitlines()[0].split(",") if done.returncode == 0 else []
+            found["nvidia-smi"] = dict(zip(fields.split(","), (x.strip() for x in values), strict=False))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     stage.save(**found, commit=commit.stdout.strip() or "unknown", date=time.strftime("%Y-%m-%d"))
 
@@ -210,9 +221,16 @@ def correctness(stage: Stage) -> None:
     many = [Case(130, 4, 48, (14, 14)), Case(64, 9, 48, (17, 17)), Case(128, 4, 33, (5, 6))]  # several blocks of queries to a program
     cases, odd = [*CASES, *loops, *many], CASES[0]
     if stage.rehearse:  # bfloat16 is beyond the interpreter
-        kinds, cases, odd = [("float32", False), ("float32", True), ("float16", False)], [Case(1, 1, 16, (2, 3)), Case(1, 1, 7, (1, 65))], Case(1, 1, 16, (2, 3))
+        kinds, cases, odd = (
+            [("float32", False), ("float32", True), ("float16", False)],
+            [Case(1, 1, 16, (2, 3)), Case(1, 1, 7, (1, 65))],
+            Case(1, 1, 16, (2, 3)),
+        )
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # a process of a pool may have none of its own
     jobs = [("values", case, dtype, tf32, stage.device) for dtype, tf32 in reversed(kinds) for case in cases]
-    jobs += [(kind, case, dtype, False, stage.device) for kind in ("graph", "compile") for dtype in ("float16",) for case in (odd, cases[-1])]
+    jobs += [
+        (kind, case, dtype, False, stage.device) for kind in ("graph", "compile") for dtype in ("float16",) for case in (odd, cases[-1])
+    ]
     answers = _pooled(stage, _judge, jobs, _workers(stage, len(jobs)), 0.6 * stage.left())
     # a process that one check spoiled may have failed the ones after it: each gets another
     suspects = [i for i, answer in enumerate(answers) if "CUDA error" in answer or "illegal" in answer or "no answer" in answer]
@@ -222,7 +240,9 @@ def correctness(stage: Stage) -> None:
             answers[i] = answer
     names = [f"{kind} {case} {dtype}{' tf32' if tf32 else ''}" for kind, case, dtype, tf32, _ in jobs]
     wrong = {name: answer for name, answer in zip(names, answers, strict=True) if answer}
-    stage.save(checks=len(jobs), passed=len(jobs) - len(wrong), wrong=wrong, skipped=["CUDA graphs: no CUDA device"] if stage.rehearse else [])
+    stage.save(
+        checks=len(jobs), passed=len(jobs) - len(wrong), wrong=wrong, skipped=["CUDA graphs: no CUDA device"] if stage.rehearse else []
+    )
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer and stage.left() > 12:
         command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *_one_call(tiny=True)]
@@ -270,7 +290,7 @@ def roofline_stage(stage: Stage) -> None:
 def _candidates(rehearse: bool) -> dict[str, list[tuple[int, int, int, int]]]:
     """Kernel -> (rows, keys, warps, stages) to try beside the table's own."""
     if rehearse:
-        return {kernel: [(16, 16, 4, 1)] for kernel in ("fwd_tile", "dq_tile", "dkdv_tile", "fwd_loop", "dq_loop", "dkdv_loop", "mix", "moments")}
+        return {kernel: [(16, 16, 4, 1)] for kernel in ("fwd_tile", "dq_tile", "fwd_loop", "mix")}
 
     def grid(rows, keys, warps, stages):
         return [(r, k, w, s) for r in rows for k in keys for w in warps for s in stages]
@@ -291,20 +311,25 @@ def _shapes(kernel: str, dim: int, rehearse: bool) -> list:
     from gpsa_cases import Case
 
     if rehearse:
-        return [Case(1, 1, 16, (2, 3) if kernel.endswith("tile") else (2, 65))]
+        return [Case(1, 1, 16, (2, 3) if kernel.endswith("tile") else (1, 65))]
     if kernel.endswith("tile"):
         return [Case(128, 9, dim, (14, 14)), Case(64, 16, dim, (14, 14))]
     return [Case(8, 9, dim, (28, 28)), Case(2, 9, dim, (56, 56))]
 
 
-def _captured(kernel: str, case, dtype: str, config: tuple | None, device: str):
-    """Run the operator with ``config`` for ``kernel``; returns its outputs and a call that launches this kernel alone, as often as it did."""
+@functools.lru_cache(maxsize=4)
+def _inputs(case, dtype: str, device: str) -> tuple:
     import torch
     from gpsa_cases import make_inputs
 
+    return make_inputs(case, dtype=getattr(torch, dtype), device=device)
+
+
+def _captured(kernel: str, case, dtype: str, config: tuple | None, device: str):
+    """Run the operator with ``config`` for ``kernel``; returns its outputs and a call that launches this kernel alone, as often as it did."""
     from convit.kernels.gpsa import gpu_triton as gt
 
-    inputs, grad = make_inputs(case, dtype=getattr(torch, dtype), device=device)
+    inputs, grad = _inputs(case, dtype, device)
     launches, launch, table = [], gt._launch, gt._CONFIGS[kernel]
 
     def record(function, programs, chosen, *args, **constants):
@@ -374,10 +399,14 @@ def sweep(stage: Stage) -> None:
     # (element type, head dim, largest BD of the row): the models first
     targets = [("float32", 16, 16)] if stage.rehearse else [("bfloat16", 48, 64), ("float32", 48, 64)]
     for number, (dtype, dim, block) in enumerate(targets):
-        share = stage.left() - 8 if number + 1 == len(targets) else 0.68 * stage.left()
+        share = stage.left() - 8 if number + 1 == len(targets) else 0.72 * stage.left()
         end = time.monotonic() + share
         candidates = _candidates(stage.rehearse)
-        jobs = [(kernel, _shapes(kernel, dim, stage.rehearse)[0], dtype, config, stage.device) for kernel, all_ in candidates.items() for config in all_]
+        jobs = [
+            (kernel, _shapes(kernel, dim, stage.rehearse)[0], dtype, config, stage.device)
+            for kernel, all_ in candidates.items()
+            for config in all_
+        ]
         jobs.sort(key=lambda job: candidates[job[0]].index(job[3]))  # every kernel gets its turn before time is up
         answers = _pooled(stage, _compile_one, jobs, _workers(stage, len(jobs)), 0.6 * share)
         usable = {kernel: [] for kernel in candidates}
@@ -411,7 +440,15 @@ def sweep(stage: Stage) -> None:
                         raise
                     continue
                 gain = math.prod(t / m for t, m in zip(times, mine, strict=True)) ** (1 / len(mine))
-                rows.append({"config": config, "gain": gain, "seconds": mine, "registers": getattr(compiled, "n_regs", None), "spills": getattr(compiled, "n_spills", None)})
+                rows.append(
+                    {
+                        "config": config,
+                        "gain": gain,
+                        "seconds": mine,
+                        "registers": getattr(compiled, "n_regs", None),
+                        "spills": getattr(compiled, "n_spills", None),
+                    }
+                )
             rows.sort(key=lambda row: -row["gain"])
             table = gt._config(kernel, family, 2 if dtype != "float32" else 4, block)
             found[f"{kernel} {dtype}"] = {"cases": [str(c) for c in shapes], "table": table, "table_seconds": times, "tried": rows}
@@ -419,7 +456,9 @@ def sweep(stage: Stage) -> None:
                 row = (family, 4 if dtype == "float32" else 2, block, rows[0]["config"])
                 found[f"{kernel} {dtype}"]["row"] = row
                 chip, size, largest, config = row
-                lines.append(f'    "{kernel}": ("{chip}", {size}, {largest}, _Config{config}),  # {rows[0]["gain"]:.2f} x as fast as {tuple(table)}')
+                lines.append(
+                    f'    "{kernel}": ("{chip}", {size}, {largest}, _Config{config}),  # {rows[0]["gain"]:.2f} x as fast as {tuple(table)}'
+                )
             stage.save(family=family, kernels=found, refused=refused)
     text = "\n".join(["# rows for _CONFIGS in kernels/gpsa/gpu_triton.py, each ahead of its kernel's others", *lines, ""])
     (stage.out / "configs.txt").write_text(text)
@@ -427,10 +466,12 @@ def sweep(stage: Stage) -> None:
         raise RuntimeError("no kernel was timed")
 
 
-def _use_tuned(stage: Stage) -> list[str]:
-    """Let this process run with the rows that the sweep found."""
+def _prepare(stage: Stage) -> list[str]:
+    """Let this process run Triton with the rows that the sweep found; returns them."""
+    from convit.backends import ORDER
     from convit.kernels.gpsa import gpu_triton as gt
 
+    ORDER["torch", stage.device] = ("triton", "sdpa")  # "sdpa" is the peer of SDPA with the factored position
     used = []
     for name, kernel in stage.load().get("sweep", {}).get("kernels", {}).items():
         if "row" in kernel:
@@ -448,10 +489,14 @@ def _session(stage: Stage, budget: float):
     from roofline import Roofline
     from session import Session
 
-    from convit.backends import ORDER
-
-    ORDER["torch", stage.device] = ("triton", "sdpa")  # "sdpa" is the peer of SDPA with the factored position
-    session = Session(stage.device, full=not stage.rehearse, threads=str(torch.get_num_threads()), budget=budget, rounds=3 if stage.rehearse else 25, isa=None)
+    session = Session(
+        stage.device,
+        full=not stage.rehearse,
+        threads=str(torch.get_num_threads()),
+        budget=budget,
+        rounds=3 if stage.rehearse else 25,
+        isa=None,
+    )
     session.rooflines = {key: Roofline(**peaks) for key, peaks in stage.load().get("roofline", {}).items() if isinstance(peaks, dict)}
     return session
 
@@ -512,7 +557,7 @@ def _core_problems(stage: Stage) -> list[tuple]:
 def core(stage: Stage) -> None:
     from peers import core_peers
 
-    stage.save(groups=[], tuned=_use_tuned(stage))
+    stage.save(groups=[], tuned=_prepare(stage))
     session = _session(stage, 0.1 if stage.rehearse else 1.2)
     peers, left_out = core_peers(stage.device), []
     for problem, compiled, with_memory in _core_problems(stage):
@@ -520,8 +565,6 @@ def core(stage: Stage) -> None:
             left_out.append(str(problem))
             continue
         _group(stage, session, problem, [p for p in peers if compiled or p.name not in COMPILED], with_memory)
-        if len(session.groups) == 2:
-            stage.save(launch=_launch_times(stage))
     stage.save(out_of_time=left_out)
     _ours_failed(stage)
 
@@ -533,7 +576,15 @@ def _launch_times(stage: Stage) -> dict[str, dict[str, float]]:
 
     found = {}
     for backward in (False, True):
-        problem = Core(1, (2, 2) if stage.rehearse else (14, 14), 4, 48, backward, dtype="float32" if stage.rehearse else "bfloat16", device=stage.device)
+        problem = Core(
+            1,
+            (2, 2) if stage.rehearse else (14, 14),
+            4,
+            48,
+            backward,
+            dtype="float32" if stage.rehearse else "bfloat16",
+            device=stage.device,
+        )
         for peer in core_peers(stage.device):
             if peer.name not in ("convit triton", "plain SDPA", "convit sdpa", "timm eager"):
                 continue
@@ -564,15 +615,11 @@ def models(stage: Stage) -> None:
     import torch
     from models import Model, model_peers
 
-    stage.save(groups=[], tuned=_use_tuned(stage))
+    stage.save(groups=[], tuned=_prepare(stage))
     session = _session(stage, 0.1 if stage.rehearse else 3.0)
     threads = torch.get_num_threads()
     if stage.rehearse:
-        import convit
-        from convit.kernels.gpsa import gpu_triton
-
         # a whole model takes minutes in the interpreter: here its attention is the framework's, and only the harness is rehearsed
-        del gpu_triton, convit
         from convit.backends import ORDER
 
         ORDER["torch", "cpu"] = ("sdpa",)
@@ -589,7 +636,7 @@ def models(stage: Stage) -> None:
         names = ("convit triton", "convit.accelerate(timm)", "timm convit eager", "timm ViT with SDPA")
     left_out = []
     for problem, compiled in problems:
-        if stage.left() < (50 if compiled else 14):
+        if stage.left() < (50 if compiled else 20 if "base" in problem.name else 12):
             left_out.append(str(problem))
             continue
         peers = [p for p in model_peers(stage.device) if p.name in names or (compiled and p.name in COMPILED)]
@@ -605,7 +652,7 @@ def profile(stage: Stage) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
 
-    _use_tuned(stage)
+    _prepare(stage)
     cuda = stage.device == "cuda"
     tables = []
     for case in [Case(128, 9, 48, (14, 14)), Case(4, 9, 48, (56, 56))] if cuda else [Case(1, 1, 16, (2, 3))]:
@@ -618,12 +665,28 @@ def profile(stage: Stage) -> None:
         rows = record.key_averages()
         kernels = {e.key: (e.self_device_time_total if cuda else e.self_cpu_time_total) for e in rows}
         kernels = {name: us for name, us in sorted(kernels.items(), key=lambda item: -item[1])[:14] if us > 0}
-        tables.append(f"{case}: microseconds of each kernel of forward and backward\n" + "\n".join(f"{us:10.1f}  {name[:110]}" for name, us in kernels.items()))
+        tables.append(
+            f"{case}: microseconds of each kernel of forward and backward\n"
+            + "\n".join(f"{us:10.1f}  {name[:110]}" for name, us in kernels.items())
+        )
         stage.save(**{str(case): kernels})
+    stage.save(launch=_launch_times(stage))
     ncu = shutil.which("ncu")
     if ncu and cuda and stage.left() > 12:
-        sections = [x for name in ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats", "WarpStateStats") for x in ("--section", name)]
-        command = [ncu, *sections, "--kernel-name", "regex:_(fwd|dq|dkdv)_(tile|loop)_kernel", "--launch-count", "6", *_one_call(tiny=False)]
+        sections = [
+            x
+            for name in ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats", "WarpStateStats")
+            for x in ("--section", name)
+        ]
+        command = [
+            ncu,
+            *sections,
+            "--kernel-name",
+            "regex:_(fwd|dq|dkdv)_(tile|loop)_kernel",
+            "--launch-count",
+            "6",
+            *_one_call(tiny=False),
+        ]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=stage.left() - 4, cwd=ROOT)
             tables.append((done.stdout + done.stderr)[-40000:])
@@ -648,11 +711,12 @@ def plots(stage: Stage) -> None:
     import plots as drawing
     from report import Run
 
-    data = stage.load()
+    data, entries = stage.load(), _entries(stage.load())
+    entries.sort(key=lambda e: e.problem["dtype"] == "bfloat16")  # the plots show the last type
     record = next((data[name]["record"] for name in ("core", "models") if "record" in data.get(name, {})), None)
     if record is None:
         raise RuntimeError("there is nothing to plot: neither benchmark left a result")
-    run = Run.of(_entries(data), record | {"rooflines": {k: v for k, v in data.get("roofline", {}).items() if isinstance(v, dict)}})
+    run = Run.of(entries, record | {"rooflines": {k: v for k, v in data.get("roofline", {}).items() if isinstance(v, dict)}})
     with drawing.plt.rc_context(drawing.STYLE):
         for name in ("speed", "roofline"):
             figure = getattr(drawing, name)(run)
@@ -676,10 +740,23 @@ def _short(group: dict) -> str:
         if e is not mine:
             theirs = dict(zip(e["info"]["rounds"], e["wall"], strict=True))
             ratio = _median([theirs[r] / t for r, t in zip(mine["info"]["rounds"], mine["wall"], strict=True) if r in theirs] or [math.nan])
-            short = {"timm eager": "timm", "timm convit eager": "timm", "SDPA + dense P@v": "dense", "plain SDPA": "SDPA", "convit sdpa": "factored"}
-            short |= {"torch.compile(timm)": "compiled", "FlexAttention x 2": "flex", "timm ViT with SDPA": "ViT", "convit.accelerate(timm)": "accel"}
+            short = {
+                "timm eager": "timm",
+                "timm convit eager": "timm",
+                "SDPA + dense P@v": "dense",
+                "plain SDPA": "SDPA",
+                "convit sdpa": "factored",
+            }
+            short |= {
+                "torch.compile(timm)": "compiled",
+                "FlexAttention x 2": "flex",
+                "timm ViT with SDPA": "ViT",
+                "convit.accelerate(timm)": "accel",
+            }
             others.append(f"{short.get(name, name)} {ratio:.2f}")
     floor = f" roof {100 * mine['info']['roofline'] / median:.0f}%" if "roofline" in mine["info"] else ""
+    if "peak" in mine["info"]:
+        floor += f" peak {mine['info']['peak'] / 1e6:.0f} MB"
     return f"{group['name'].replace(' cuda', '')}: {median * 1e6:.0f} us{floor} | " + ", ".join(others)
 
 
@@ -688,8 +765,14 @@ def summary(out: Path) -> int:
     data = json.loads((out / "run.json").read_text()) if (out / "run.json").exists() else {}
     found, ended = data.get("environment", {}), data.get("stages", {})
     versions = found.get("versions", {})
-    lines = [f"{found.get('device', 'device unknown')}, torch {versions.get('torch')}, triton {versions.get('triton')}, commit {str(found.get('commit'))[:10]}"]
-    words = [f"{name} {'ok' if ended[name]['status'] == 0 else 'FAILED(' + str(ended[name]['status']) + ')'} {ended[name]['seconds']}s" for name in STAGES if name in ended]
+    lines = [
+        f"{found.get('device', 'device unknown')}, torch {versions.get('torch')}, triton {versions.get('triton')}, commit {str(found.get('commit'))[:10]}"
+    ]
+    words = [
+        f"{name} {'ok' if ended[name]['status'] == 0 else 'FAILED(' + str(ended[name]['status']) + ')'} {ended[name]['seconds']}s"
+        for name in STAGES
+        if name in ended
+    ]
     lines += ["stages: " + ", ".join(words)]
     for name, end in ended.items():
         if end["status"] != 0:
@@ -701,12 +784,19 @@ def summary(out: Path) -> int:
     for key, peaks in data.get("roofline", {}).items():
         if isinstance(peaks, dict):
             lines.append(f"peak {key.rsplit(' ', 1)[0]}: {peaks['flops'] / 1e12:.4g} TFLOP/s, {peaks['bytes'] / 1e9:.4g} GB/s")
-    rows = [f"{name} {tuple(k['row'][3])} {k['tried'][0]['gain']:.2f}x" for name, k in data.get("sweep", {}).get("kernels", {}).items() if "row" in k]
+    rows = [
+        f"{name} {tuple(k['row'][3])} {k['tried'][0]['gain']:.2f}x"
+        for name, k in data.get("sweep", {}).get("kernels", {}).items()
+        if "row" in k
+    ]
     if "kernels" in data.get("sweep", {}):
         lines.append(("sweep (configs.txt), used below: " + "; ".join(rows) if rows else "sweep: the table's rows stand")[:400])
-    launch = data.get("core", {}).get("launch", {})
+    launch = data.get("profile", {}).get("launch", {})
     if launch:
-        lines.append("one small call, host/graph us: " + ", ".join(f"{n} {t['host'] * 1e6:.0f}/{t.get('graph', math.nan) * 1e6:.0f}" for n, t in launch.items())[:380])
+        lines.append(
+            "one small call, host/graph us: "
+            + ", ".join(f"{n} {t['host'] * 1e6:.0f}/{t.get('graph', math.nan) * 1e6:.0f}" for n, t in launch.items())[:380]
+        )
     groups = [g for name in ("core", "models") for g in data.get(name, {}).get("groups", [])]
     if groups:
         lines.append("ours | the others' time over ours, medians of interleaved rounds:")
@@ -743,6 +833,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     print(f"==== {args.stage}", flush=True)
     try:
+        stage.reset()
         if args.stage in os.environ.get("CONVIT_GPU_FAIL", "").split(","):
             raise RuntimeError("CONVIT_GPU_FAIL names this stage")
         if args.rehearse:

@@ -89,7 +89,7 @@ def timm_vit(model: Model) -> nn.Module:
     return VisionTransformer(img_size=IMAGE, embed_dim=like.embed_dim, depth=len(like.blocks), num_heads=heads, qkv_bias=False)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _built(build: Callable[[Model], nn.Module], name: str, dtype: str, device: str, train: bool) -> nn.Module:
     """One module serves every batch and thread count; what inference caches cannot serve training."""
     return build(Model(name, 1, 1, dtype, device)).eval().to(device, getattr(torch, dtype))

@@ -68,17 +68,17 @@ def where(device: str, threads: int) -> str:
 
 
 class CoreInputs:
-    """The tensors of a ``Core``, equal for every peer and in every process."""
+    """The tensors of a ``Core``, equal for every peer and in every process on one type of device."""
 
     def __init__(self, core: Core, dtype: torch.dtype | None = None):
-        generator = torch.Generator().manual_seed(20210319)
+        generator = torch.Generator(core.device).manual_seed(20210319)
         batch, tokens, heads, dim = core.batch, core.tokens, core.heads, core.head_dim
         stored = getattr(torch, core.dtype)
 
         def parameter(*shape: int, to: torch.dtype = stored) -> nn.Parameter:
             # drawn in float32 and rounded once to the storage type, so that the float64 copy holds the same numbers
-            x = torch.randn(shape, generator=generator).to(to)
-            return nn.Parameter(x.to(core.device, dtype or to), requires_grad=core.backward)
+            x = torch.randn(shape, generator=generator, device=core.device).to(to)
+            return nn.Parameter(x.to(dtype or to), requires_grad=core.backward)
 
         self.core = core
         self.qk = parameter(batch, tokens, 2 * heads * dim)
