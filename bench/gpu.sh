@@ -22,7 +22,7 @@ mkdir -p "$out" || exit 1
 [ "$only" ] || rm -f "$out"/{run.json,summary.txt,log.txt,configs.txt,profile.txt,speed.png,roofline.png}
 
 total=530 reserve=25 # seconds of everything; what the plots and the summary keep for themselves
-stages='environment:20 correctness:95 roofline:20 sweep:125 core:115 models:105 profile:35 plots:20'
+stages='environment:20 correctness:110 roofline:20 sweep:125 core:110 models:105 profile:35 plots:20'
 failed=0
 for entry in $stages; do
     stage=${entry%:*} limit=${entry#*:}

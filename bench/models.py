@@ -133,7 +133,10 @@ def _torch_call(module: nn.Module, model: Model, backend: str | None = None) -> 
 
 
 def _training_step(module: nn.Module, x: Tensor, model: Model, backend: str | None) -> Call:
-    """Forward, backward and AdamW. At a learning rate of zero the optimizer does all its work and every step starts from the same weights."""
+    """Forward, backward and AdamW.
+
+    At a learning rate of zero the optimizer does all its work, and every step starts from the same weights.
+    """
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, weight_decay=0.0, fused=model.device == "cuda")
     dtype = getattr(torch, model.dtype)
 
