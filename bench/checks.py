@@ -35,25 +35,27 @@ class WrongAnswer(AssertionError):
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Frobenius norm of the difference over that of ``expected``; infinite where ``actual`` is not finite."""
-    difference = (actual.detach().to("cpu", torch.float64) - expected).norm()
+    difference = (actual.detach().to(expected.device, torch.float64) - expected).norm()
     if not torch.isfinite(difference):
         return math.inf
     return (difference / expected.norm().clamp_min(1e-300)).item()
 
 
 def _sampled_rows(core: Core) -> Tensor:
-    return torch.arange(core.tokens) if core.tokens <= LARGEST else torch.linspace(0, core.tokens - 1, QUERIES).long()
+    if core.tokens <= LARGEST:
+        return torch.arange(core.tokens, device=core.device)
+    return torch.linspace(0, core.tokens - 1, QUERIES, device=core.device, dtype=torch.float64).long()
 
 
 def _attention_rows(core: Core, truth: str, dtype: torch.dtype) -> Tensor:
     """Forward answer for the sampled queries of the first sample of the batch, straight from the formula."""
-    inputs = CoreInputs(replace(core, device="cpu"), dtype)
+    inputs = CoreInputs(core, dtype)
     q, k, v = (x[:1] for x in inputs.heads())
     rows = _sampled_rows(core)
     content = (q[:, :, rows] @ k.transpose(-2, -1) * core.head_dim**-0.5).softmax(-1)
     if truth == "plain":
         return (content @ v).transpose(1, 2).reshape(1, len(rows), -1)
-    j, width = torch.arange(core.tokens), core.grid[1]
+    j, width = torch.arange(core.tokens, device=core.device), core.grid[1]
     dx, dy = j % width - (rows % width)[:, None], j // width - (rows // width)[:, None]
     rel = torch.stack([dx, dy, dx**2 + dy**2]).to(dtype)
     position = torch.einsum("cij,hc->hij", rel, inputs.pos_weight).softmax(-1)
@@ -108,9 +110,9 @@ def check(problem: Core | Model, peer, outputs: tuple) -> dict[str, float]:
     Raises:
         WrongAnswer: An output is missing, not finite, of another shape, or errs more than the rule allows.
     """
-    key = replace(problem, threads=1, device="cpu")  # one answer serves every thread count and device
+    key = replace(problem, threads=1)  # one answer serves every thread count
     if isinstance(problem, Model):
-        logits, error = _expected_logits(key, peer.truth)
+        logits, error = _expected_logits(replace(key, device="cpu"), peer.truth)
         exact, eager, outputs = (logits,), (error,), (outputs[0][:CHECKED],)
     else:
         exact, eager = _expected(key, peer.truth)

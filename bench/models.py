@@ -37,9 +37,10 @@ class Model:
     threads: int = 1
     dtype: str = "float32"
     device: str = "cpu"
+    train: bool = False  # a training step instead of inference; a narrow dtype is autocast's then, over float32 weights
 
     def __str__(self) -> str:
-        return f"{self.name} batch {self.batch} {self.dtype} {where(self.device, self.threads)}"
+        return f"{self.name} batch {self.batch} {self.dtype} {where(self.device, self.threads)}{' training' if self.train else ''}"
 
 
 def images(model: Model, dtype: torch.dtype | None = None) -> Tensor:
@@ -88,14 +89,14 @@ def timm_vit(model: Model) -> nn.Module:
     return VisionTransformer(img_size=IMAGE, embed_dim=like.embed_dim, depth=len(like.blocks), num_heads=heads, qkv_bias=False)
 
 
-@lru_cache(maxsize=4)
-def _built(build: Callable[[Model], nn.Module], name: str, dtype: str, device: str) -> nn.Module:
-    """One module serves every batch and thread count."""
+@lru_cache(maxsize=8)
+def _built(build: Callable[[Model], nn.Module], name: str, dtype: str, device: str, train: bool) -> nn.Module:
+    """One module serves every batch and thread count; what inference caches cannot serve training."""
     return build(Model(name, 1, 1, dtype, device)).eval().to(device, getattr(torch, dtype))
 
 
 def _module(build: Callable[[Model], nn.Module], model: Model) -> nn.Module:
-    return _built(build, model.name, model.dtype, model.device)
+    return _built(build, model.name, "float32" if model.train else model.dtype, model.device, model.train)
 
 
 CHECKED = 2  # images of a batch whose logits are checked
@@ -104,7 +105,7 @@ CHECKED = 2  # images of a batch whose logits are checked
 def reference_outputs(model: Model, truth: str) -> tuple[Tensor, Tensor]:
     """Logits of the reference model for the first images, in float64 and in the problem's own dtype."""
     build = timm_vit if truth == "vit" else timm_convit if find_spec("timm") else ours
-    model = replace(model, device="cpu")
+    model = replace(model, device="cpu", train=False)
     module = _module(build, model)
     if truth == "mindcv":  # the same model with MindCV's GELU and LayerNorm
         module = copy.deepcopy(module)
@@ -121,12 +122,34 @@ def reference_outputs(model: Model, truth: str) -> tuple[Tensor, Tensor]:
 
 def _torch_call(module: nn.Module, model: Model, backend: str | None = None) -> Call:
     x = images(model)
+    if model.train:
+        return _training_step(module, x.float(), model, backend)
 
     def call() -> tuple:
         with torch.inference_mode(), convit.use_backend(backend):
             return (module(x),)
 
     return call
+
+
+def _training_step(module: nn.Module, x: Tensor, model: Model, backend: str | None) -> Call:
+    """Forward, backward and AdamW.
+
+    At a learning rate of zero the optimizer does all its work, and every step starts from the same weights.
+    """
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, weight_decay=0.0, fused=model.device == "cuda")
+    dtype = getattr(torch, model.dtype)
+
+    def step() -> tuple:
+        with convit.use_backend(backend):
+            with torch.autocast(model.device, dtype, enabled=dtype != torch.float32):
+                logits = module(x)
+            optimizer.zero_grad()
+            logits.float().square().mean().backward()
+            optimizer.step()
+        return (logits.detach(),)
+
+    return step
 
 
 def _onnx_file(model: Model) -> Path:

@@ -80,8 +80,9 @@ def _panels(run: Run) -> list[tuple[str, list[tuple[str, list[Entry]]]]]:
     for backward, title in ((False, "attention core, forward"), (True, "attention core, forward + backward")):
         rows = [(f"B {g[0].problem['batch']}, N {g[0].tokens}, H {g[0].problem['heads']}", g) for g in core]
         panels.append((title, [row for row in rows if row[1][0].problem["backward"] == backward]))
-    rows = [(f"{g[0].problem['name'].removeprefix('convit_')}, batch {g[0].problem['batch']}", g) for g in models]
-    panels.append(("whole model, inference", rows))
+    for train, title in ((False, "whole model, inference"), (True, "whole model, training step")):
+        some = [g for g in models if g[0].problem.get("train", False) == train]
+        panels.append((title, [(f"{g[0].problem['name'].removeprefix('convit_')}, batch {g[0].problem['batch']}", g) for g in some]))
     return [panel for panel in panels if panel[1]]
 
 

@@ -93,6 +93,8 @@ class Session:
             calls[peer.name] = call
             mine.info = {"peer": peer.name, "ours": peer.ours, "truth": peer.truth, "kind": type(problem).__name__.lower()}
             mine.info |= {"problem": asdict(problem), "errors": errors}
+            if hasattr(call, "note"):
+                mine.info["note"] = call.note
             if series:
                 mine.info["series"] = series
             if isinstance(problem, Core):
