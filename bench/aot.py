@@ -275,7 +275,7 @@ def report(found: list[dict]) -> str:
             lines.append(f"{start}| {row['error']} | | | | |")
             continue
         issue = f"{row['issue_us']:.1f}" if "issue_us" in row else ""
-        if (row["case"], f"{row['kernel']} without position") in plain:
+        if issue and (row["case"], f"{row['kernel']} without position") in plain:
             issue += f" (x {row['issue_us'] / plain[row['case'], row['kernel'] + ' without position']:.2f})"
         lines.append(f"{start}| {row['registers']} | {row['stack']} | {row['shared']} | {row['mma'] if row['matrix'] else '-'} | {issue} |")
     lines += ["", "Issue time of all the launches of a call on sm90, us:", ""]
