@@ -71,6 +71,7 @@ _CONFIGS = {
         ("", "ieee", 128, _Config(32, 32, 8, 1)),
     ],
     "dq_loop": [
+        ("sm80", "half", 64, _Config(64, 32, 4, 2)),
         ("", "half", 64, _Config(64, 64, 4, 2)),
         ("sm80", "half", 128, _Config(64, 64, 8, 1)),
         ("sm90", "half", 128, _Config(64, 32, 4, 1)),
@@ -81,8 +82,9 @@ _CONFIGS = {
         ("", "ieee", 128, _Config(16, 32, 8, 1)),
     ],
     "dkdv_loop": [
-        ("", "half", 64, _Config(64, 64, 4, 2)),
+        ("sm80", "half", 64, _Config(32, 64, 4, 2)),
         ("gfx942", "half", 128, _Config(64, 64, 4, 1)),
+        ("", "half", 64, _Config(64, 64, 4, 2)),
         ("sm90", "half", 128, _Config(32, 64, 4, 1)),
         ("", "half", 128, _Config(64, 64, 4, 2)),
         ("", "tf32", 64, _Config(32, 64, 4, 1)),
