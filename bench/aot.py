@@ -133,7 +133,8 @@ def trips(launch: Launch, case: Case) -> tuple[int, int]:
     if name in ("_fwd_loop_kernel", "_dq_loop_kernel"):
         return max(tokens // c.keys, 1), 1
     if name == "_dq_tile_kernel":
-        return fixed["STEPS"], -(-case.grid[0] // (fixed["BN"] // fixed["GWP"]))
+        pieces = -(-case.grid[0] // (fixed["BN"] // fixed["GWP"]))
+        return (fixed["STEPS"], pieces) if fixed["STEPS"] > 1 else (pieces, 1)
     if "LINES" in fixed:
         size, count = case.grid[fixed["X"]], case.grid[not fixed["X"]]
         lines, blocks = min(fixed["LINES"], count), -(-size // c.keys)
@@ -209,12 +210,12 @@ def compile_launch(launch: Launch, case: Case, chip: str) -> dict:
 
 
 def stack_allowed(row: dict) -> int:
-    """Bytes of stack: none, but 64 in float32 and in the tiled dq kernel under Triton 3.6.
+    """Bytes of stack: none, but 64 in float32.
 
     The float32 kernels live at the limit of the registers, the products on CUDA cores above all; what is left over are a few addresses
-    and masks. The assembler of 3.6 keeps 12 more values of dq alive than the later one's.
+    and masks.
     """
-    return 64 if "float32" in row["case"] or (row["kernel"] == "dq_tile" and row["triton"].startswith("3.6.")) else 0
+    return 64 if "float32" in row["case"] else 0
 
 
 def problem(row: dict) -> str | None:

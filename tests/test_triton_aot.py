@@ -57,7 +57,7 @@ def older(tmp_path_factory):
     return folder
 
 
-def test_the_older_triton(older, tmp_path):
-    found = compile_for(["sm90"], "tile", tmp_path / "tile.json", PYTHONPATH=str(older))
-    found += compile_for(["sm90"], "loop", tmp_path / "loop.json", PYTHONPATH=str(older))
+@pytest.mark.parametrize("chip", ["sm80", "sm90", "sm100", "gfx942"])
+def test_the_older_triton(chip, older, tmp_path):
+    found = compile_for([chip], "models", tmp_path / "models.json", PYTHONPATH=str(older))
     assert {row["triton"] for row in found} == {OLDER}

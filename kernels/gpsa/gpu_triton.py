@@ -49,8 +49,9 @@ _CONFIGS = {
         ("", "half", 128, _Config(64, 4, 4, 1)),
     ],
     "dq_tile": [
-        ("sm80", "half", 64, _Config(64, 32, 4, 1)),
+        ("sm80", "half", 64, _Config(32, 64, 4, 1)),
         ("sm80", "half", 128, _Config(64, 64, 8, 1)),
+        ("sm90", "half", 64, _Config(128, 64, 8, 1)),
         ("", "half", 64, _Config(64, 64, 4, 1)),
         ("sm90", "half", 128, _Config(64, 32, 4, 1)),
         ("", "half", 128, _Config(64, 64, 4, 1)),
