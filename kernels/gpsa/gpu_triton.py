@@ -597,10 +597,10 @@ def _fwd_loop_kernel(
     m = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BD), tl.float32)
-    full = N // BN * BN
+    full = N if MASK else N // BN * BN
     for start in range(0, full, BN):
         j = start + tl.arange(0, BN)
-        m, total, acc = _fwd_loop_step(q, k_ptr, v_ptr, j, N, stride_kn, stride_vn, m, total, acc, scale_log2, D, BD, PRECISION, False)
+        m, total, acc = _fwd_loop_step(q, k_ptr, v_ptr, j, N, stride_kn, stride_vn, m, total, acc, scale_log2, D, BD, PRECISION, MASK)
     if TAIL:
         j = full + tl.arange(0, BN)
         m, total, acc = _fwd_loop_step(q, k_ptr, v_ptr, j, N, stride_kn, stride_vn, m, total, acc, scale_log2, D, BD, PRECISION, True)
@@ -939,7 +939,7 @@ def _backward_loop(plan, grad_out, q, k, v, pos_weight, gating, out, lse, dq, dk
     _launch(_norm_kernel, plan.heads * (-(-gw // c.rows) + -(-gh // c.rows)), c, pos_weight, sums, gh, gw, BM=c.rows, BK=c.keys)
     moments, c = plan.config("moments"), plan.config("dq_loop")
     blocks = -(-plan.tokens // c.rows)
-    axes = [is_x for is_x in (True, False) if plan.grid[is_x] > 1]
+    axes = [is_x for is_x in (True, False) if plan.grid[is_x] > 1] or [True]  # one at least: the gate goes with the first
     counts = [plan.line_blocks(is_x, moments.rows) for is_x in axes]
     parts = blocks + sum(counts)
     part = lse.new_empty((plan.batch * plan.heads, parts, 4))
