@@ -344,7 +344,7 @@ def _captured(kernel: str, case, dtype: str, config: tuple | None, device: str):
         launch(function, programs, chosen, *args, **constants)
 
     gt._launch = record
-    gt._CONFIGS[kernel] = table if config is None else [("", 4, 128, gt._Config(*config)), *table]
+    gt._CONFIGS[kernel] = table if config is None else [("", "", 128, gt._Config(*config)), *table]
     gt._config.cache_clear()
     try:
         scale = case.head_dim**-0.5
@@ -403,11 +403,13 @@ def sweep(stage: Stage) -> None:
     family = gt._family(None if stage.rehearse else 0)
     found, lines = {}, []
     # (element type, head dim, largest BD of the row): the models first
-    targets = [("float32", 16, 16)] if stage.rehearse else [("bfloat16", 48, 64), ("float32", 48, 64)]
+    targets = [("float16", 16, 16), ("float32", 16, 16)] if stage.rehearse else [("bfloat16", 48, 64), ("float32", 48, 64)]
     for number, (dtype, dim, block) in enumerate(targets):
         share = stage.left() - 8 if number + 1 == len(targets) else 0.72 * stage.left()
         end = time.monotonic() + share
-        candidates = _candidates(stage.rehearse)
+        arithmetic = "half" if dtype != "float32" else gt._precision(torch.float32)
+        # the tile kernels are for half precision
+        candidates = {k: c for k, c in _candidates(stage.rehearse).items() if arithmetic == "half" or "tile" not in k}
         jobs = [
             (kernel, _shapes(kernel, dim, stage.rehearse)[0], dtype, config, stage.device)
             for kernel, all_ in candidates.items()
@@ -456,15 +458,13 @@ def sweep(stage: Stage) -> None:
                     }
                 )
             rows.sort(key=lambda row: -row["gain"])
-            table = gt._config(kernel, family, 2 if dtype != "float32" else 4, block)
+            table = gt._config(kernel, family, arithmetic, block)
             found[f"{kernel} {dtype}"] = {"cases": [str(c) for c in shapes], "table": table, "table_seconds": times, "tried": rows}
             if rows and rows[0]["gain"] > 1.03:
-                row = (family, 4 if dtype == "float32" else 2, block, rows[0]["config"])
-                found[f"{kernel} {dtype}"]["row"] = row
-                chip, size, largest, config = row
-                lines.append(
-                    f'    "{kernel}": ("{chip}", {size}, {largest}, _Config{config}),  # {rows[0]["gain"]:.2f} x as fast as {tuple(table)}'
-                )
+                config = rows[0]["config"]
+                found[f"{kernel} {dtype}"]["row"] = (family, arithmetic, block, config)
+                faster = f"{rows[0]['gain']:.2f} x as fast as {tuple(table)}"
+                lines.append(f'    "{kernel}": ("{family}", "{arithmetic}", {block}, _Config{config}),  # {faster}')
             stage.save(family=family, kernels=found, refused=refused)
     text = "\n".join(["# rows for _CONFIGS in kernels/gpsa/gpu_triton.py, each ahead of its kernel's others", *lines, ""])
     (stage.out / "configs.txt").write_text(text)
@@ -481,10 +481,8 @@ def _prepare(stage: Stage) -> list[str]:
     used = []
     for name, kernel in stage.load().get("sweep", {}).get("kernels", {}).items():
         if "row" in kernel:
-            family, size, largest, config = kernel["row"]
-            table, row = gt._CONFIGS[name.split()[0]], (family, size, largest, gt._Config(*config))
-            place = next((i for i, other in enumerate(table) if other[0] != family or other[1] > size), len(table))
-            table.insert(place, row)
+            family, arithmetic, largest, config = kernel["row"]
+            gt._CONFIGS[name.split()[0]].insert(0, (family, arithmetic, largest, gt._Config(*config)))
             used.append(f"{name}: {tuple(config)}")
     return used
 
