@@ -403,14 +403,13 @@ def sweep(stage: Stage) -> None:
     family = gt._family(None if stage.rehearse else 0)
     found, lines = {}, []
     # (element type, head dim, largest BD of the row): the models first
-    targets = [("float16", 16, 16)] if stage.rehearse else [("bfloat16", 48, 64), ("float32", 48, 64)]
+    targets = [("float16", 16, 16), ("float32", 16, 16)] if stage.rehearse else [("bfloat16", 48, 64), ("float32", 48, 64)]
     for number, (dtype, dim, block) in enumerate(targets):
         share = stage.left() - 8 if number + 1 == len(targets) else 0.72 * stage.left()
         end = time.monotonic() + share
-        candidates = _candidates(stage.rehearse)
-        if dtype == "float32":  # takes the loops at any N
-            candidates = {kernel: configs for kernel, configs in candidates.items() if not kernel.endswith("tile")}
         arithmetic = "half" if dtype != "float32" else gt._precision(torch.float32)
+        # the tile kernels are for half precision
+        candidates = {k: c for k, c in _candidates(stage.rehearse).items() if arithmetic == "half" or "tile" not in k}
         jobs = [
             (kernel, _shapes(kernel, dim, stage.rehearse)[0], dtype, config, stage.device)
             for kernel, all_ in candidates.items()
@@ -462,12 +461,10 @@ def sweep(stage: Stage) -> None:
             table = gt._config(kernel, family, arithmetic, block)
             found[f"{kernel} {dtype}"] = {"cases": [str(c) for c in shapes], "table": table, "table_seconds": times, "tried": rows}
             if rows and rows[0]["gain"] > 1.03:
-                row = (family, arithmetic, block, rows[0]["config"])
-                found[f"{kernel} {dtype}"]["row"] = row
-                chip, kind, largest, config = row
-                lines.append(
-                    f'    "{kernel}": ("{chip}", "{kind}", {largest}, _Config{config}),  # {rows[0]["gain"]:.2f} x as fast as {tuple(table)}'
-                )
+                config = rows[0]["config"]
+                found[f"{kernel} {dtype}"]["row"] = (family, arithmetic, block, config)
+                faster = f"{rows[0]['gain']:.2f} x as fast as {tuple(table)}"
+                lines.append(f'    "{kernel}": ("{family}", "{arithmetic}", {block}, _Config{config}),  # {faster}')
             stage.save(family=family, kernels=found, refused=refused)
     text = "\n".join(["# rows for _CONFIGS in kernels/gpsa/gpu_triton.py, each ahead of its kernel's others", *lines, ""])
     (stage.out / "configs.txt").write_text(text)

@@ -942,7 +942,7 @@ def _backward_loop(plan, grad_out, q, k, v, pos_weight, gating, out, lse, dq, dk
     _launch(_norm_kernel, plan.heads * (-(-gw // c.rows) + -(-gh // c.rows)), c, pos_weight, sums, gh, gw, BM=c.rows, BK=c.keys)
     moments, c = plan.config("moments"), plan.config("dq_loop")
     blocks = -(-plan.tokens // c.rows)
-    axes = [is_x for is_x in (True, False) if plan.grid[is_x] > 1] or [True]
+    axes = [is_x for is_x in (True, False) if plan.grid[is_x] > 1] or [True]  # one at least: the gate goes with the first
     counts = [plan.line_blocks(is_x, moments.rows) for is_x in axes]
     parts = blocks + sum(counts)
     part = lse.new_empty((plan.batch * plan.heads, parts, 4))
