@@ -31,7 +31,7 @@ def run_benchmark(folder: Path, *, select: str, plugin: str = "") -> tuple[subpr
     command += ["--bench-threads=1", "--bench-rounds=4", "--bench-budget=0.2", "--bench-device=cpu"]
     ours = ("CONVIT_", "PYTEST_")  # PYTEST_XDIST_WORKER would switch the benchmark off
     environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)} | {"PYTHONPATH": str(folder)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     return done, json.loads(out.read_text()) if out.exists() else {}
 
 

@@ -30,7 +30,7 @@ def cpp(*args):
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     """Run ``code`` in a fresh interpreter that also finds this folder's modules."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), **environment}
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
