@@ -295,7 +295,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the raw rows here instead of the report")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
-    parser.add_argument("--cases", default="models", choices=SETS)
+    parser.add_argument("--cases", default="all", choices=SETS)
     parser.add_argument("--kernels", default="", help="regular expression on the kernel's name")
     args = parser.parse_args()
     found = rows(SETS[args.cases], args.targets, args.kernels)

@@ -802,19 +802,18 @@ def _unit(x: Tensor) -> Tensor:
 class _Plan:
     """What the launchers of one call share: sizes, constants and configurations."""
 
-    def __init__(self, q: Tensor, grid_h: int, grid_w: int):
-        self.batch, self.heads, self.tokens, dim = q.shape
-        self.grid = grid_h, grid_w
+    def __init__(self, shape: torch.Size, half: bool, grid: tuple[int, int], family: str, precision: str):
+        self.batch, self.heads, self.tokens, dim = shape
+        self.grid = grid
         # float32 tiles of a whole key row do not fit: it takes the loops at any N
-        precision = _precision(q.dtype)
-        self.arithmetic = "half" if q.element_size() == 2 else precision
-        self.padded = _padded(self.grid) if self.arithmetic == "half" else None
+        self.arithmetic = "half" if half else precision
+        self.padded = _padded(grid) if half else None
         self.block_d = max(16, _power_of_two(dim))
-        self.family = _family(q.device.index)
+        self.family = family
         self.lines = 32 if self.batch * self.heads >= _ENOUGH else 4  # of an axis that one program takes: its weights serve them all
         self.common = {"D": dim, "BD": self.block_d, "PRECISION": precision}
         if self.padded:
-            self.tile = {"GH": grid_h, "GW": grid_w, "GHP": self.padded[0], "GWP": self.padded[1], **self.common}
+            self.tile = {"GH": grid[0], "GW": grid[1], "GHP": self.padded[0], "GWP": self.padded[1], **self.common}
 
     def config(self, kernel: str) -> _Config:
         return _config(kernel, self.family, self.arithmetic, self.block_d)
@@ -848,6 +847,13 @@ class _Plan:
         return -(-count // self.lines) * -(-size // rows)
 
 
+_cached_plan = functools.lru_cache(maxsize=1024)(_Plan)  # microseconds of every call
+
+
+def _plan(q: Tensor, grid_h: int, grid_w: int) -> _Plan:
+    return _cached_plan(q.shape, q.dtype != torch.float32, (grid_h, grid_w), _family(q.device.index), _precision(q.dtype))
+
+
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gating: Tensor, grid_h: int, grid_w: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -856,7 +862,7 @@ def _forward(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    plan = _Plan(q, grid_h, grid_w)
+    plan = _plan(q, grid_h, grid_w)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     scale_log2 = scale * _LOG2E.value
     with torch.cuda.device_of(q):
@@ -902,7 +908,7 @@ def _backward(
     dq, dk, dv = operator.empty_heads(q), operator.empty_heads(k), operator.empty_heads(v)
     if dq.numel() == 0:
         return dq, dk, dv, torch.zeros_like(pos_weight), torch.zeros_like(gating)
-    plan = _Plan(q, grid_h, grid_w)
+    plan = _plan(q, grid_h, grid_w)
     with torch.cuda.device_of(q):
         launch = _backward_tile if plan.padded else _backward_loop
         part = launch(plan, grad_out, q, k, v, pos_weight, gating, out, lse, dq, dk, dv, scale)
