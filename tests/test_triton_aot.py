@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,10 +51,16 @@ def older(tmp_path_factory):
     if not (folder / "triton").exists():
         if importlib.util.find_spec("pip") is None:
             pytest.skip("no pip to install an older Triton with")
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), f"triton=={OLDER}"]
+        fresh = folder.with_name(f"{folder.name}-{os.getpid()}")  # renamed when whole: other test workers may be at it too
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(fresh), f"triton=={OLDER}"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
+            shutil.rmtree(fresh, ignore_errors=True)
             pytest.skip(f"Triton {OLDER} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
+        try:
+            fresh.rename(folder)
+        except OSError:  # another worker was faster
+            shutil.rmtree(fresh)
     return folder
 
 
