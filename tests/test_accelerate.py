@@ -80,11 +80,25 @@ def test_geometry_comes_from_the_patch_embedding():
     close(model(x), ours(x))
 
 
+def test_perceptrons():
+    """Ours take over, unless there is a norm between the layers, which ours would leave out."""
+    model = timm_model().eval()
+    model.blocks[0].mlp.norm = torch.nn.LayerNorm(model.blocks[0].mlp.fc1.out_features)
+    expected = model(X)
+    convit.accelerate(model)
+    assert [type(block.mlp).__module__.split(".")[0] for block in model.blocks] == ["timm"] + ["convit"] * 3
+    close(model(X), expected)
+
+
 def test_fair_like_modules():
-    """FAIR's modules have the same attributes and names under another package, and cache the indices as a plain attribute."""
+    """FAIR's modules have other bases, cache the indices as a plain attribute, and its perceptrons hold one dropout for both places."""
 
     class GPSA(timm.models.convit.GPSA):
         pass
+
+    class Mlp(torch.nn.Module):
+        def forward(self, x):
+            return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
     model = timm_model().eval()
     expected = model(X)
@@ -93,7 +107,13 @@ def test_fair_like_modules():
         rel = block.attn._buffers.pop("rel_indices")
         block.attn.__dict__["rel_indices"] = rel
         block.attn.current_grid_size = 4
+    for block in model.blocks:
+        block.mlp.__class__ = Mlp
+        block.mlp.drop = block.mlp.drop1
+        del block.mlp.drop1, block.mlp.drop2, block.mlp.norm
+    close(model(X), expected)
     convit.accelerate(model)
+    assert not any(type(block.mlp) is Mlp for block in model.blocks)
     close(model(X), expected)
 
 

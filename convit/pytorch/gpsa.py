@@ -93,10 +93,10 @@ class GPSA(nn.Module):
         """
         batch, tokens, dim = x.shape
         q, k = self._query_key(x)
-        v = self.v(x).view(batch, tokens, self.num_heads, -1).transpose(1, 2)
+        v = ops.linear(self.v, x).view(batch, tokens, self.num_heads, -1).transpose(1, 2)
         dropout_p = self.attn_drop.p if self.training else 0.0
         out = ops.gpsa(q, k, v, self._position_weight(), self.gating_param, self._grid(tokens, grid), scale=self.scale, dropout_p=dropout_p)
-        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, tokens, dim)))
+        return self.proj_drop(ops.linear(self.proj, out.transpose(1, 2).reshape(batch, tokens, dim)))
 
     def get_attention(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """The gated mix of the two softmaxes, [B, H, N, N], after attention dropout; formed in full, for looking at."""
@@ -124,7 +124,7 @@ class GPSA(nn.Module):
 
     def _query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
         batch, tokens, _ = x.shape
-        q, k = self.qk(x).view(batch, tokens, 2, self.num_heads, -1).unbind(2)
+        q, k = ops.linear(self.qk, x).view(batch, tokens, 2, self.num_heads, -1).unbind(2)
         return q.transpose(1, 2), k.transpose(1, 2)
 
     def _position_weight(self) -> Tensor:
@@ -183,7 +183,7 @@ class MHSA(nn.Module):
         q, k, v = self._query_key_value(x)
         dropout_p = self.attn_drop.p if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=self.scale)
-        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, tokens, dim)))
+        return self.proj_drop(ops.linear(self.proj, out.transpose(1, 2).reshape(batch, tokens, dim)))
 
     def get_attention_map(self, x: Tensor, return_map: bool = False, grid: tuple[int, int] | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Mean attention distance in patches per head, [H]; with ``return_map`` also the map averaged over the batch, [H, N, N].
@@ -206,7 +206,7 @@ class MHSA(nn.Module):
 
     def _query_key_value(self, x: Tensor) -> tuple[Tensor, ...]:
         batch, tokens, _ = x.shape
-        return self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return ops.linear(self.qkv, x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def _check_heads(dim: int, num_heads: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from convit import ops
 from convit.pytorch.gpsa import GPSA, MHSA
 
 Size = int | tuple[int, int]
@@ -86,7 +87,7 @@ class Mlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+        return self.drop2(ops.linear(self.fc2, self.drop1(ops.linear(self.fc1, x, self.act))))
 
 
 class DropPath(nn.Module):

@@ -1,0 +1,143 @@
+"""The linear layers through oneDNN: values and gradients against float64, and everything that must still reach the layer itself."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import convit
+from convit import ops
+from convit.kernels.layers import cpu_onednn
+
+if reason := cpu_onednn.why_not(torch.zeros(1, 1), torch.zeros(1, 1)):
+    pytest.skip(reason, allow_module_level=True)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """How many products went through oneDNN."""
+    calls = []
+    product = cpu_onednn._product
+    monkeypatch.setattr(cpu_onednn, "_product", lambda *args: calls.append(args) or product(*args))
+    return calls
+
+
+def layer(i=24, o=40, bias=True):
+    torch.manual_seed(0)
+    return nn.Linear(i, o, bias=bias)
+
+
+def error(actual, exact):
+    return ((actual.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 196, 192), (2, 5, 3, 33), (1, 777)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("approximate", [None, "none", "tanh"])
+def test_values_and_gradients(shape, bias, approximate, products):
+    fc = layer(shape[-1], 2 * shape[-1] + 1, bias)
+    act = approximate and nn.GELU(approximate)
+    x = torch.randn(shape)
+    grad = torch.randn(*shape[:-1], fc.out_features)
+
+    def run(linear, layer, x):
+        x = x.clone().requires_grad_()
+        y = linear(layer, x)
+        return y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], grad.to(y.dtype))
+
+    plain = lambda layer, x: layer(x) if act is None else act(layer(x))  # noqa: E731
+    exact = run(plain, copy.deepcopy(fc).double(), x.double())
+    eager = run(plain, fc, x)
+    ours = run(lambda layer, x: ops.linear(layer, x, act), fc, x)
+    assert len(products) == 3  # forward, dx, dweight
+    with torch.inference_mode():
+        ours = *ours, ops.linear(fc, x, act)
+    for actual, other, truth in zip(ours, (*eager, eager[0]), (*exact, exact[0]), strict=True):
+        assert actual.shape == truth.shape
+        assert error(actual, truth) <= max(2 * error(other, truth), 2e-7)
+
+
+def test_nan_infinity_and_large_values():
+    fc = layer(1, 1, bias=False)
+    nn.init.ones_(fc.weight)
+    x = torch.tensor([float("nan"), float("inf"), 1e30, -1e30, 0.0])[:, None]
+    for approximate in ("none", "tanh"):
+        act = nn.GELU(approximate)
+        with torch.inference_mode():
+            torch.testing.assert_close(ops.linear(fc, x, act), act(x.double()).float(), equal_nan=True)
+
+
+def test_expanded_gradient_and_second_derivative():
+    fc, x = layer(), torch.randn(6, 24, requires_grad=True)
+    for square in (lambda f: f(x).pow(3).sum(), lambda f: f(x).sum()):
+        grads = []
+        for f in (fc, lambda x: ops.linear(fc, x)):
+            (dx,) = torch.autograd.grad(square(f), x, create_graph=True)
+            grads.append((dx, *torch.autograd.grad(dx.square().sum(), fc.weight)))
+        assert all(error(ours, theirs) < 1e-6 for theirs, ours in zip(*grads, strict=True))
+
+
+def test_frozen_parts_get_no_gradient(products):
+    fc, x = layer().requires_grad_(False), torch.randn(2, 24, requires_grad=True)
+    ops.linear(fc, x).sum().backward()
+    assert len(products) == 2 and fc.weight.grad is None and x.grad is not None
+
+
+def test_a_changed_weight_is_seen(products):
+    fc, x = layer(), torch.randn(5, 24)
+    with torch.no_grad():
+        ops.linear(fc, x)
+        fc.weight.data.mul_(2)
+        torch.testing.assert_close(ops.linear(fc, x), fc(x))
+    assert products
+
+
+def test_hooks_and_replacements_are_called(products):
+    x = torch.randn(5, 24)
+    hooked, seen = layer(), []
+    handle = hooked.register_forward_hook(lambda *args: seen.append("layer"))
+    ops.linear(hooked, x)
+    handle.remove()
+    act = nn.GELU()
+    act.register_forward_hook(lambda *args: seen.append("act"))
+    with torch.no_grad():
+        ops.linear(hooked, x, act)
+    assert seen == ["layer", "act"] and len(products) == 1
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: seen.append("global"))
+    ops.linear(hooked, x)
+    handle.remove()
+    replaced = layer()
+    replaced.forward = lambda x: seen.append("replaced")
+    ops.linear(replaced, x)
+    lora = nn.Sequential(layer())
+    torch.testing.assert_close(ops.linear(lora, x), lora(x))
+    assert seen == ["layer", "act", "global", "replaced"] and len(products) == 1
+
+
+def test_who_watches_the_operators_sees_them(products):
+    fc, x = layer(), torch.randn(5, 24)
+    with FlopCounterMode(display=False) as counter:
+        ops.linear(fc, x)
+    assert counter.get_total_flops() == 2 * 5 * 24 * 40
+    mapped = torch.func.vmap(lambda x: ops.linear(fc, x))(x[:, None])
+    torch.testing.assert_close(mapped[:, 0], fc(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.linear(fc, x).dtype == torch.bfloat16
+    with convit.use_backend("reference"):
+        ops.linear(fc, x)
+    with torch.backends.mkldnn.flags(enabled=False):
+        ops.linear(fc, x)
+    ops.linear(copy.deepcopy(fc).double(), x.double())
+    assert not products
+
+
+def test_every_layer_of_a_model(products):
+    model = convit.create_model("convit_tiny", img_size=32, num_classes=5).eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        ours = model(x)
+        assert len(products) == 10 * 5 + 2 * 4
+        with convit.use_backend("reference"):
+            assert error(ours, model.double()(x.double())) < 2e-6
