@@ -1,11 +1,13 @@
-"""``convit.gpsa`` for torch tensors: check the arguments, choose a backend, call it. And the linear layers around it."""
+"""``convit.gpsa`` for torch tensors: check the arguments, choose a backend, call it. Beside it, the plain attention and linear layers."""
 
+import math
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from convit.backends import Problem, choose, forced_backend
+from convit.backends import Problem, choose, forced_backend, why_not
 from convit.kernels.layers import cpu_onednn
 
 Grid: TypeAlias = tuple[int, int]
@@ -58,6 +60,23 @@ def gpsa(
     kernel = choose(problem, forced_backend(backend))
     scale = head_dim**-0.5 if scale is None else float(scale)
     return kernel.gpsa(q, k, v, pos_weight, gating, (gh, gw), scale, dropout_p)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float = 0.0) -> Tensor:
+    """Plain softmax attention, [B, H, N, D] each, as ``scaled_dot_product_attention``; float32 on CPU through the faster ``cpp`` kernel.
+
+    PyTorch's own runs where another backend is forced, and where autocast, a dispatch mode or a function transform is at work.
+    """
+    batch, heads, tokens, head_dim = q.shape
+    problem = Problem("torch", q.device.type, str(q.dtype)[6:], batch, heads, tokens, head_dim, (1, tokens), dropout_p)
+    usual = q.dtype != torch.float32 or q.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing()
+    watched = not torch.compiler.is_compiling() and (
+        torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+    if usual or watched or forced_backend(None) not in (None, "cpp") or why_not("cpp", problem):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+    shut = q.new_full((heads,), -math.inf)  # the gate that leaves content alone: such a head costs no position
+    return choose(problem, "cpp").gpsa(q, k, v, q.new_zeros(heads, 3), shut, (1, tokens), scale, 0.0)
 
 
 def linear(layer: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:

@@ -90,15 +90,34 @@ void for_parts(i64 parts, int threads, const Run& run) {
 
 float sigmoid(float x) { return float(1.0 / (1.0 + std::exp(-double(x)))); }
 
-// px [H][gw][gw], then py [H][gh][gh]
-std::unique_ptr<float, Free> position_tables(const Kernels& k, const Shape& s, const float* pos_weight) {
-    const i64 gh = s.grid_h, gw = s.grid_w, both = s.heads * (gw * gw + gh * gh);
-    auto tables = scratch(both + std::max(gh, gw) + 16);
-    float* px = tables.get();
-    float* py = px + s.heads * gw * gw;
-    for (i64 h = 0; h < s.heads; ++h) k.tables(pos_weight + 3 * h, gh, gw, px + h * gw * gw, py + h * gh * gh, tables.get() + both);
-    return tables;
-}
+// The position softmaxes of the heads. A shut gate, sigmoid 0, leaves plain attention: that head has no tables and costs no position.
+class Tables {
+  public:
+    // py is scaled by the gate if `gated`
+    Tables(const Kernels& kern, const Shape& s, const float* pos_weight, const float* gating, bool gated) : px_(std::size_t(s.heads)) {
+        size_x_ = s.grid_w * s.grid_w;
+        const i64 size = size_x_ + s.grid_h * s.grid_h;
+        for (i64 h = 0; h < s.heads; ++h) open_ += sigmoid(gating[h]) != 0.f;  // also of NaN
+        memory_ = scratch(open_ * size + std::max(s.grid_h, s.grid_w) + 16);
+        float* px = memory_.get();
+        for (i64 h = 0; h < s.heads; ++h) {
+            const float gate = sigmoid(gating[h]);
+            if (gate == 0.f) continue;
+            kern.tables(pos_weight + 3 * h, s.grid_h, s.grid_w, px, px + size_x_, memory_.get() + open_ * size);
+            for (i64 i = size_x_; gated && i < size; ++i) px[i] *= gate;
+            px_[std::size_t(h)] = px;
+            px += size;
+        }
+    }
+    const float* px(i64 h) const { return px_[std::size_t(h)]; }
+    const float* py(i64 h) const { return px(h) == nullptr ? nullptr : px(h) + size_x_; }
+    bool any() const { return open_ > 0; }
+
+  private:
+    i64 open_ = 0, size_x_;
+    std::vector<const float*> px_;
+    std::unique_ptr<float, Free> memory_;
+};
 
 }  // namespace
 
@@ -113,15 +132,9 @@ std::vector<std::string> instruction_sets() {
 void gpsa_forward(const Shape& s, Heads q, Heads k, Heads v, const float* pos_weight, const float* gating, MutableHeads out, float* lse,
                   int threads) {
     const Kernels& kern = kernels();
-    const i64 n = s.tokens(), heads = s.batch * s.heads, gw = s.grid_w, gh = s.grid_h;
+    const i64 n = s.tokens(), heads = s.batch * s.heads;
     if (heads == 0 || n == 0 || s.dim == 0) return;
-    auto tables = position_tables(kern, s, pos_weight);
-    float* px = tables.get();
-    float* py = px + s.heads * gw * gw;
-    for (i64 h = 0; h < s.heads; ++h) {
-        const float gate = sigmoid(gating[h]);
-        for (i64 i = 0; i < gh * gh; ++i) py[h * gh * gh + i] *= gate;
-    }
+    const Tables tables(kern, s, pos_weight, gating, true);
     // Enough parts to keep every thread busy to the end, but each part packs its head's keys and values anew.
     const i64 blocks = (n + kern.query_block - 1) / kern.query_block;
     i64 chunks = 1;
@@ -133,7 +146,7 @@ void gpsa_forward(const Shape& s, Heads q, Heads k, Heads v, const float* pos_we
     auto memory = scratch(per_worker * workers);
     for_parts(heads * chunks, workers, [&](i64 part, int worker) {
         const i64 head = part / chunks, b = head / s.heads, h = head % s.heads, begin = part % chunks * per_chunk;
-        kern.forward({&s, q, k, v, out, lse + head * n, px + h * gw * gw, py + h * gh * gh, sigmoid(-gating[h]), b, h, begin,
+        kern.forward({&s, q, k, v, out, lse + head * n, tables.px(h), tables.py(h), sigmoid(-gating[h]), b, h, begin,
                       std::min(n, begin + per_chunk), memory.get() + worker * per_worker});
     });
 }
@@ -141,20 +154,18 @@ void gpsa_forward(const Shape& s, Heads q, Heads k, Heads v, const float* pos_we
 void gpsa_backward(const Shape& s, Heads grad_out, Heads q, Heads k, Heads v, const float* pos_weight, const float* gating,
                    const float* lse, MutableHeads dq, MutableHeads dk, MutableHeads dv, float* dpos_weight, float* dgating, int threads) {
     const Kernels& kern = kernels();
-    const i64 n = s.tokens(), heads = s.batch * s.heads, gw = s.grid_w, gh = s.grid_h;
+    const i64 n = s.tokens(), heads = s.batch * s.heads;
     std::fill(dpos_weight, dpos_weight + 3 * s.heads, 0.f);
     std::fill(dgating, dgating + s.heads, 0.f);
     if (heads == 0 || n == 0 || s.dim == 0) return;
-    auto tables = position_tables(kern, s, pos_weight);
-    const float* px = tables.get();
-    const float* py = px + s.heads * gw * gw;
-    const i64 per_worker = lines(kern.backward_scratch(s));
+    const Tables tables(kern, s, pos_weight, gating, false);
+    const i64 per_worker = lines(kern.backward_scratch(s, tables.any()));
     const int workers = int(std::min<i64>(threads, heads));
     auto memory = scratch(per_worker * workers);
     std::vector<double> partial(std::size_t(heads) * 4);
     for_parts(heads, workers, [&](i64 head, int worker) {
         const i64 b = head / s.heads, h = head % s.heads;
-        kern.backward({&s, grad_out, q, k, v, dq, dk, dv, lse + head * n, px + h * gw * gw, py + h * gh * gh, sigmoid(gating[h]),
+        kern.backward({&s, grad_out, q, k, v, dq, dk, dv, lse + head * n, tables.px(h), tables.py(h), sigmoid(gating[h]),
                        sigmoid(-gating[h]), b, h, partial.data() + 4 * head, memory.get() + worker * per_worker});
     });
     for (i64 h = 0; h < s.heads; ++h) {

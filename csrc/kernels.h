@@ -11,7 +11,7 @@ struct ForwardJob {
     Heads q, k, v;
     MutableHeads out;
     float* lse;                // of this head, [N]
-    const float *px, *py;      // of this head, [gw][gw] and [gh][gh]; py is scaled by g
+    const float *px, *py;      // of this head, [gw][gw] and [gh][gh]; py is scaled by g. Null where g is 0
     float content_gate;        // 1 - g
     std::int64_t b, h;
     std::int64_t begin, end;   // queries; begin is a multiple of query_block
@@ -23,7 +23,7 @@ struct BackwardJob {
     Heads grad_out, q, k, v;
     MutableHeads dq, dk, dv;
     const float* lse;
-    const float *px, *py;      // py is not scaled
+    const float *px, *py;      // py is not scaled. Null where g is 0
     float gate, content_gate;  // g, 1 - g
     std::int64_t b, h;
     double* partial;           // [4]: dpos_weight / g of this head and batch, then dgating / (g (1 - g))
@@ -33,8 +33,8 @@ struct BackwardJob {
 struct Kernels {
     const char* name;
     std::int64_t query_block;
-    std::int64_t (*forward_scratch)(const Shape&);   // floats
-    std::int64_t (*backward_scratch)(const Shape&);  // floats
+    std::int64_t (*forward_scratch)(const Shape&);                  // floats
+    std::int64_t (*backward_scratch)(const Shape&, bool position);  // floats; without position if every head's tables are null
     void (*tables)(const float* pos_weight, std::int64_t gh, std::int64_t gw, float* px, float* py, float* row);
     void (*forward)(const ForwardJob&);
     void (*backward)(const BackwardJob&);

@@ -217,6 +217,27 @@ struct Rescale {
     }
 };
 
+// The last tile of keys: to[r] = (acc + before[r] * factor[r]) * weight[r] + position[r]; `before` is null if this tile is also the first.
+struct Finish {
+    float* to;
+    i64 ld_to;
+    const float *before, *position;
+    i64 ld;
+    const float *factor, *weight;
+    template <int R, int NV>
+    __attribute__((always_inline)) inline void operator()(i64 row, i64 col, vec (&acc)[R][NV]) const {
+        CONVIT_UNROLL
+        for (int r = 0; r < R; ++r)
+            CONVIT_UNROLL
+            for (int n = 0; n < NV; ++n) {
+                const i64 at = (row + r) * ld + col + n * W;
+                vec sum = acc[r][n];
+                if (before != nullptr) sum += load(before + at) * factor[row + r];
+                store(to + (row + r) * ld_to + col + n * W, sum * weight[row + r] + load(position + at));
+            }
+    }
+};
+
 // Store, and the maximum of each column. A NaN does not show in the maximum; it does in the sum that follows.
 struct StoreMax {
     float* c;
@@ -413,7 +434,7 @@ static void tables(const float* w, i64 gh, i64 gw, float* px, float* py, float* 
 
 struct ForwardScratch {
     i64 padded;  // D rounded up to whole vectors
-    float *k, *v, *along_x, *position, *rows, *qt, *st, *o, *max, *sum, *factor;
+    float *k, *v, *along_x, *position, *rows, *qt, *st, *o, *max, *sum, *factor, *weight;
     i64 size;
 
     __attribute__((always_inline)) inline ForwardScratch(const Shape& s, float* base) {
@@ -436,6 +457,7 @@ struct ForwardScratch {
         max = take(query_block);
         sum = take(query_block);
         factor = take(query_block);
+        weight = take(query_block);
         size = at;
     }
 };
@@ -458,8 +480,12 @@ static void forward(const ForwardJob& job) {
     load_rows(s.dtype, job.k, job.b, job.h, 0, n, dim, padded, x.k);
     load_rows(s.dtype, job.v, job.b, job.h, 0, n, dim, padded, x.v);
     const i64 y0 = job.begin / s.grid_w, y1 = (job.end - 1) / s.grid_w + 1;
-    position_product(s, job.px, job.py, y0, y1, x.v, padded, x.along_x, x.position);
+    if (job.px != nullptr)
+        position_product(s, job.px, job.py, y0, y1, x.v, padded, x.along_x, x.position);
+    else
+        for (i64 i = 0; i < n * padded; i += W) store(x.position + i, vec{});
 
+    const bool direct = s.dtype == DType::float32 && dim == padded;  // whole vectors: the product writes the output itself
     for (i64 i0 = job.begin; i0 < job.end; i0 += query_block) {
         const i64 count = min(query_block, job.end - i0), cols = round_up(count, W);
         const float* rows = x.rows;
@@ -475,6 +501,8 @@ static void forward(const ForwardJob& job) {
             x.max[c] = lowest;
             x.sum[c] = 0.f;
         }
+        float* to = direct ? static_cast<float*>(job.out.data) + job.b * job.out.stride_b + job.h * job.out.stride_h + i0 * job.out.stride_n : x.o;
+        const i64 to_stride = direct ? job.out.stride_n : padded;
         for (i64 j0 = 0; j0 < n; j0 += key_tile) {
             const i64 keys = min(key_tile, n - j0);
             vec before[query_vectors];
@@ -501,17 +529,19 @@ static void forward(const ForwardJob& job) {
                 store(x.factor + c, shrink);
                 store(x.sum + c, load(x.sum + c) * shrink + ((part[0] + part[1]) + (part[2] + part[3])));
             }
-            if (j0 == 0)
-                multiply<false>(count, padded, keys, x.st, cols, x.v, padded, Store{x.o, padded});
-            else
-                multiply<false>(count, padded, keys, x.st, cols, x.v + j0 * padded, padded, Rescale{x.o, padded, x.factor});
+            const float* v = x.v + j0 * padded;
+            if (j0 + keys == n) {
+                for (i64 c = 0; c < cols; c += W) store(x.weight + c, job.content_gate / load(x.sum + c));
+                const Finish finish{to, to_stride, j0 == 0 ? nullptr : x.o, x.position + (i0 - y0 * s.grid_w) * padded, padded, x.factor, x.weight};
+                multiply<false>(count, padded, keys, x.st, cols, v, padded, finish);
+            } else if (j0 == 0) {
+                multiply<false>(count, padded, keys, x.st, cols, v, padded, Store{x.o, padded});
+            } else {
+                multiply<false>(count, padded, keys, x.st, cols, v, padded, Rescale{x.o, padded, x.factor});
+            }
         }
         for (i64 i = 0; i < count; ++i) {
-            float* o = x.o + i * padded;
-            const float* position = x.position + (i0 + i - y0 * s.grid_w) * padded;
-            const float weight = job.content_gate / x.sum[i];
-            for (i64 d = 0; d < padded; d += W) store(o + d, load(o + d) * weight + load(position + d));
-            store_row(s.dtype, job.out, job.b, job.h, i0 + i, dim, o);
+            if (!direct) store_row(s.dtype, job.out, job.b, job.h, i0 + i, dim, x.o + i * padded);
             job.lse[i0 + i] = (x.max[i] + __builtin_log2f(x.sum[i])) * ln_2;
         }
     }
@@ -524,7 +554,7 @@ struct BackwardScratch {
     float *k, *v, *grad, *dk, *dv, *lines, *dpx, *dpy, *rows, *qt, *gt, *p, *dp, *dq, *lse, *sum, *delta;
     i64 size;
 
-    __attribute__((always_inline)) inline BackwardScratch(const Shape& s, float* base) {
+    __attribute__((always_inline)) inline BackwardScratch(const Shape& s, bool position, float* base) {
         const i64 n = s.tokens();
         padded = round_up(s.dim, W);
         i64 at = 0;
@@ -539,8 +569,8 @@ struct BackwardScratch {
         dk = take(n * padded);
         dv = take(n * padded);
         lines = dk;  // the positional half is done before dk is begun
-        dpx = take(s.grid_w * s.grid_w);
-        dpy = take(s.grid_h * s.grid_h);
+        dpx = take(position ? s.grid_w * s.grid_w : 0);
+        dpy = take(position ? s.grid_h * s.grid_h : 0);
         rows = take(backward_block * padded);
         qt = take(padded * backward_block);
         gt = take(padded * backward_block);
@@ -554,7 +584,7 @@ struct BackwardScratch {
     }
 };
 
-static i64 backward_scratch(const Shape& s) { return BackwardScratch(s, nullptr).size; }
+static i64 backward_scratch(const Shape& s, bool position) { return BackwardScratch(s, position, nullptr).size; }
 
 // Through one table's softmax to its two weights: adds to the linear and the square weight's gradient, returns sum(table * grad).
 static double table_gradient(const float* table, const float* grad, i64 size, double& linear, double& square) {
@@ -577,6 +607,10 @@ static double table_gradient(const float* table, const float* grad, i64 size, do
 static double position_backward(const BackwardJob& job, const BackwardScratch& x) {
     const Shape& s = *job.shape;
     const i64 gh = s.grid_h, gw = s.grid_w, padded = x.padded, line = gw * padded;
+    if (job.px == nullptr) {
+        for (i64 i = 0; i < gh * line; i += W) store(x.dv + i, vec{});
+        return 0;
+    }
     double* dw = job.partial;
     // along y first: lines[s][x] = sum_t py[s][t] v[t][x]; then dpx[x][z] = sum_s grad[s][x] . lines[s][z]
     multiply<true>(gh, line, gh, job.py, gh, x.v, line, Store{x.lines, line});
@@ -596,7 +630,7 @@ static double position_backward(const BackwardJob& job, const BackwardScratch& x
 static void backward(const BackwardJob& job) {
     const Shape& s = *job.shape;
     const i64 n = s.tokens(), dim = s.dim;
-    const BackwardScratch x(s, job.scratch);
+    const BackwardScratch x(s, job.px != nullptr, job.scratch);
     const i64 padded = x.padded;
     load_rows(s.dtype, job.k, job.b, job.h, 0, n, dim, padded, x.k);
     load_rows(s.dtype, job.v, job.b, job.h, 0, n, dim, padded, x.v);

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import math
 import sys
 import threading
 
@@ -10,8 +11,10 @@ import torch
 from gpsa_cases import CASES, Case, check, make_inputs, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import convit
+from convit import ops
 from convit.backends import MODULES, Problem
 from convit.kernels.gpsa import reference
 
@@ -63,6 +66,62 @@ def test_extreme_but_finite_input_gives_finite_output(backend, scale, strength, 
         assert value.isfinite().all(), name
     truth = convit.gpsa(*inputs.cast(torch.float64), case.grid, backend="reference")
     assert (ours["out"] - truth).norm() <= 1e-4 * truth.norm()
+
+
+@pytest.mark.parametrize("backend", TORCH_BACKENDS)
+@pytest.mark.parametrize("gates", [(0.5, -200.0), (-math.inf, -math.inf)])
+def test_shut_gates_leave_plain_attention(backend, gates):
+    case = Case(2, 2, 24, (5, 7))
+    reason = convit.why_not(backend, problem(case, torch.float32))
+    if reason:
+        pytest.skip(reason)
+    inputs, grad = make_inputs(case)
+    inputs = inputs._replace(gating=torch.tensor(gates))
+    ours = run(lambda *args: convit.gpsa(*args, backend=backend), inputs, grad, case.grid)
+    check(ours, inputs, grad, case.grid, definition=backend == "reference")
+    assert not ours["dpos_weight"][1].any() and not ours["dgating"][1].any()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 197, 48), (1, 1, 1, 5), (1, 2, 1500, 16)], ids=str)
+def test_plain_attention(shape):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = torch.randn(4, *shape, generator=generator).transpose(-2, -1).contiguous().transpose(-2, -1)
+
+    def results(function, dtype):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = function(*inputs, scale=0.3)
+        return out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))
+
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    exact, theirs, ours = results(sdpa, torch.float64), results(sdpa, torch.float32), results(ops.attention, torch.float32)
+    for truth, other, actual in zip(exact, theirs, ours, strict=True):
+        errors = [((x - truth).norm() / truth.norm().clamp_min(1e-30)).item() for x in (other, actual)]
+        assert errors[1] <= max(2 * errors[0], 1e-6)
+
+
+def test_flops_are_counted():
+    case = Case(2, 3, 8, (4, 5))
+    inputs, grad = make_inputs(case)
+    forward = 2 * 2 * 3 * 20 * 8 * (2 * 20 + 4 + 5)
+    for backward, expected in ((False, forward), (True, forward * 7 // 2)):
+        with FlopCounterMode(display=False) as counter:
+            out = convit.gpsa(*(x.requires_grad_(backward) for x in inputs), case.grid, backend="cpp")
+            if backward:
+                out.backward(grad)
+        assert counter.get_total_flops() == expected
+
+
+def test_plain_attention_leaves_the_rest_to_pytorch(monkeypatch):
+    q = torch.randn(1, 2, 9, 8)
+    ours = ops.attention(q, q, q, scale=0.3)
+    seen = []
+    monkeypatch.setattr(ops.F, "scaled_dot_product_attention", lambda *args, **kwargs: seen.append(kwargs) or args[0])
+    assert ops.attention(q, q, q, scale=0.3).equal(ours) and not seen
+    ops.attention(q, q, q, scale=0.3, dropout_p=0.5)
+    ops.attention(q.bfloat16(), q.bfloat16(), q.bfloat16(), scale=0.3)
+    with convit.use_backend("reference"):
+        ops.attention(q, q, q, scale=0.3)
+    assert len(seen) == 3 and seen[0]["dropout_p"] == 0.5
 
 
 @pytest.mark.parametrize("backend", TORCH_BACKENDS)

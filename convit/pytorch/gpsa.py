@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from convit import ops
 from convit.kernels.gpsa import reference
@@ -144,7 +143,7 @@ class GPSA(nn.Module):
 
 
 class MHSA(nn.Module):
-    """Plain multi-head self-attention through ``scaled_dot_product_attention``, in place of timm's module of the same name.
+    """Plain multi-head self-attention, in place of timm's module of the same name.
 
     Args:
         dim: Channels C of the input, a multiple of ``num_heads``.
@@ -182,7 +181,7 @@ class MHSA(nn.Module):
         batch, tokens, dim = x.shape
         q, k, v = self._query_key_value(x)
         dropout_p = self.attn_drop.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=self.scale)
+        out = ops.attention(q, k, v, scale=self.scale, dropout_p=dropout_p)
         return self.proj_drop(ops.linear(self.proj, out.transpose(1, 2).reshape(batch, tokens, dim)))
 
     def get_attention_map(self, x: Tensor, return_map: bool = False, grid: tuple[int, int] | None = None) -> Tensor | tuple[Tensor, Tensor]:

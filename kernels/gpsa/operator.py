@@ -12,9 +12,11 @@ autograd and autocast.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 _library = torch.library.Library("convit", "DEF")
 _library.define(
@@ -41,6 +43,16 @@ def empty_heads(like: Tensor) -> Tensor:
 @torch.library.register_fake("convit::gpsa")
 def _fake_forward(q, k, v, pos_weight, gating, grid_h, grid_w, scale):
     return empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@register_flop_formula([torch.ops.convit.gpsa, torch.ops.convit.gpsa_backward])
+def _flops(*shapes: Any, **options: Any) -> int:
+    """For ``torch.utils.flop_counter``: q k^T, the product with v and the two contractions; backward two and a half times as much."""
+    backward = len(shapes) == 11
+    batch, heads, tokens, dim = shapes[0]
+    grid_h, grid_w = shapes[-3:-1]
+    forward = 2 * batch * heads * tokens * dim * (2 * tokens + grid_h + grid_w)
+    return forward * 5 // 2 if backward else forward
 
 
 @torch.library.register_fake("convit::gpsa_backward")
