@@ -1,4 +1,4 @@
-"""Whole models, inference at 224 x 224: ours against timm, a plain ViT and the runtimes that timm's ConViT exports to.
+"""Whole models at 224 x 224, inference and training steps: ours against timm, plain ViTs and the runtimes that timm's ConViT exports to.
 
 pytest bench/bench_model.py --benchmark-only                # add -k tiny for a part of it
 """
@@ -14,11 +14,13 @@ def cases(bench) -> list[Model]:
     names = ["convit_tiny", "convit_small", *(["convit_base"] if bench.full else [])]
     batches = (1, 8) if bench.device == "cpu" else (1, 64)
     dtypes = ["float32"] if bench.device == "cpu" else ["float32", "bfloat16"]
+    trained = names[: 2 if bench.full else 1]
     return [
-        Model(name, batch, threads, dtype, bench.device)
+        Model(name, batch, threads, dtype, bench.device, train)
         for dtype in dtypes
-        for name in names
-        for batch in batches
+        for train in (False, True)
+        for name in (trained if train else names)
+        for batch in (batches[1:] if train else batches)
         for threads in bench.threads
     ]
 

@@ -77,6 +77,12 @@ def accelerated(model: Model) -> nn.Module:
     return convit.accelerate(timm_convit(model))
 
 
+def without_gpsa(model: Model) -> nn.Module:
+    """A plain ViT made of our layers: every block MHSA. What position costs shows against it, whatever the linear layers gain."""
+    torch.manual_seed(0)
+    return convit.create_model(model.name, local_up_to_layer=0)
+
+
 def timm_vit(model: Model) -> nn.Module:
     """A plain ViT of the same width, heads and depth; its attention is the framework's fused one."""
     from timm.layers import set_fused_attn
@@ -104,7 +110,8 @@ CHECKED = 2  # images of a batch whose logits are checked
 
 def reference_outputs(model: Model, truth: str) -> tuple[Tensor, Tensor]:
     """Logits of the reference model for the first images, in float64 and in the problem's own dtype."""
-    build = timm_vit if truth == "vit" else timm_convit if find_spec("timm") else ours
+    convits = timm_convit if find_spec("timm") else ours
+    build = {"vit": timm_vit, "without GPSA": without_gpsa}.get(truth, convits)
     model = replace(model, device="cpu", train=False)
     module = _module(build, model)
     if truth == "mindcv":  # the same model with MindCV's GELU and LayerNorm
@@ -235,20 +242,24 @@ def _mindcv_python() -> str | None:
 
 
 def _mindcv_missing(model: Model) -> str | None:
-    if model.device != "cpu":
-        return "measured on cpu only"
+    if model.device != "cpu" or model.train:
+        return "measured for inference on cpu only"
     if _mindcv_python() is None:
         return "not installed here, and CONVIT_BENCH_MINDCV does not name the Python of an environment that has it and MindSpore"
     return None
 
 
-def _needs(*modules: str, device: str | None = None) -> Callable[[Model], str | None]:
+def _needs(*modules: str, runtime: bool = False) -> Callable[[Model], str | None]:
+    """What a competitor lacks: modules, and where it is another runtime what it cannot do or be held to."""
+
     def missing(model: Model) -> str | None:
         absent = [name for name in modules if find_spec(name) is None]
         if absent:
             return f"{' and '.join(absent)} not installed"
-        if device and model.device != device:
-            return f"runs on {device} only"
+        if runtime and (model.device != "cpu" or model.train):
+            return "inference on cpu only"
+        if runtime and (isa := os.environ.get("CONVIT_CPU_ISA")):
+            return f"its matrix products cannot be held to {isa}"
         return None
 
     return missing
@@ -291,8 +302,9 @@ def model_peers(device: str) -> list[Peer]:
         torch_peer("convit.accelerate(timm)", accelerated, is_ours=True),
         torch_peer("timm convit eager", timm_convit),
         torch_peer("timm ViT with SDPA", timm_vit, truth="vit"),
+        Peer("convit without GPSA", lambda model: _torch_call(_module(without_gpsa, model), model), truth="without GPSA"),
         Peer("torch.compile(timm)", compiled, timm, truth="convit", slow=compiles),
-        Peer("ONNX Runtime", _onnxruntime, _needs(*runtimes, "onnxruntime", device="cpu"), truth="convit"),
-        Peer("OpenVINO", _openvino, _needs(*runtimes, "openvino", device="cpu"), truth="convit"),
+        Peer("ONNX Runtime", _onnxruntime, _needs(*runtimes, "onnxruntime", runtime=True), truth="convit"),
+        Peer("OpenVINO", _openvino, _needs(*runtimes, "openvino", runtime=True), truth="convit"),
         Peer("MindCV, graph mode", _MindCV, _mindcv_missing, truth="mindcv", slow=compiles),
     ]

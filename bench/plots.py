@@ -15,6 +15,7 @@ OURS = "#c1272d"
 COLOURS = {
     "plain SDPA": "#33608c",
     "timm ViT with SDPA": "#33608c",
+    "convit without GPSA": "#86a9cf",
     "timm eager": "#8a8a8a",
     "timm convit eager": "#8a8a8a",
     "SDPA + dense P@v": "#c9a227",

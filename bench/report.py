@@ -195,35 +195,32 @@ def core_table(run: Run) -> str:
 
 
 def model_table(run: Run) -> str:
-    def case(e: Entry) -> str:
-        return f"{e.problem['name']}, batch {e.problem['batch']}"
-
     def own(e: Entry) -> list[str]:
         return [f"{e.problem['batch'] / e.median:.1f}"]
 
-    return _versus(run, run.kind("model"), case, own, ("whole model", "{mine}, images/s"))
+    return _versus(run, run.kind("model"), _case, own, ("whole model", "{mine}, images/s"))
 
 
 def _case(e: Entry) -> str:
     if e.info["kind"] == "model":
-        return f"{e.problem['name']}, batch {e.problem['batch']}"
+        return f"{e.problem['name']}, batch {e.problem['batch']}{', training step' if e.problem.get('train') else ''}"
     return f"attention, {'fwd+bwd' if e.problem['backward'] else 'fwd'} {e.shape}"
 
 
 def headline_table(run: Run) -> str:
-    """The widest thread count only: ours, timm, and the same without position."""
+    """The widest thread count only: ours, timm, the same without position, and our own layers without it."""
     rows = []
     for entries in [*_core_groups(run), *run.kind("model")]:
         mine = leader(entries)
         if mine is None or mine.problem["threads"] != run.threads:
             continue
         eager = next((e for e in entries if e.peer in ("timm eager", "timm convit eager")), None)
-        plain = _find(entries, YARDSTICK[mine.info["kind"]])
+        plain, bare = _find(entries, YARDSTICK[mine.info["kind"]]), _find(entries, "convit without GPSA")
         own = f"{mine.problem['batch'] / mine.median:.1f} images/s" if mine.info["kind"] == "model" else f"{_milliseconds(mine.median)} ms"
         case = _case(mine) if run.on_cpu else f"{_case(mine)}, {mine.problem['dtype']}"
-        rows.append([case, own, *("–" if e is None else _times(e.over(mine)) + "×" for e in (eager, plain))])
+        rows.append([case, own, *("–" if e is None else _times(e.over(mine)) + "×" for e in (eager, plain, bare))])
     where = f", {run.threads} threads" if run.on_cpu else ""
-    header = [run.record["device"] + where, "ours", "timm eager", "without position: plain SDPA, timm ViT"]
+    header = [run.record["device"] + where, "ours", "timm eager", "without position: plain SDPA, timm ViT", "our layers without GPSA"]
     return _table(header, rows) if rows else ""
 
 
