@@ -1,7 +1,7 @@
 """``convit.gpsa`` for torch tensors: check the arguments, choose a backend, call it. Beside it, the plain attention and linear layers."""
 
 import math
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def gpsa(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float = 0.0) -> Tensor:
-    """Plain softmax attention, [B, H, N, D] each, as ``scaled_dot_product_attention``; float32 on CPU through the faster ``cpp`` kernel.
+    """Plain softmax attention, as ``scaled_dot_product_attention``; float32 on CPU, N queries to N keys, through the faster ``cpp`` kernel.
 
     PyTorch's own runs where another backend is forced, and where autocast, a dispatch mode or a function transform is at work.
     """
@@ -73,7 +73,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float
     watched = not torch.compiler.is_compiling() and (
         torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
     )
-    if usual or watched or forced_backend(None) not in (None, "cpp") or why_not("cpp", problem):
+    if usual or watched or k.shape != q.shape or forced_backend(None) not in (None, "cpp") or why_not("cpp", problem):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     shut = q.new_full((heads,), -math.inf)  # the gate that leaves content alone: such a head costs no position
     return choose(problem, "cpp").gpsa(q, k, v, q.new_zeros(heads, 3), shut, (1, tokens), scale, 0.0)
@@ -85,26 +85,20 @@ def linear(layer: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     Layers that somebody has replaced, subclassed or hooked are called as they are, and so is every layer where a backend other than
     ``cpp`` is forced: those run PyTorch's own operators.
     """
-    if _plain(layer, nn.Linear) and forced_backend(None) in (None, "cpp") and cpu_onednn.why_not(x, layer.weight) is None:
-        gelu = act.approximate if _plain(act, nn.GELU) else None
+    if type(layer) is nn.Linear and bare(layer) and forced_backend(None) in (None, "cpp") and cpu_onednn.why_not(x, layer.weight) is None:
+        gelu = act.approximate if type(act) is nn.GELU and bare(act) else None
         y = cpu_onednn.linear(x, layer.weight, layer.bias, gelu)
         return y if act is None or gelu else act(y)
     y = layer(x)
     return y if act is None else act(y)
 
 
-def _plain(module: Any, kind: type[nn.Module]) -> bool:
-    """Whether calling ``module`` would run ``kind.forward`` and nothing else."""
-    if type(module) is not kind or "forward" in module.__dict__:
-        return False
-    return not (
-        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks or _global_hooks()
-    )
-
-
-def _global_hooks() -> bool:
+def bare(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs the ``forward`` of its class and nothing else: no hook, no replacement on the instance."""
     own = nn.modules.module
-    return bool(own._global_forward_pre_hooks or own._global_forward_hooks or own._global_backward_pre_hooks or own._global_backward_hooks)
+    everywhere = own._global_forward_pre_hooks or own._global_forward_hooks or own._global_backward_pre_hooks or own._global_backward_hooks
+    here = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    return not (everywhere or here or "forward" in module.__dict__)
 
 
 def _check(q, k, v, pos_weight, gating, grid, dropout_p) -> None:

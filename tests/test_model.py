@@ -310,3 +310,47 @@ def test_attention_maps_equal_timms():
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     distance, attn = convit.MHSA(32, 4).get_attention_map(torch.randn(2, 50, 32), return_map=True)
     assert distance.shape == (4,) and attn.shape == (4, 50, 50)
+
+
+def test_last_block_computes_what_the_head_reads(monkeypatch):
+    """In inference the class token alone, unless somebody could see the difference."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 32, 48)
+    options = {"img_size": (32, 48), "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 5}
+    seen = []
+    norm = torch.nn.LayerNorm.forward
+    monkeypatch.setattr(torch.nn.LayerNorm, "forward", lambda self, x: seen.append(x.shape[1]) or norm(self, x))
+
+    def tokens(model, x=x):
+        """How many tokens reach the final norm; the logits must be those of all tokens."""
+        seen.clear()
+        logits = model(x)
+        last = seen[-1]
+        everything = model.forward_head(model.forward_features(x))
+        assert (logits - everything).abs().max() <= MODEL[torch.float32] * everything.abs().max()
+        return last
+
+    for options["reg_tokens"] in (0, 2):
+        for options["local_up_to_layer"] in (0, 2, 3):
+            model = convit.ConViT(**options).eval()
+            every = 6 + 1 + options["reg_tokens"]
+            with torch.no_grad():
+                assert tokens(model) == 1
+            assert tokens(model) == every  # gradients may be wanted
+    with torch.no_grad():
+        assert model.train()(x).shape == (2, 5) and seen[-1] == every
+        model.eval()
+        handle = model.blocks[-1].mlp.fc1.register_forward_hook(lambda *args: None)
+        assert tokens(model) == every
+        handle.remove()
+        assert tokens(model) == 1
+        model.reset_classifier(5, "avg")
+        assert tokens(model) == every
+        assert tokens(convit.ConViT(**options | {"local_up_to_layer": 4}).eval()) == every
+
+        class Extended(convit.ConViT):
+            def forward_features(self, x):
+                return 2 * super().forward_features(x)
+
+        model = Extended(**options).eval()
+        assert tokens(model) == every

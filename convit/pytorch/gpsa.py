@@ -176,13 +176,13 @@ class MHSA(nn.Module):
         self.proj = nn.Linear(dim, dim, **where)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend over all tokens: [B, N, C] -> [B, N, C]."""
-        batch, tokens, dim = x.shape
+    def forward(self, x: Tensor, first: int | None = None) -> Tensor:
+        """Attend over all tokens: [B, N, C] -> [B, N, C], or only from the ``first`` ones: [B, first, C]."""
+        batch, _, dim = x.shape
         q, k, v = self._query_key_value(x)
         dropout_p = self.attn_drop.p if self.training else 0.0
-        out = ops.attention(q, k, v, scale=self.scale, dropout_p=dropout_p)
-        return self.proj_drop(ops.linear(self.proj, out.transpose(1, 2).reshape(batch, tokens, dim)))
+        out = ops.attention(q[:, :, :first], k, v, scale=self.scale, dropout_p=dropout_p)
+        return self.proj_drop(ops.linear(self.proj, out.transpose(1, 2).reshape(batch, -1, dim)))
 
     def get_attention_map(self, x: Tensor, return_map: bool = False, grid: tuple[int, int] | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Mean attention distance in patches per head, [H]; with ``return_map`` also the map averaged over the batch, [H, N, N].

@@ -130,8 +130,10 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim, **where)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer, proj_drop, **where)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), grid) if self.use_gpsa else self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, grid: tuple[int, int], first: int | None = None) -> Tensor:
+        """[B, N, C] to the same, or in an MHSA block to the ``first`` tokens of it."""
+        y = self.norm1(x)
+        x = x[:, :first] + self.drop_path(self.attn(y, grid) if self.use_gpsa else self.attn(y, first))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -243,16 +245,11 @@ class ConViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] to logits [B, num_classes]."""
-        return self.forward_head(self.forward_features(x))
+        return self.forward_head(self._features(x, 1) if self._only_class_token_matters() else self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images to normalised tokens: [B, prefix + N, C], class and register tokens first."""
-        x, grid = self._embed(x)
-        for i, block in enumerate(self.blocks):
-            x = self._block(i, block, x, grid)
-        if self.local_up_to_layer == len(self.blocks):
-            x = self._join_prefix(x)
-        return self.norm(x)
+        return self._features(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens to logits; with ``pre_logits`` to the pooled features [B, C]."""
@@ -354,18 +351,35 @@ class ConViT(nn.Module):
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
+    def _features(self, x: Tensor, first: int | None = None) -> Tensor:
+        """``forward_features``, or the ``first`` of its tokens, where the last block is MHSA."""
+        x, grid = self._embed(x)
+        for i, block in enumerate(self.blocks):
+            x = self._block(i, block, x, grid, first if i == len(self.blocks) - 1 else None)
+        if self.local_up_to_layer == len(self.blocks):
+            x = self._join_prefix(x)
+        return self.norm(x)
+
+    def _only_class_token_matters(self) -> bool:
+        """Whether nobody would see that the last block leaves out the tokens that the head does not read."""
+        if self.global_pool != "token" or self.training or torch.is_grad_enabled() or self.local_up_to_layer == len(self.blocks):
+            return False
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(self).forward_features is not ConViT.forward_features:
+            return False
+        return "forward_features" not in self.__dict__ and all(ops.bare(module) for module in [*self.blocks[-1].modules(), self.norm])
+
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         x, grid = self.patch_embed(x)
         if self.pos_embed is not None:
             x = x + resample_position_embedding(self.pos_embed, self.patch_embed.grid_size, grid)
         return self.pos_drop(x), grid
 
-    def _block(self, i: int, block: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _block(self, i: int, block: nn.Module, x: Tensor, grid: tuple[int, int], first: int | None = None) -> Tensor:
         if i == self.local_up_to_layer:
             x = self._join_prefix(x)
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, grid, use_reentrant=False)
-        return block(x, grid)
+        return block(x, grid) if first is None else block(x, grid, first)
 
     def _join_prefix(self, x: Tensor) -> Tensor:
         prefix = [self.cls_token] if self.reg_token is None else [self.cls_token, self.reg_token]
