@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 import torch
 from timing import synchronize
 
+from convit.kernels.layers import cpu_onednn
+
 
 @dataclass(frozen=True)
 class Roofline:
@@ -37,8 +39,8 @@ def _best(call, device: str, seconds: float) -> float:
 def measure(device: str = "cpu", dtype: str = "float32", seconds: float = 0.5) -> Roofline:
     """Measure with torch's current thread count.
 
-    The rate of multiply-adds is that of the vendor library's best square matrix product, the practical peak: it is what a kernel's
-    own products compete with. The bandwidth is that of copying an array too large for any cache.
+    The rate of multiply-adds is that of the best square matrix product of the libraries at hand (on CPU PyTorch's BLAS and oneDNN), the
+    practical peak: it is what a kernel's own products compete with. The bandwidth is that of copying an array too large for any cache.
     """
     kind = getattr(torch, dtype)
     large = device != "cpu"
@@ -46,7 +48,10 @@ def measure(device: str = "cpu", dtype: str = "float32", seconds: float = 0.5) -
     for size in (4096, 8192) if large else (384, 768, 1536):
         a, b = torch.randn(2, size, size, device=device).to(kind).unbind(0)
         out = torch.empty(size, size, device=device, dtype=kind)
-        rate = max(rate, 2.0 * size**3 / _best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, seconds))
+        products = [lambda a=a, b=b, out=out: torch.mm(a, b, out=out)]
+        if cpu_onednn.why_not(a, b) is None:
+            products.append(lambda a=a, b=b: cpu_onednn.linear(a, b, None))
+        rate = max(rate, *(2.0 * size**3 / _best(product, device, seconds) for product in products))
     source = torch.ones((2 if large else 1) * 2**27, device=device, dtype=torch.uint8).view(torch.float32)
     target = torch.empty_like(source)
     moved = 2.0 * source.numel() * 4 / _best(lambda: target.copy_(source), device, seconds)
