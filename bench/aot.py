@@ -82,8 +82,8 @@ def launches(case: Case, family: str) -> list[Launch]:
     recorded: list[Launch] = []
     real = gpu_triton._launch, gpu_triton._family
 
-    def record(kernel, programs, config, *args, **constants):
-        recorded.append(Launch(kernel, programs, config, args, constants))
+    def record(call, *tensors):
+        recorded.append(Launch(call.kernel, call.programs, call.config, (*tensors, *call.numbers), call.constants))
 
     gpu_triton._launch, gpu_triton._family = record, lambda index: family
     allowed = torch.backends.cuda.matmul.allow_tf32
@@ -110,7 +110,7 @@ def source(launch: Launch) -> ASTSource:
     signature, constants, attributes = {}, {}, {}
     for position, name in enumerate(launch.kernel.arg_names):
         value = launch.args[position] if position < len(launch.args) else launch.constants[name]
-        if position >= len(launch.args) or value is None or (isinstance(value, int) and value == 1):
+        if position >= len(launch.args) or (isinstance(value, int) and value == 1):
             signature[name], constants[(position,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name], attributes[(position,)] = TYPES[value.dtype], [["tt.divisibility", 16]]

@@ -338,14 +338,14 @@ def _captured(kernel: str, case, dtype: str, config: tuple | None, device: str):
     inputs, grad = _inputs(case, dtype, device)
     launches, launch, table = [], gt._launch, gt._CONFIGS[kernel]
 
-    def record(function, programs, chosen, *args, **constants):
-        if function is getattr(gt, f"_{kernel}_kernel"):
-            launches.append((function, programs, chosen, args, constants))
-        launch(function, programs, chosen, *args, **constants)
+    def record(call, *tensors):
+        if call.kernel is getattr(gt, f"_{kernel}_kernel"):
+            launches.append((call, tensors))
+        launch(call, *tensors)
 
     gt._launch = record
     gt._CONFIGS[kernel] = table if config is None else [("", "", 128, gt._Config(*config)), *table]
-    gt._config.cache_clear()
+    gt._cached_plan.cache_clear()
     try:
         scale = case.head_dim**-0.5
         outputs = gt._forward(*inputs, *case.grid, scale)
@@ -353,13 +353,12 @@ def _captured(kernel: str, case, dtype: str, config: tuple | None, device: str):
             outputs = gt._backward(grad, *inputs, *outputs, *case.grid, scale)
     finally:
         gt._launch, gt._CONFIGS[kernel] = launch, table
-        gt._config.cache_clear()
+        gt._cached_plan.cache_clear()
 
     def replay():
-        compiled = None
-        for function, programs, chosen, args, constants in launches:
-            compiled = function[(programs,)](*args, num_warps=chosen.warps, num_stages=chosen.stages, **constants)
-        return compiled
+        for call, tensors in launches:
+            gt._launch(call, *tensors)
+        return launches[0][0].compiled
 
     return [x.clone() for x in outputs], replay
 
@@ -400,7 +399,7 @@ def sweep(stage: Stage) -> None:
 
     from convit.kernels.gpsa import gpu_triton as gt
 
-    family = gt._family(None if stage.rehearse else 0)
+    family = gt._family(0)
     found, lines = {}, []
     # (element type, head dim, largest BD of the row): the models first
     targets = [("float16", 16, 16), ("float32", 16, 16)] if stage.rehearse else [("bfloat16", 48, 64), ("float32", 48, 64)]

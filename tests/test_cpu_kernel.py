@@ -11,6 +11,8 @@ import numpy
 import pytest
 import torch
 from gpsa_cases import Case, check, make_inputs, run
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import convit
 from convit.backends import Problem
@@ -254,6 +256,55 @@ def test_double_backward_is_a_clear_error():
     (first,) = torch.autograd.grad(out.sum(), leaves[0], create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative; use backend='reference'"):
         first.sum().backward()
+
+
+class _Seen(TorchDispatchMode):
+    """Remembers the operators that went by."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_an_eager_call_goes_past_the_operator_with_the_same_result(monkeypatch):
+    case = Case(2, 3, 16, (4, 5))
+    inputs, grad = make_inputs(case)
+    with _Seen() as seen:
+        expected = run(cpp, inputs, grad, case.grid)
+    assert {"convit.gpsa.default", "convit.gpsa_backward.default"} <= seen.names
+    monkeypatch.setattr(torch.ops.convit, "gpsa", None)
+    monkeypatch.setattr(torch.ops.convit, "gpsa_backward", None)
+    ours = run(cpp, inputs, grad, case.grid)
+    assert all(torch.equal(ours[name], expected[name]) for name in ours)
+    with torch.no_grad():
+        assert torch.equal(cpp(*inputs, case.grid), expected["out"])
+
+
+def test_what_watches_a_call_sees_the_operator():
+    inputs, _ = make_inputs(Case(1, 3, 16, (4, 5)))
+    with torch.profiler.profile() as record:
+        out = cpp(*inputs, (4, 5))
+    assert "convit::gpsa" in {event.key for event in record.key_averages()}
+    graph = make_fx(lambda *args: cpp(*args, (4, 5)))(*inputs)
+    assert any(node.target is torch.ops.convit.gpsa.default for node in graph.graph.nodes)
+    mapped = torch.func.vmap(lambda q: cpp(q, *inputs[1:], (4, 5)))(torch.stack([inputs.q, inputs.q]))
+    assert all(torch.equal(x, out) for x in mapped)
+
+
+def test_lazy_negation_and_batches_of_gradients():
+    leaves = _sample()
+    complex_ = torch.complex(leaves[0].detach(), -leaves[0].detach()).conj()
+    assert complex_.imag.is_neg()
+    out = cpp(complex_.imag, *leaves[1:], (4, 5))
+    assert torch.equal(out, cpp(*leaves, (4, 5)))
+    grads = torch.randn(3, *out.shape, generator=torch.Generator().manual_seed(0))
+    (ours,) = torch.autograd.grad(out, leaves[2], grads, is_grads_batched=True, retain_graph=True)
+    for mine, grad in zip(ours, grads, strict=True):
+        torch.testing.assert_close(mine, torch.autograd.grad(out, leaves[2], grad, retain_graph=True)[0])
 
 
 def test_gradient_of_a_part_and_of_frozen_parameters():

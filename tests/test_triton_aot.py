@@ -68,3 +68,15 @@ def older(tmp_path_factory):
 def test_the_older_triton(chip, older, tmp_path):
     found = compile_for([chip], "models", tmp_path / "models.json", PYTHONPATH=str(older))
     assert {row["triton"] for row in found} == {OLDER}
+
+
+@pytest.mark.parametrize("version", ["installed", OLDER])
+def test_direct_launches_are_tritons_own(version, request):
+    """What the launcher hands to the compiled kernel is what Triton would; in a process of its own, see triton_launched.py."""
+    path = [str(request.getfixturevalue("older"))] if version == OLDER else []
+    path = os.pathsep.join([*path, str(ROOT / "bench")])
+    settings = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path}
+    command = [sys.executable, str(ROOT / "tests/triton_launched.py")]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["0", "of", "25", "launches", "differ"]

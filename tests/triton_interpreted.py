@@ -147,3 +147,16 @@ def test_the_interpreter_takes_the_cpu_from_the_cpp_kernel():
     assert convit.why_not("triton", problem) is None
     assert "TRITON_INTERPRET" in convit.why_not("cpp", problem)
     assert "bfloat16" in convit.why_not("triton", problem._replace(dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("name", [n for n in ("allow_tf32", "fp32_precision") if hasattr(torch.backends.cuda.matmul, n)])
+def test_float32_products_follow_torchs_setting_by_either_name(name):
+    matmul = torch.backends.cuda.matmul
+    before = getattr(matmul, name)
+    try:
+        for value in (True, False) if name == "allow_tf32" else ("tf32", "ieee"):
+            setattr(matmul, name, value)
+            assert gpu_triton._precision(torch.float32) == ("tf32" if value in (True, "tf32") else "ieee")
+            assert gpu_triton._precision(torch.bfloat16) == "ieee"
+    finally:
+        setattr(matmul, name, before)

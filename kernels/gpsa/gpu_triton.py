@@ -15,14 +15,17 @@ Nothing N x N leaves the chip, nothing is added atomically: the same input gives
 no attention dropout; no float64; past 2^24 the exponent of a score is scaled down instead of overflowing (``_cap``).
 """
 
+import contextlib
 import functools
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from convit.kernels.gpsa import operator
 
@@ -768,7 +771,7 @@ def _padded(grid: tuple[int, int]) -> tuple[int, int] | None:
 
 
 @functools.cache
-def _family(index: int | None) -> str:
+def _family(index: int) -> str:
     """Key of the configuration table: "sm80", "sm90", ..., "gfx942"; the interpreter is "interpret"."""
     if _INTERPRET:
         return "interpret"
@@ -778,7 +781,6 @@ def _family(index: int | None) -> str:
     return f"sm{major}0"
 
 
-@functools.cache
 def _config(kernel: str, family: str, arithmetic: str, block_d: int) -> _Config:
     for chip, kind, largest, config in _CONFIGS[kernel]:
         if chip in ("", family) and kind in ("", arithmetic) and block_d <= largest:
@@ -788,11 +790,47 @@ def _config(kernel: str, family: str, arithmetic: str, block_d: int) -> _Config:
 
 def _precision(dtype: torch.dtype) -> str:
     """``tl.dot``'s input precision: torch's own setting decides whether float32 products may use tf32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    # torch 2.9 renamed the setting; once a program has used the new name, reading the old one is an error
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
 
 
-def _launch(kernel, programs: int, config: _Config, *args, **constants) -> None:
-    kernel[(programs,)](*args, num_warps=config.warps, num_stages=config.stages, **constants)
+class _Call:
+    """A launch with all but its tensors: made once for a plan."""
+
+    __slots__ = ("kernel", "programs", "config", "numbers", "device", "constants", "compiled", "run", "tail")
+
+    def __init__(self, kernel, programs: int, config: _Config, numbers: tuple, device: int, constants: dict[str, Any]):
+        self.kernel, self.programs, self.config, self.numbers = kernel, programs, config, numbers
+        self.device, self.constants = device, constants
+        self.compiled: Any = None  # what Triton launched last
+        self.run: Callable | None = None  # launches it for tensors at multiples of 16 bytes
+        self.tail: tuple = ()  # what it is given after the tensors
+
+
+# Triton's own launch binds the arguments and works out anew which kernel they mean: tens of microseconds. Here only the alignment of
+# the tensors is open, so the compiled kernel is called. Before 3.3 that takes other arguments; on AMD more than alignment matters.
+_DIRECT = not _INTERPRET and torch.version.hip is None and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+
+
+def _launch(call: _Call, *tensors: Tensor) -> None:
+    run = call.run
+    if run is not None or _DIRECT:
+        addresses, bits = [x.data_ptr() for x in tensors], 0
+        for address in addresses:
+            bits |= address
+        aligned = bits % 16 == 0
+        if run is not None and aligned:
+            run(*addresses, *call.tail, stream=driver.active.get_current_stream(call.device))
+            return
+    options = {"num_warps": call.config.warps, "num_stages": call.config.stages}
+    call.compiled = call.kernel[(call.programs,)](*tensors, *call.numbers, **options, **call.constants)
+    if _DIRECT and aligned:
+        call.tail = (*call.numbers, *(call.constants[name] for name in call.kernel.arg_names[len(tensors) + len(call.numbers) :]))
+        call.run = call.compiled[(call.programs, 1, 1)]
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -800,26 +838,30 @@ def _unit(x: Tensor) -> Tensor:
 
 
 class _Plan:
-    """What the launchers of one call share: sizes, constants and configurations."""
+    """What every call with the same shapes and strides launches, worked out once."""
 
-    def __init__(self, shape: torch.Size, half: bool, grid: tuple[int, int], family: str, precision: str):
+    def __init__(
+        self, shape: torch.Size, half: bool, grid: tuple[int, int], scale: float, strides: tuple, device: int, family: str, precision: str
+    ):
         self.batch, self.heads, self.tokens, dim = shape
-        self.grid = grid
+        self.grid, self.scale, self.device, self.family = grid, scale, device, family
+        self.strides = tuple(step for x in strides for step in x[:3])
         # float32 tiles of a whole key row do not fit: it takes the loops at any N
         self.arithmetic = "half" if half else precision
         self.padded = _padded(grid) if half else None
         self.block_d = max(16, _power_of_two(dim))
-        self.family = family
         self.lines = 32 if self.batch * self.heads >= _ENOUGH else 4  # of an axis that one program takes: its weights serve them all
-        self.common = {"D": dim, "BD": self.block_d, "PRECISION": precision}
+        self.common: dict[str, Any] = {"D": dim, "BD": self.block_d, "PRECISION": precision}
         if self.padded:
             self.tile = {"GH": grid[0], "GW": grid[1], "GHP": self.padded[0], "GWP": self.padded[1], **self.common}
+        self.mixes: dict[tuple, _Call] = {}
 
     def config(self, kernel: str) -> _Config:
         return _config(kernel, self.family, self.arithmetic, self.block_d)
 
-    def programs(self, rows: int) -> int:
-        return self.batch * self.heads * -(-self.tokens // rows)
+    def call(self, kernel, blocks: int, config: _Config, *numbers: float, **constants: Any) -> _Call:
+        """A launch of ``blocks`` programs for each head of each image."""
+        return _Call(kernel, self.batch * self.heads * blocks, config, numbers, self.device, constants)
 
     def ragged(self, config: _Config) -> dict[str, bool]:
         """How the loops treat a last step that N does not fill: a masked copy of the step behind the loop (TAIL), or, where the
@@ -846,12 +888,113 @@ class _Plan:
         count, size = self.grid if x else self.grid[::-1]
         return -(-count // self.lines) * -(-size // rows)
 
+    @functools.cached_property
+    def fwd_tile(self) -> _Call:
+        c = self.config("fwd_tile")
+        rows, steps, blocks = self.query_blocks(c)
+        numbers = *self.strides, self.scale * _LOG2E.value, self.heads
+        return self.call(_fwd_tile_kernel, blocks, c, *numbers, BM=rows, STEPS=steps, POSITION=True, **self.tile)
 
-_cached_plan = functools.lru_cache(maxsize=1024)(_Plan)  # microseconds of every call
+    @functools.cached_property
+    def dq_blocks(self) -> int:
+        """Programs of a head in the kernel of dq."""
+        c = self.config("dq_tile" if self.padded else "dq_loop")
+        return self.query_blocks(c)[2] if self.padded else -(-self.tokens // c.rows)
+
+    @functools.cached_property
+    def moment_axes(self) -> list[bool]:
+        return [is_x for is_x in (True, False) if self.grid[is_x] > 1] or [True]
+
+    @functools.cached_property
+    def parts(self) -> int:
+        """Programs of a head that leave a share of the gradients of the gate and the position weights."""
+        rows = self.config("moments").rows
+        return self.dq_blocks + (0 if self.padded else sum(self.line_blocks(is_x, rows) for is_x in self.moment_axes))
+
+    @functools.cached_property
+    def dq_tile(self) -> _Call:
+        c = self.config("dq_tile")
+        rows, steps, blocks = self.query_blocks(c)
+        numbers = *self.strides, self.scale, self.heads, self.batch * self.heads * self.tokens
+        return self.call(_dq_tile_kernel, blocks, c, *numbers, BM=rows, BN=self.tile_rows(c.keys), STEPS=steps, **self.tile)
+
+    @functools.cached_property
+    def dkdv_tile(self) -> _Call:
+        c = self.config("dkdv_tile")
+        rows, keys = self.tile_rows(c.rows), self.tile_rows(c.keys)
+        assert self.padded is not None
+        blocks = -(-self.grid[0] // (keys // self.padded[1]))
+        numbers = *self.strides, self.scale, self.heads, self.batch * self.heads * self.tokens
+        return self.call(_dkdv_tile_kernel, blocks, c, *numbers, BM=rows, BN=keys, **self.tile)
+
+    @functools.cached_property
+    def fwd_loop(self) -> _Call:
+        c = self.config("fwd_loop")
+        numbers = *self.strides, self.scale * _LOG2E.value, self.heads, self.tokens
+        constants = {"BM": c.rows, "BN": c.keys, "POSITION": True, **self.ragged(c), **self.common}
+        return self.call(_fwd_loop_kernel, -(-self.tokens // c.rows), c, *numbers, **constants)
+
+    @functools.cached_property
+    def dq_loop(self) -> _Call:
+        c = self.config("dq_loop")
+        numbers = *self.strides, self.scale, self.heads, self.tokens, self.batch * self.heads * self.tokens, self.parts
+        return self.call(_dq_loop_kernel, self.dq_blocks, c, *numbers, BM=c.rows, BN=c.keys, **self.ragged(c), **self.common)
+
+    @functools.cached_property
+    def dkdv_loop(self) -> _Call:
+        c = self.config("dkdv_loop")
+        numbers = *self.strides, self.scale, self.heads, self.tokens, self.batch * self.heads * self.tokens
+        return self.call(_dkdv_loop_kernel, -(-self.tokens // c.keys), c, *numbers, BM=c.rows, BN=c.keys, **self.common)
+
+    @functools.cached_property
+    def norm(self) -> _Call:
+        (gh, gw), c = self.grid, _SMALL
+        blocks = -(-gw // c.rows) + -(-gh // c.rows)
+        return _Call(_norm_kernel, self.heads * blocks, c, (gh, gw), self.device, {"BM": c.rows, "BK": c.keys})
+
+    @functools.cached_property
+    def moments(self) -> list[tuple[bool, _Call]]:
+        """Axis and launch; one axis at least, since the gate goes with the first."""
+        c, part0 = self.config("moments"), self.dq_blocks
+        calls: list[tuple[bool, _Call]] = []
+        for is_x in self.moment_axes:
+            numbers = *self.strides[:3], self.heads, *self.grid, self.parts, part0
+            constants = {"X": is_x, "GATE": not calls, "LINES": self.lines, "BM": c.rows, "BK": c.keys, **self.common}
+            blocks = self.line_blocks(is_x, c.rows)
+            calls.append((is_x, self.call(_moments_kernel, blocks, c, *numbers, **constants)))
+            part0 += blocks
+        return calls
+
+    @functools.cached_property
+    def reduce(self) -> _Call:
+        return _Call(_reduce_kernel, self.heads, _SMALL, (self.heads, self.batch, self.parts), self.device, {"BLOCK": 256})
+
+    def mix(self, strides: tuple[int, ...], is_x: bool, transpose: bool) -> _Call:
+        """Product of a tensor of these strides with one factor or its transpose."""
+        key = strides, is_x, transpose
+        if key not in self.mixes:
+            c = self.config("mix")
+            constants = {"X": is_x, "TRANSPOSE": transpose, "SHORT": self.grid[is_x] <= c.keys, "LINES": self.lines}
+            constants |= {"BM": c.rows, "BK": c.keys, **self.common}
+            blocks = self.line_blocks(is_x, c.rows)
+            self.mixes[key] = self.call(_mix_kernel, blocks, c, *strides[:3], self.heads, *self.grid, **constants)
+        return self.mixes[key]
 
 
-def _plan(q: Tensor, grid_h: int, grid_w: int) -> _Plan:
-    return _cached_plan(q.shape, q.dtype != torch.float32, (grid_h, grid_w), _family(q.device.index), _precision(q.dtype))
+_cached_plan = functools.lru_cache(maxsize=1024)(_Plan)
+
+
+def _plan(q: Tensor, grid_h: int, grid_w: int, scale: float, *strides: tuple[int, ...]) -> _Plan:
+    device = q.get_device()
+    return _cached_plan(
+        q.shape, q.dtype != torch.float32, (grid_h, grid_w), scale, strides, device, _family(device), _precision(q.dtype)
+    )  # fmt: skip
+
+
+def _current(q: Tensor):
+    """Makes the device of ``q`` the current one for a while, which Triton launches on."""
+    device = q.get_device()
+    return contextlib.nullcontext() if device < 0 or device == torch.cuda.current_device() else torch.cuda.device(device)
 
 
 def _forward(
@@ -862,40 +1005,23 @@ def _forward(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    plan = _plan(q, grid_h, grid_w)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    scale_log2 = scale * _LOG2E.value
-    with torch.cuda.device_of(q):
+    plan = _plan(q, grid_h, grid_w, scale, q.stride(), k.stride(), v.stride())
+    with _current(q):
         if plan.padded:
-            c = plan.config("fwd_tile")
-            rows, steps, blocks = plan.query_blocks(c)
-            _launch(
-                _fwd_tile_kernel, plan.batch * plan.heads * blocks, c,
-                q, k, v, pos_weight, gating, out, lse, *strides, scale_log2, plan.heads,
-                BM=rows, STEPS=steps, POSITION=True, **plan.tile,
-            )  # fmt: skip
-            return out, lse
-        c = plan.config("fwd_loop")
-        position = _mix(plan, v, pos_weight, None, (True, False))
-        _launch(
-            _fwd_loop_kernel, plan.programs(c.rows), c, q, k, v, position, gating, out, lse, *strides, scale_log2, plan.heads, plan.tokens,
-            BM=c.rows, BN=c.keys, POSITION=True, **plan.ragged(c), **plan.common,
-        )  # fmt: skip
+            _launch(plan.fwd_tile, q, k, v, pos_weight, gating, out, lse)
+        else:
+            position = _mix(plan, v, pos_weight, None, (True, False))
+            _launch(plan.fwd_loop, q, k, v, position, gating, out, lse)
     return out, lse
 
 
 def _mix(plan: _Plan, x: Tensor, pos_weight: Tensor, sums: Tensor | None, axes: tuple[bool, ...]) -> Tensor:
     """Product of ``x`` [B, H, N, D] with Px (True) and Py (False) in turn, or with their transposes where ``sums`` are given."""
-    c = plan.config("mix")
     for is_x in axes:
         if plan.grid[is_x] == 1:
             continue  # one patch along this axis: the factor is 1
         out = operator.empty_heads(x)
-        _launch(
-            _mix_kernel, plan.batch * plan.heads * plan.line_blocks(is_x, c.rows), c, x, pos_weight, sums, out, *x.stride()[:3],
-            plan.heads, *plan.grid, X=is_x, TRANSPOSE=sums is not None, SHORT=plan.grid[is_x] <= c.keys, LINES=plan.lines, BM=c.rows,
-            BK=c.keys, **plan.common,
-        )  # fmt: skip
+        _launch(plan.mix(x.stride(), is_x, sums is not None), x, pos_weight, pos_weight if sums is None else sums, out)
         x = out
     return x if x.transpose(1, 2).is_contiguous() else operator.empty_heads(x).copy_(x)
 
@@ -908,69 +1034,24 @@ def _backward(
     dq, dk, dv = operator.empty_heads(q), operator.empty_heads(k), operator.empty_heads(v)
     if dq.numel() == 0:
         return dq, dk, dv, torch.zeros_like(pos_weight), torch.zeros_like(gating)
-    plan = _plan(q, grid_h, grid_w)
-    with torch.cuda.device_of(q):
-        launch = _backward_tile if plan.padded else _backward_loop
-        part = launch(plan, grad_out, q, k, v, pos_weight, gating, out, lse, dq, dk, dv, scale)
-        dpos_weight, dgating = torch.empty_like(pos_weight), torch.empty_like(gating)
-        parts = part.shape[1]
-        _launch(_reduce_kernel, plan.heads, _SMALL, part, gating, dpos_weight, dgating, plan.heads, plan.batch, parts, BLOCK=256)
+    plan = _plan(q, grid_h, grid_w, scale, grad_out.stride(), q.stride(), k.stride(), v.stride())
+    stats = lse.new_empty((3, *lse.shape))
+    part = lse.new_empty((plan.batch * plan.heads, plan.parts, 4))
+    dpos_weight, dgating = torch.empty_like(pos_weight), torch.empty_like(gating)
+    with _current(q):
+        if plan.padded:
+            _launch(plan.dq_tile, grad_out, q, k, v, pos_weight, gating, lse, dq, stats, part)
+            _launch(plan.dkdv_tile, grad_out, q, k, v, pos_weight, gating, stats, dk, dv)
+        else:
+            sums = lse.new_empty((plan.heads, sum(plan.grid)))
+            _launch(plan.norm, pos_weight, sums)
+            _launch(plan.dq_loop, grad_out, q, k, v, out, gating, lse, dq, stats, part)
+            for is_x, call in plan.moments:
+                _launch(call, grad_out, _mix(plan, v, pos_weight, None, (not is_x,)), pos_weight, part)
+            position = _mix(plan, grad_out, pos_weight, sums, (True, False))
+            _launch(plan.dkdv_loop, grad_out, q, k, v, position, gating, stats, dk, dv)
+        _launch(plan.reduce, part, gating, dpos_weight, dgating)
     return dq, dk, dv, dpos_weight, dgating
-
-
-def _backward_tile(plan, grad_out, q, k, v, pos_weight, gating, out, lse, dq, dk, dv, scale) -> Tensor:
-    strides = (*grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    stats = lse.new_empty((3, *lse.shape))
-    c = plan.config("dq_tile")
-    rows, steps, blocks = plan.query_blocks(c)
-    part = lse.new_empty((plan.batch * plan.heads, blocks, 4))
-    _launch(
-        _dq_tile_kernel, plan.batch * plan.heads * blocks, c, grad_out, q, k, v, pos_weight, gating, lse, dq, stats, part, *strides,
-        scale, plan.heads, lse.numel(), BM=rows, BN=plan.tile_rows(c.keys), STEPS=steps,
-        **plan.tile,
-    )  # fmt: skip
-    c = plan.config("dkdv_tile")
-    rows, keys = plan.tile_rows(c.rows), plan.tile_rows(c.keys)
-    blocks = -(-plan.grid[0] // (keys // plan.padded[1]))
-    _launch(
-        _dkdv_tile_kernel, plan.batch * plan.heads * blocks, c, grad_out, q, k, v, pos_weight, gating, stats, dk, dv, *strides, scale,
-        plan.heads, lse.numel(), BM=rows, BN=keys, **plan.tile,
-    )  # fmt: skip
-    return part
-
-
-def _backward_loop(plan, grad_out, q, k, v, pos_weight, gating, out, lse, dq, dk, dv, scale) -> Tensor:
-    strides = (*grad_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    stats = lse.new_empty((3, *lse.shape))
-    gh, gw = plan.grid
-    sums = lse.new_empty((plan.heads, gw + gh))
-    c = _SMALL
-    _launch(_norm_kernel, plan.heads * (-(-gw // c.rows) + -(-gh // c.rows)), c, pos_weight, sums, gh, gw, BM=c.rows, BK=c.keys)
-    moments, c = plan.config("moments"), plan.config("dq_loop")
-    blocks = -(-plan.tokens // c.rows)
-    axes = [is_x for is_x in (True, False) if plan.grid[is_x] > 1] or [True]  # one at least: the gate goes with the first
-    counts = [plan.line_blocks(is_x, moments.rows) for is_x in axes]
-    parts = blocks + sum(counts)
-    part = lse.new_empty((plan.batch * plan.heads, parts, 4))
-    _launch(
-        _dq_loop_kernel, plan.programs(c.rows), c, grad_out, q, k, v, out, gating, lse, dq, stats, part, *strides, scale, plan.heads,
-        plan.tokens, lse.numel(), parts, BM=c.rows, BN=c.keys, **plan.ragged(c), **plan.common,
-    )  # fmt: skip
-    for number, is_x in enumerate(axes):
-        u = _mix(plan, v, pos_weight, None, (not is_x,))
-        _launch(
-            _moments_kernel, plan.batch * plan.heads * counts[number], moments, grad_out, u, pos_weight, part, *grad_out.stride()[:3],
-            plan.heads, gh, gw, parts, blocks + sum(counts[:number]),
-            X=is_x, GATE=number == 0, LINES=plan.lines, BM=moments.rows, BK=moments.keys,
-            **plan.common,
-        )  # fmt: skip
-    position = _mix(plan, grad_out, pos_weight, sums, (True, False))
-    c = plan.config("dkdv_loop")
-    _launch(
-        _dkdv_loop_kernel, plan.programs(c.keys), c, grad_out, q, k, v, position, gating, stats, dk, dv, *strides, scale, plan.heads,
-        plan.tokens, lse.numel(), BM=c.rows, BN=c.keys, **plan.common,
-    )  # fmt: skip
-    return part
 
 
 operator.register("CPU" if _INTERPRET else "CUDA", _forward, _backward)

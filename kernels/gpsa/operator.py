@@ -7,8 +7,9 @@ q, k, v: one dtype, any strides with unit last stride. pos_weight, gating: conti
 log-sum-exp (natural logarithm) of the scaled content scores. ``out``, and each gradient of q, k and v, is a [B, H, N, D] view of
 memory laid out [B, N, H, D], so that joining the heads copies nothing.
 
-``cpu_cpp`` and ``gpu_triton`` register themselves with ``register``; this file owns the schema, the shapes the compiler sees,
-autograd and autocast.
+``cpu_cpp`` and ``gpu_triton`` register themselves with ``register``; this file owns the schema, the shapes the compiler sees and
+autograd. An eager call that nothing but autograd would look at takes the short way past the dispatcher: the operator costs a small
+call tens of microseconds.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 _library = torch.library.Library("convit", "DEF")
@@ -28,16 +30,20 @@ _library.define(
 )
 
 
+_kernels: dict[str, tuple[Callable, Callable]] = {}  # device type -> forward, backward
+
+
 def register(dispatch_key: str, forward: Callable, backward: Callable) -> None:
     """Make ``forward`` and ``backward`` the operator's kernels for ``dispatch_key`` ("CPU" or "CUDA")."""
     _library.impl("gpsa", forward, dispatch_key)
     _library.impl("gpsa_backward", backward, dispatch_key)
+    _kernels[dispatch_key.lower()] = forward, backward
 
 
 def empty_heads(like: Tensor) -> Tensor:
     """An uninitialised [B, H, N, D] view of [B, N, H, D] memory, with the dtype and device of ``like`` [B, H, N, D]."""
     batch, heads, tokens, dim = like.shape
-    return like.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
+    return like.new_empty_strided((batch, heads, tokens, dim), (tokens * heads * dim, dim, heads * dim, 1))
 
 
 @torch.library.register_fake("convit::gpsa")
@@ -60,6 +66,23 @@ def _fake_backward(grad_out, q, k, v, pos_weight, gating, out, lse, grid_h, grid
     return empty_heads(q), empty_heads(k), empty_heads(v), torch.empty_like(pos_weight), torch.empty_like(gating)
 
 
+def _eager(*tensors: Tensor) -> bool:
+    """Whether nothing but autograd would see a call with ``tensors``: no compiler, mode, transform, profiler, subclass or lazy view."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and not torch._C._autograd._profiler_enabled()
+        and forward_ad._current_level < 0
+        and all(type(x) in _PLAIN and not x.is_neg() for x in tensors)
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def _save(ctx, inputs, output):
     q, k, v, pos_weight, gating, ctx.grid_h, ctx.grid_w, ctx.scale = inputs
     out, lse = output
@@ -68,13 +91,29 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_out, _grad_lse):
+def _backward(ctx, grad_out, _grad_lse=None):
     if grad_out is None:
         return (None,) * 8
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    grads = torch.ops.convit.gpsa_backward(grad_out, *ctx.saved_tensors, ctx.grid_h, ctx.grid_w, ctx.scale)
-    return *grads, None, None, None
+    tensors = grad_out, *ctx.saved_tensors
+    # where a graph is made of the gradient, the operator has to say that it has none; gradients come in batches (is_grads_batched)
+    # in a kind of tensor of their own
+    short = not torch.is_grad_enabled() and not torch._C._functorch.is_legacy_batchedtensor(grad_out) and _eager(*tensors)
+    backward = _kernels[grad_out.device.type][1] if short else torch.ops.convit.gpsa_backward
+    return *backward(*tensors, ctx.grid_h, ctx.grid_w, ctx.scale), None, None, None
+
+
+class _Eager(torch.autograd.Function):
+    """The operator's autograd without the operator."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        out, lse = output = _kernels[inputs[0].device.type][0](*inputs)
+        _save(ctx, inputs, output)
+        return out
+
+    backward = staticmethod(_backward)
 
 
 def _no_second_derivative(ctx, *grads):
@@ -91,4 +130,9 @@ def gpsa(
     q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gating: Tensor, grid: tuple[int, int], scale: float, dropout_p: float
 ) -> Tensor:
     """Run the operator on arguments that ``convit.gpsa`` checked and a ``why_not`` accepted. Returns [B, H, N, D]."""
-    return torch.ops.convit.gpsa(q, k, v, pos_weight.float().contiguous(), gating.float().contiguous(), *grid, scale)[0]
+    inputs = q, k, v, pos_weight.float().contiguous(), gating.float().contiguous()
+    if not _eager(*inputs):
+        return torch.ops.convit.gpsa(*inputs, *grid, scale)[0]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return _Eager.apply(*inputs, *grid, scale)
+    return _kernels[q.device.type][0](*inputs, *grid, scale)[0]

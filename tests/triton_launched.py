@@ -1,0 +1,59 @@
+"""Every launch once through Triton and once directly, on a driver that launches nothing. Run by test_triton_aot.py."""
+
+import sys
+
+import launch  # in bench/, which the test puts on the path
+import torch
+from gpsa_cases import Case, make_inputs, run
+from triton.runtime import driver
+
+import convit
+from convit.kernels.gpsa import gpu_triton
+
+
+def plain(arguments: tuple) -> tuple:
+    return tuple(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments)
+
+
+def main() -> None:
+    seen: list[tuple] = []
+    launch.pretend(lambda *arguments: seen.append(arguments))
+    real, count, differ = gpu_triton._launch, 0, 0
+
+    def twice(call, *tensors):
+        nonlocal count, differ
+        call.run = None
+        driver.active.__class__.stream += 1  # the current stream at the time of the launch, not that of the first
+        real(call, *tensors)
+        driver.active.__class__.stream += 1
+        real(call, *tensors)
+        ours, theirs = seen.pop(), seen.pop()
+        assert not seen and not any(isinstance(x, torch.Tensor) for x in ours) and any(isinstance(x, torch.Tensor) for x in theirs)
+        assert ours[3] == theirs[3] + 1 == driver.active.stream
+        count += 1
+        # but for the stream and the notes for profilers, which are made anew
+        if plain(ours[:3] + ours[4:6] + ours[7:]) != plain(theirs[:3] + theirs[4:6] + theirs[7:]):
+            differ += 1
+            print(call.kernel, plain(ours), plain(theirs), sep="\n", file=sys.stderr)
+
+    gpu_triton._launch = twice
+    for case in (Case(1, 2, 16, (4, 5)), Case(3, 1, 24, (17, 16)), Case(1, 1, 16, (1, 300))):
+        inputs, grad = make_inputs(case, dtype=torch.bfloat16)
+        run(convit.gpsa, inputs, grad, case.grid)
+    gpu_triton._launch = real
+
+    # a tensor that begins between multiples of 16 bytes needs another kernel, and comes back to the first one after it
+    case = Case(1, 2, 16, (4, 5))
+    inputs, _ = make_inputs(case, dtype=torch.bfloat16)
+    odd = torch.empty(inputs.q.numel() + 1, dtype=torch.bfloat16)[1:].view(1, 20, 2, 16).transpose(1, 2)
+    aligned = inputs._replace(q=odd.clone())
+    for arguments in (aligned, aligned, inputs._replace(q=odd), aligned):
+        convit.gpsa(*arguments, case.grid)
+    first, second, other, last = seen
+    assert first[4] == second[4] == last[4] != other[4]
+    assert isinstance(other[9], torch.Tensor) and not isinstance(last[9], torch.Tensor)
+    print(differ, "of", count, "launches differ")
+
+
+if __name__ == "__main__":
+    main()
