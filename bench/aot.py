@@ -64,9 +64,10 @@ SETS = {
         for dtype, tf32 in (("bfloat16", False), ("float32", True), ("float32", False))
     ],  # fmt: skip
     "odd": [Case(2, 3, (7, 30), 20), Case(2, 3, (1, 300), 20), Case(1, 1, (3, 4), 16), Case(1, 1, (65536, 1), 16)],
+    "one": [Case(1, 1, (1, 1), 16, dtype) for dtype in ("bfloat16", "float32")],  # every size is 1, which Triton makes a constant
 }
 SETS["models"] = [*SETS["tile"], *SETS["loop"]]
-SETS["all"] = [case for name in ("tile", "loop", "dtypes", "wide", "odd") for case in SETS[name]]
+SETS["all"] = [case for name in ("tile", "loop", "dtypes", "wide", "odd", "one") for case in SETS[name]]
 
 
 class Launch(NamedTuple):

@@ -73,22 +73,26 @@ def environment(stage: Stage) -> None:
     from session import _cpu_name, _versions
 
     found = {"versions": _versions(), "cpu": _cpu_name(), "cores": os.cpu_count(), "cuda": torch.version.cuda, "hip": torch.version.hip}
-    found["tools"] = {tool: shutil.which(tool) for tool in ("nvidia-smi", "ncu", "nsys", "compute-sanitizer", "ptxas")}
+    found["tools"] = {tool: shutil.which(tool) for tool in ("nvidia-smi", "ncu", "nsys", "compute-sanitizer", "ptxas", "cc", "gcc")}
     if stage.rehearse:
         found["device"] = "rehearsal"
     else:
         properties = torch.cuda.get_device_properties(0)
         found |= {"device": properties.name, "capability": torch.cuda.get_device_capability(), "memory": properties.total_memory}
         found["multiprocessors"] = properties.multi_processor_count
-        if found["tools"]["nvidia-smi"]:
-            fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
-            done = subprocess.run(
-                ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True, text=True, timeout=15
-            )
-            values = done.stdout.splitlines()[0].split(",") if done.returncode == 0 else []
-            found["nvidia-smi"] = dict(zip(fields.split(","), (x.strip() for x in values), strict=False))
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    stage.save(**found, commit=commit.stdout.strip() or "unknown", date=time.strftime("%Y-%m-%d"))
+        fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
+        values = _answer("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader").split("\n")[0].split(",")
+        found["nvidia-smi"] = dict(zip(fields.split(","), (x.strip() for x in values), strict=False))
+    stage.save(**found, commit=_answer("git", "rev-parse", "HEAD") or "unknown", date=time.strftime("%Y-%m-%d"))
+
+
+def _answer(*command: str) -> str:
+    """What a tool prints; nothing where it is absent, fails or hangs."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=15)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 # ------------------------------------------------------------------------------------------------------------ work in processes

@@ -60,6 +60,14 @@ def test_a_failing_stage_stops_no_other(tmp_path):
     assert "nothing to plot" in done.stdout
 
 
+def test_a_machine_without_tools_is_described(tmp_path):
+    command = [sys.executable, str(SCRIPT.with_suffix(".py")), "environment", "--out", str(tmp_path), "--rehearse"]
+    done = subprocess.run(command, env=os.environ | {"PATH": str(tmp_path)}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "run.json").read_text())["environment"]
+    assert found["commit"] == "unknown" and found["versions"]["torch"] and not any(found["tools"].values())
+
+
 def test_a_stage_out_of_time_or_killed_leaves_a_summary(tmp_path):
     spec = importlib.util.spec_from_file_location("gpu", SCRIPT.with_suffix(".py"))
     gpu = importlib.util.module_from_spec(spec)

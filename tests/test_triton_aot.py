@@ -44,6 +44,11 @@ def test_the_models_shapes(chip, tmp_path):
                 assert row["issue_us"] <= (1.3 if "tile" in kernel else 1.05) * plain["issue_us"], (case, kernel)
 
 
+def test_one_patch(tmp_path):
+    found = compile_for(["sm90"], "one", tmp_path / "one.json")
+    assert {"dq_tile", "moments X", "reduce"} <= {row["kernel"] for row in found}
+
+
 @pytest.fixture(scope="session")
 def older(tmp_path_factory):
     """A folder with Triton 3.6.0 alone."""

@@ -52,11 +52,11 @@ _CONFIGS = {
         ("", "half", 128, _Config(64, 4, 4, 1)),
     ],
     "dq_tile": [
-        ("sm80", "half", 64, _Config(32, 64, 4, 1)),
+        ("sm80", "half", 64, _Config(32, 32, 4, 1)),
         ("sm80", "half", 128, _Config(64, 64, 8, 1)),
-        ("sm90", "half", 64, _Config(128, 64, 8, 1)),
-        ("", "half", 64, _Config(64, 64, 4, 1)),
         ("sm90", "half", 128, _Config(64, 32, 4, 1)),
+        ("gfx942", "half", 64, _Config(64, 32, 4, 1)),
+        ("", "half", 64, _Config(64, 64, 4, 1)),
         ("", "half", 128, _Config(64, 64, 4, 1)),
     ],
     "dkdv_tile": [
@@ -269,25 +269,27 @@ def _dq_tile_kernel(
     stride_ob, stride_oh, stride_on, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     scale, H, total,
     GH: tl.constexpr, GW: tl.constexpr, GHP: tl.constexpr, GWP: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, the rows' statistics for dk and dv, and this program's share of (dgating, dpos_weight) up to factors of the head.
 
-    The keys come BN slots at a time: dA and the scores of a whole row do not fit into registers together. delta, the row sum of
-    Pc dA, is then known only after the last: dA is centred by its mean over all keys, and dq corrected by the mean key.
+    The keys come BN slots at a time, BP for the positional part: dA and the scores of a whole row do not fit into registers together.
+    delta, the row sum of Pc dA, is then known only after the last: dA is centred by its mean over all keys, and dq corrected by the
+    mean key.
     """
     N: tl.constexpr = GH * GW
     BY: tl.constexpr = BM // GWP
     ROWS: tl.constexpr = BN // GWP
+    PART: tl.constexpr = BP // GWP
     blocks: tl.constexpr = (GH + BY * STEPS - 1) // (BY * STEPS)
     block, bh, b, h = _place(tl.program_id(0), blocks, H)
     d = tl.arange(0, BD)
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
     v_mean = tl.zeros((BD,), tl.float32)
-    for first in range(0, GH, ROWS):
-        j, key = _slots(first, BN, GH, GW, GWP)
-        v = tl.load(_rows(v_ptr, j, stride_vn, d), mask=key[:, None] & (d < D)[None, :], other=0.0)  # [BN, BD]
+    for first in range(0, GH, PART):
+        j, key = _slots(first, BP, GH, GW, GWP)
+        v = tl.load(_rows(v_ptr, j, stride_vn, d), mask=key[:, None] & (d < D)[None, :], other=0.0)  # [BP, BD]
         v_mean += tl.sum(v.to(tl.float32), 0) * (1.0 / N)
     do_ptr += b * stride_ob + h * stride_oh
     q_ptr += b * stride_qb + h * stride_qh
@@ -313,13 +315,13 @@ def _dq_tile_kernel(
         inverse = 1.0 / tl.sum(py, 1)[:, None]
         mean1 = tl.sum(py * (to - y), 1)[:, None] * inverse
         mean2 = tl.sum(py * (to - y) * (to - y), 1)[:, None] * inverse
-        for first in range(0, GH, ROWS):
-            j, key = _slots(first, BN, GH, GW, GWP)
-            v = tl.load(_rows(v_ptr, j, stride_vn, d), mask=key[:, None] & (d < D)[None, :], other=0.0)  # [BN, BD]
-            da = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BM, BN], zero at padded rows and slots
-            da = tl.reshape(da, (BY, GWP, ROWS, GWP))
-            r = (first + tl.arange(0, ROWS)).to(tl.float32)[None, :] - y
-            weight = _axis_weights(w1, w2, y, r + y, GH) * inverse  # [BY, ROWS]
+        for first in range(0, GH, PART):
+            j, key = _slots(first, BP, GH, GW, GWP)
+            v = tl.load(_rows(v_ptr, j, stride_vn, d), mask=key[:, None] & (d < D)[None, :], other=0.0)  # [BP, BD]
+            da = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BM, BP], zero at padded rows and slots
+            da = tl.reshape(da, (BY, GWP, PART, GWP))
+            r = (first + tl.arange(0, PART)).to(tl.float32)[None, :] - y
+            weight = _axis_weights(w1, w2, y, r + y, GH) * inverse  # [BY, PART]
             m0 += tl.sum(da * _pin(weight)[:, None, :, None], 2)
             m1 += tl.sum(da * _pin(weight * (r - mean1))[:, None, :, None], 2)
             m2 += tl.sum(da * _pin(weight * (r * r - mean2))[:, None, :, None], 2)
@@ -363,7 +365,7 @@ def _dq_tile_kernel(
         tl.store(_rows(dq_ptr, i, H * D, d), dq.to(q.dtype), mask=row_mask)
         tl.store(stats_ptr + i, row_scale, mask=query)
         tl.store(stats_ptr + total + i, row_shift + rest, mask=query)
-        tl.store(stats_ptr + 2 * total + i, delta, mask=query)
+        tl.store(stats_ptr + total + total + i, delta, mask=query)
         deltas += delta  # zero at padded rows
     tl.store(part, gate_part - tl.sum(deltas, 0))
 
@@ -402,7 +404,7 @@ def _dkdv_tile_kernel(
         do = tl.load(_rows(do_ptr, i, stride_on, d), mask=row_mask, other=0.0)  # [BM, BD]
         row_scale = tl.load(stats_ptr + i, mask=query, other=0.0)
         row_shift = tl.load(stats_ptr + total + i, mask=query, other=1e30)
-        delta = tl.load(stats_ptr + 2 * total + i, mask=query, other=0.0)
+        delta = tl.load(stats_ptr + total + total + i, mask=query, other=0.0)
         at = (y0 + tl.arange(0, BY)).to(tl.float32)[None, :]
         to = (block * ROWS + tl.arange(0, ROWS)).to(tl.float32)[:, None]
         py = _axis_weights(w1, w2, at, tl.arange(0, GHP).to(tl.float32)[:, None], GH)  # [GHP, BY]
@@ -471,8 +473,7 @@ def _mix_kernel(
     w = tl.load(w_ptr + h * 3 + (0 if X else 1)) * _LOG2E
     w2 = tl.load(w_ptr + h * 3 + 2) * _LOG2E
     in_ptr += b * stride_b + h * stride_h
-    N = (GH * GW).to(tl.int64)
-    out_ptr += (b * N * H + h) * D
+    out_ptr += (b * GH * GW * H + h) * D
     if TRANSPOSE:
         sum_ptr += h * (GW + GH) + (0 if X else GW)
     if SHORT:
@@ -522,8 +523,7 @@ def _moments_kernel(
     w2 = tl.load(w_ptr + h * 3 + 2) * _LOG2E
     row_mask = (i < size)[:, None] & (d < D)[None, :]
     do_ptr += b * stride_b + h * stride_h
-    N = (GH * GW).to(tl.int64)
-    u_ptr += (b * N * H + h) * D
+    u_ptr += (b * GH * GW * H + h) * D
     # moments of order 0, 1, 2 about the largest weight, of P dP (c) and of P (p)
     best = _peak(w, w2, at, size)
     p0 = tl.zeros((BM,), tl.float32)
@@ -692,7 +692,7 @@ def _dq_loop_kernel(
     stats_ptr += bh * N + i
     tl.store(stats_ptr, scale * factor, mask=i < N)
     tl.store(stats_ptr + total, lse * factor, mask=i < N)
-    tl.store(stats_ptr + 2 * total, delta, mask=i < N)
+    tl.store(stats_ptr + total + total, delta, mask=i < N)
     part = part_ptr + (bh * parts + block) * 4
     tl.store(part, -tl.sum(delta, 0))
     tl.store(part + 1 + tl.arange(0, 2), tl.zeros((2,), tl.float32))
@@ -726,7 +726,7 @@ def _dkdv_loop_kernel(
         do = tl.load(_rows(do_ptr, i, stride_on, d), mask=row_mask, other=0.0)  # [BM, BD]
         row_scale = tl.load(stats_ptr + i, mask=i < N, other=0.0)
         row_shift = tl.load(stats_ptr + total + i, mask=i < N, other=1e30)
-        delta = tl.load(stats_ptr + 2 * total + i, mask=i < N, other=0.0)
+        delta = tl.load(stats_ptr + total + total + i, mask=i < N, other=0.0)
         p = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BM]
         p = tl.exp2(p * row_scale[None, :] - row_shift[None, :])
         da = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BN, BM]
@@ -913,10 +913,14 @@ class _Plan:
 
     @functools.cached_property
     def dq_tile(self) -> _Call:
+        assert self.padded is not None
         c = self.config("dq_tile")
         rows, steps, blocks = self.query_blocks(c)
+        keys = self.tile_rows(c.keys)
+        # the positional part takes all keys at once where that needs no stack
+        part = self.padded[0] * self.padded[1] if self.block_d <= 64 and self.family != "sm100" else keys
         numbers = *self.strides, self.scale, self.heads, self.batch * self.heads * self.tokens
-        return self.call(_dq_tile_kernel, blocks, c, *numbers, BM=rows, BN=self.tile_rows(c.keys), STEPS=steps, **self.tile)
+        return self.call(_dq_tile_kernel, blocks, c, *numbers, BM=rows, BN=keys, BP=part, STEPS=steps, **self.tile)
 
     @functools.cached_property
     def dkdv_tile(self) -> _Call:
@@ -1031,6 +1035,9 @@ def _backward(
     grid_h: int, grid_w: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grad_out, q, k, v = _unit(grad_out), _unit(q), _unit(k), _unit(v)
+    if not out.transpose(1, 2).is_contiguous():  # a compiler may have kept it in a layout of its own
+        out = operator.empty_heads(out).copy_(out)
+    lse = lse.contiguous()
     dq, dk, dv = operator.empty_heads(q), operator.empty_heads(k), operator.empty_heads(v)
     if dq.numel() == 0:
         return dq, dk, dv, torch.zeros_like(pos_weight), torch.zeros_like(gating)
