@@ -793,8 +793,10 @@ def _precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "ieee"
     matmul = torch.backends.cuda.matmul
-    # torch 2.9 renamed the setting; once a program has used the new name, reading the old one is an error
-    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    try:
+        allowed = matmul.allow_tf32
+    except RuntimeError:  # torch 2.9 renamed the setting; once a program has used the new name, reading the old one is an error
+        allowed = matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
 
 
