@@ -82,8 +82,10 @@ def torch_operator(q, k, v, pos_weight, gating, grid):
 @pytest.mark.parametrize(
     "case, dtype", [(Case(1, 4, 16, (4, 5)), torch.float16), (Case(1, 4, 16, (17, 16)), torch.float32)], ids=["tile", "loop"]
 )
-@pytest.mark.parametrize("scale, strength, gate", [(1e3, 1.0, 0.0), (1.0, 1e4, 0.0), (1.0, 1.0, 100.0), (1.0, 1.0, -100.0)])
-def test_extreme_but_finite_input(case, dtype, scale, strength, gate):
+@pytest.mark.parametrize(
+    "scale, strength, gate", [(1e3, 1.0, 0.0), (1.0, 1e4, 0.0), (1.0, 1.0, 100.0), (1.0, 1.0, -100.0), (1.0, 1.0, float("inf"))]
+)
+def test_extreme_input_with_a_finite_answer(case, dtype, scale, strength, gate):
     inputs, grad = make_inputs(case, dtype=dtype)
     inputs = inputs._replace(
         q=inputs.q * scale, pos_weight=inputs.pos_weight.sign() * strength, gating=torch.tensor([gate, -gate, gate / 2, 0.0])
