@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convit.backends import Problem, choose, forced_backend, why_not
+from convit.kernels.eager import eager
 from convit.kernels.layers import cpu_onednn
 
 Grid: TypeAlias = tuple[int, int]
@@ -65,15 +66,13 @@ def gpsa(
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float = 0.0) -> Tensor:
     """Plain softmax attention, as ``scaled_dot_product_attention``; float32 on CPU, N queries to N keys, through the faster ``cpp`` kernel.
 
-    PyTorch's own runs where another backend is forced, and where autocast, a dispatch mode or a function transform is at work.
+    PyTorch's own runs where another backend is forced, and where autocast, a tracer, a mode or a function transform is at work.
     """
     batch, heads, tokens, head_dim = q.shape
     problem = Problem("torch", q.device.type, str(q.dtype)[6:], batch, heads, tokens, head_dim, (1, tokens), dropout_p)
-    usual = q.dtype != torch.float32 or q.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing()
-    watched = not torch.compiler.is_compiling() and (
-        torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
-    )
-    if usual or watched or k.shape != q.shape or forced_backend(None) not in (None, "cpp") or why_not("cpp", problem):
+    usual = q.dtype != torch.float32 or q.device.type != "cpu" or torch.is_autocast_enabled("cpu") or k.shape != q.shape
+    watched = not (torch.compiler.is_compiling() or eager(q, k, v))
+    if usual or watched or forced_backend(None) not in (None, "cpp") or why_not("cpp", problem):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     shut = q.new_full((heads,), -math.inf)  # the gate that leaves content alone: such a head costs no position
     return choose(problem, "cpp").gpsa(q, k, v, q.new_zeros(heads, 3), shut, (1, tokens), scale, 0.0)

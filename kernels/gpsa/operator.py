@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
+
+from convit.kernels.eager import eager
 
 _library = torch.library.Library("convit", "DEF")
 _library.define(
@@ -66,21 +67,9 @@ def _fake_backward(grad_out, q, k, v, pos_weight, gating, out, lse, grid_h, grid
     return empty_heads(q), empty_heads(k), empty_heads(v), torch.empty_like(pos_weight), torch.empty_like(gating)
 
 
-def _eager(*tensors: Tensor) -> bool:
-    """Whether nothing but autograd would see a call with ``tensors``: no compiler, mode, transform, profiler, subclass or lazy view."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._autograd._profiler_enabled()
-        and forward_ad._current_level < 0
-        and all(type(x) in _PLAIN and not x.is_neg() for x in tensors)
-    )
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+def _short(*tensors: Tensor) -> bool:
+    """Whether a call may go past the dispatcher: where a profiler runs, it is to see the operator."""
+    return eager(*tensors) and not torch._C._autograd._profiler_enabled()
 
 
 def _save(ctx, inputs, output):
@@ -99,7 +88,7 @@ def _backward(ctx, grad_out, _grad_lse=None):
     tensors = grad_out, *ctx.saved_tensors
     # where a graph is made of the gradient, the operator has to say that it has none; gradients come in batches (is_grads_batched)
     # in a kind of tensor of their own
-    short = not torch.is_grad_enabled() and not torch._C._functorch.is_legacy_batchedtensor(grad_out) and _eager(*tensors)
+    short = not torch.is_grad_enabled() and not torch._C._functorch.is_legacy_batchedtensor(grad_out) and _short(*tensors)
     backward = _kernels[grad_out.device.type][1] if short else torch.ops.convit.gpsa_backward
     return *backward(*tensors, ctx.grid_h, ctx.grid_w, ctx.scale), None, None, None
 
@@ -131,7 +120,7 @@ def gpsa(
 ) -> Tensor:
     """Run the operator on arguments that ``convit.gpsa`` checked and a ``why_not`` accepted. Returns [B, H, N, D]."""
     inputs = q, k, v, pos_weight.float().contiguous(), gating.float().contiguous()
-    if not _eager(*inputs):
+    if not _short(*inputs):
         return torch.ops.convit.gpsa(*inputs, *grid, scale)[0]
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return _Eager.apply(*inputs, *grid, scale)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convit.kernels.eager import eager
+
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], gelu or "")
@@ -38,10 +40,8 @@ class _Linear(torch.autograd.Function):
 
 def why_not(x: Tensor, weight: Tensor) -> str | None:
     """Why ``linear`` cannot take these tensors, or should not; ``None`` if it can."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return "a compiler or exporter chooses its own product"
-    if type(x) is not Tensor or type(weight) not in (Tensor, nn.Parameter):
-        return "a tensor subclass has its own product"
+    if not eager(x, weight):
+        return "a compiler, mode, transform or tensor subclass chooses its own product"
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return f"{x.dtype} on {x.device}: float32 on CPU only"
     if x.ndim < 2 or x.numel() == 0:
@@ -50,8 +50,6 @@ def why_not(x: Tensor, weight: Tensor) -> str | None:
         return "this PyTorch has no oneDNN, or it is switched off"
     if torch.is_autocast_enabled("cpu"):
         return "autocast chooses the type of the product"
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a dispatch mode or function transform watches the operators"
     return None
 
 
