@@ -183,6 +183,18 @@ INERT = {
     "enable_modelarts": (False, "ModelArts storage is not supported"),
 }
 
+# recipe keys that may differ when a run is resumed without changing what it computes
+FREE = {
+    "num_parallel_workers",
+    "log_interval",
+    "data_dir",
+    "ckpt_save_dir",
+    "ckpt_save_steps",
+    "ckpt_save_interval",
+    "tensorboard",
+    "device",
+}
+
 FIELDS = {f.name: f for f in dataclasses.fields(Recipe)}
 _TYPES = get_type_hints(Recipe)
 

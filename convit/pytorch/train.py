@@ -23,26 +23,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from convit.checkpoints import settings_of
-from convit.config import Recipe, changed_keys, dump_recipe, load_recipe
-from convit.pytorch.checkpoint import Log, Progress, States, load, save, write_atomic
+from convit.config import FREE, Recipe, changed_keys, dump_recipe, load_recipe
+from convit.pytorch.checkpoint import States, load, save
 from convit.pytorch.data import EvalData, TrainData, mix_seed, seeded
 from convit.pytorch.diagnostics import diagnose
 from convit.pytorch.distributed import World, choose_device, find_world, start, total
 from convit.pytorch.validate import Scores, evaluate
+from convit.run_files import Log, Progress, last_epoch, write_atomic
 
 logger = logging.getLogger("convit")
-
-# recipe keys that may differ when a run is resumed without changing what it computes
-FREE = {
-    "num_parallel_workers",
-    "log_interval",
-    "data_dir",
-    "ckpt_save_dir",
-    "ckpt_save_steps",
-    "ckpt_save_interval",
-    "tensorboard",
-    "device",
-}
 
 
 class Interrupted(Exception):
@@ -298,7 +287,7 @@ class _Run:
             history.append(self._epoch())
         self.bar.close()
         model = self.ema.module if self.ema is not None else self.model
-        record = history[-1] if history else self._last_record()
+        record = history[-1] if history else last_epoch(self.output / "log.jsonl")
         return Result(
             model=model.eval(),
             output=self.output,
@@ -523,14 +512,6 @@ class _Run:
         if self.ema is not None:
             state["state_dict_ema"] = self.ema.module.state_dict()
         save(self.output / "last.pth", state)
-
-    def _last_record(self) -> dict[str, Any]:
-        """The last epoch record of a run that was complete already."""
-        import json
-
-        path = self.output / "log.jsonl"
-        records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return next((record for record in reversed(records) if record["kind"] == "epoch"), {})
 
     # --- signals and end ---
 
