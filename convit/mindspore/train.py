@@ -131,7 +131,8 @@ def save(path: Path, parameters: Any, state: dict[str, Any] | None = None) -> No
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError, ValueError) as error:
-        temporary.unlink(missing_ok=True)
+        for part in (temporary, temporary.with_suffix(".tmp")):  # the second is MindSpore's own
+            part.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error}. Free some space and go on with --resume") from error
 
 
@@ -549,7 +550,7 @@ class _Run:
     # --- signals and end ---
 
     def _catch_signals(self) -> None:
-        """SIGTERM and SIGINT let the current step end; a second one ends the program at once."""
+        """SIGTERM, and SIGINT, of which MindSpore's pipelines make SIGTERM, let the current step end; a second one ends the program."""
 
         def handler(signum: int, frame: Any) -> None:
             if self.stop:
