@@ -52,6 +52,7 @@ class Recipe:
     num_parallel_workers: int = key(8, "data-loading processes (0: none)", low=0)
     log_interval: int = key(100, "optimiser steps between two step records in log.jsonl", low=1)
     tensorboard: bool = key(False, "also write TensorBoard events to the run's folder")
+    wandb: str = key("", "also log each epoch to the Weights & Biases project of this name")
 
     # data
     dataset: str = key(
@@ -192,6 +193,7 @@ FREE = {
     "ckpt_save_steps",
     "ckpt_save_interval",
     "tensorboard",
+    "wandb",
     "device",
 }
 

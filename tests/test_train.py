@@ -1,5 +1,6 @@
 """Training: exact resumption after SIGKILL, one loss curve for one or two processes, and a defined answer to every fault."""
 
+import importlib.machinery
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -659,6 +661,25 @@ def test_the_best_checkpoints_are_kept(tmp_path):
     best = torch.load(tmp_path / "run" / "best.pth", weights_only=True)
     assert kept["top1"] == best["top1"] == max(top1)
     assert best["epoch"] == top1.index(max(top1))
+
+
+def test_epochs_go_to_weights_and_biases(tmp_path, monkeypatch):
+    """Without the package a message and no run folder; with it, here a stand-in that keeps what it is given, each epoch's numbers."""
+    monkeypatch.setattr(train_module, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install wandb"):
+        train(small(wandb="digits"), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    said = []
+    run = types.SimpleNamespace(log=lambda record, step: said.append((step, record)), finish=lambda: said.append("finished"))
+    module = types.ModuleType("wandb", None)
+    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    module.init = lambda **keys: said.append(keys) or run
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    train(small(wandb="digits", epoch_size=2), tmp_path / "run", progress=False)
+    assert said[0]["project"] == "digits" and said[0]["config"]["embed_dim"] == 16
+    assert [step for step, _ in said[1:3]] == [11, 22] and said[3:] == ["finished"]
+    assert said[2][1]["top1"] == records(tmp_path / "run", "epoch")[1]["top1"]
 
 
 def test_log_drops_what_a_kill_left_behind(tmp_path):

@@ -45,6 +45,7 @@ ONLY = {
     "grad_checkpointing": False,
     "sampling_ratio": 1.0,
     "tensorboard": False,
+    "wandb": "",
     "warmup_prefix": True,
     "shift": 0,
 }

@@ -15,6 +15,7 @@ import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,8 @@ class _Run:
 
     def __init__(self, recipe: Recipe, output: Path, resume: bool, overwrite: bool, progress: bool) -> None:
         self.recipe, self.output = recipe, output
+        if recipe.wandb and find_spec("wandb") is None:
+            raise ImportError("the recipe's key wandb needs Weights & Biases: pip install wandb, or --wandb '' to go without")
         self.world = find_world()
         if recipe.distribute is False and self.world.size > 1:
             self.world = World()
@@ -147,6 +150,7 @@ class _Run:
         saved = load(last) if resume and last.exists() else None
         self.log: Log | None = None
         self.board: Any = None
+        self.wandb: Any = None
         self.probe: Tensor | None = None
         self.stop = 0
         self._old_handlers: dict[int, Any] = {}
@@ -170,6 +174,12 @@ class _Run:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(str(output / "tensorboard"), purge_step=self.progress.epoch)
+            if recipe.wandb:
+                import wandb
+
+                self.wandb = wandb.init(
+                    project=recipe.wandb, name=output.name, dir=str(output), config=dataclasses.asdict(recipe), resume="auto"
+                )
         self.bar = _Bar(progress and self.chief, recipe.epoch_size * self.data.steps_per_epoch, self.progress.updates)
         self._header()
 
@@ -469,6 +479,8 @@ class _Run:
                 if name in record:
                     self.board.add_scalar(name, record[name], at.epoch)
             self.board.flush()
+        if self.wandb:
+            self.wandb.log({name: value for name, value in record.items() if isinstance(value, (int, float))}, step=at.updates)
         keep = recipe.keep_checkpoint_max > 0 and (at.epoch + 1) % recipe.ckpt_save_interval == 0
         dropped: list[str] = []
         if better or keep:
@@ -535,6 +547,8 @@ class _Run:
             self.log.close()
         if self.board:
             self.board.close()
+        if self.wandb:
+            self.wandb.finish()
         if self._own_group and dist.is_initialized():
             dist.destroy_process_group()
 
