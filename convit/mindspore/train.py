@@ -7,7 +7,7 @@ repeats, bit for bit, what the unbroken run does (with ``drop_rate`` 0: the stat
 
 The step is two graphs, gradients and update, so that a loss that is not finite leaves the weights as they are. Where a device is fed a
 whole epoch at a time (``dataset_sink_mode``, not on CPU) MindSpore's own loop runs: such a run resumes after its last whole epoch, and
-stops at the first loss seen that is not finite.
+stops at the first loss seen that is not finite; its moving average, if it keeps one, stays in last.ckpt.
 """
 
 import dataclasses
