@@ -52,6 +52,7 @@ class Recipe:
     num_parallel_workers: int = key(8, "data-loading processes (0: none)", low=0)
     log_interval: int = key(100, "optimiser steps between two step records in log.jsonl", low=1)
     tensorboard: bool = key(False, "also write TensorBoard events to the run's folder")
+    wandb: str = key("", "also log each epoch to the Weights & Biases project of this name")
 
     # data
     dataset: str = key(
@@ -181,6 +182,19 @@ INERT = {
     "resume_opt": (False, "--resume restores the optimiser with everything else"),
     "re_max_attempts": (10, "timm's random erasing always tries ten times"),
     "enable_modelarts": (False, "ModelArts storage is not supported"),
+}
+
+# recipe keys that may differ when a run is resumed without changing what it computes
+FREE = {
+    "num_parallel_workers",
+    "log_interval",
+    "data_dir",
+    "ckpt_save_dir",
+    "ckpt_save_steps",
+    "ckpt_save_interval",
+    "tensorboard",
+    "wandb",
+    "device",
 }
 
 FIELDS = {f.name: f for f in dataclasses.fields(Recipe)}

@@ -163,13 +163,21 @@ def test_bad_input(tmp_path, capsys, monkeypatch, arguments, message):
     assert [p.name for p in tmp_path.iterdir()] == ["bad.png"]
 
 
-def test_missing_runtime_is_said(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.setitem(sys.modules, "mindspore", None)
-    with pytest.raises(ImportError, match=r"needs onnxruntime .*pip install 'convit\[export\]'"):
-        export(small(), tmp_path / "m.onnx", "onnx")
-    with pytest.raises(ImportError, match=r"needs mindspore .*pip install 'convit\[mindspore\]'"):
-        export(small(), tmp_path / "m.mindir", "mindir")
+@pytest.mark.parametrize(
+    ("format", "package", "extra"),
+    [("onnx", "onnxruntime", "export"), ("openvino", "openvino", "export"), ("mindir", "mindspore", "mindspore")],
+)
+def test_missing_runtime_is_said(tmp_path, monkeypatch, capsys, format, package, extra):
+    """By the function and by the command, before anything is written."""
+    for needed in exporting.FORMATS[format].needs:
+        if needed != package:
+            pytest.importorskip(needed)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ImportError, match=rf"needs {package} .*pip install 'convit\[{extra}\]'"):
+        export(small(), tmp_path / "file", format)
+    assert main(["export", "convit_tiny", "--format", format]) == 1
+    assert f"needs {package}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

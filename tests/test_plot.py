@@ -107,6 +107,30 @@ def test_command_says_what_is_wrong(tmp_path, capsys):
         main(["plot", str(tmp_path), "--query", "three"])
 
 
+def test_command_names_an_unreadable_image(tmp_path, capsys):
+    """In a real run's folder: what is no image is named, and no picture of it is left; a real one is drawn."""
+    pytest.importorskip("timm")
+    pytest.importorskip("sklearn")
+    pillow = pytest.importorskip("PIL.Image")
+    from convit.cli import main
+    from convit.config import load_recipe
+    from convit.pytorch.train import train
+
+    keys = {"embed_dim": 16, "depth": 2, "num_heads": 4, "local_up_to_layer": 1, "num_samples": 64, "epoch_size": 1}
+    train(load_recipe("digits", keys), tmp_path / "run", progress=False)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    for image, message in (("bad.png", "bad.png is not an image"), ("none.png", "none.png")):
+        assert main(["plot", str(tmp_path / "run"), "-o", str(tmp_path / "plots"), "--image", str(tmp_path / image)]) == 1
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "plots" / "attention.png").exists()
+    pillow.new("L", (8, 8), 100).save(tmp_path / "good.png")
+    assert main(["plot", str(tmp_path / "run"), "-o", str(tmp_path / "plots"), "--image", str(tmp_path / "good.png")]) == 0
+    assert (tmp_path / "plots" / "attention.png").stat().st_size > 1000
+    with pytest.raises(SystemExit):
+        main(["plot", str(tmp_path / "run"), "--format", "gif"])
+    assert "invalid choice: 'gif'" in capsys.readouterr().err
+
+
 def test_attention_picture(tmp_path):
     model, image = small(), torch.randn(3, 12, 20)
     path = plot.plot_attention(model, image, tmp_path / "a" / "attention.png", query=(2, 4), heads=2)

@@ -1,5 +1,6 @@
 """Training: exact resumption after SIGKILL, one loss curve for one or two processes, and a defined answer to every fault."""
 
+import importlib.machinery
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -23,10 +25,11 @@ from convit import cli  # noqa: E402
 from convit.config import load_recipe  # noqa: E402
 from convit.pytorch import data as data_module  # noqa: E402
 from convit.pytorch import train as train_module  # noqa: E402
-from convit.pytorch.checkpoint import Progress, load, save, write_atomic  # noqa: E402
+from convit.pytorch.checkpoint import load, save  # noqa: E402
 from convit.pytorch.data import TrainData, choose_samples, open_source, timm_policy  # noqa: E402
 from convit.pytorch.distributed import World, find_world, first_host  # noqa: E402
 from convit.pytorch.train import train  # noqa: E402
+from convit.run_files import Log, Progress, write_atomic  # noqa: E402
 
 # a model and a schedule that take about a second: 3 epochs of 11 steps
 SMALL = {"embed_dim": 16, "depth": 2, "num_heads": 2, "local_up_to_layer": 1, "patch_size": 8, "batch_size": 32, "num_samples": 352}
@@ -254,6 +257,18 @@ def test_two_processes_by_torchrun_give_the_curve_of_one(alone, tmp_path):
     done = torchrun(tmp_path / "run", 2, **SHARED | {"batch_size": 16})
     assert done.returncode == 0, done.stderr
     assert "2 processes (torchrun)" in done.stderr
+    assert_same_curve(alone, tmp_path / "run")
+
+
+def test_two_machines_by_torchrun_give_the_curve_of_one(alone, tmp_path):
+    """Two agents, one per machine, that meet at a rendezvous; here both are on this one."""
+    head = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    head += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "test"]
+    words = [*head, *command(tmp_path / "run", **SHARED | {"batch_size": 16})[1:]]
+    agents = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=CPU) for _ in range(2)]
+    said = [agent.communicate(timeout=600)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(said)
+    assert sum("2 processes (torchrun)" in text for text in said) == 1
     assert_same_curve(alone, tmp_path / "run")
 
 
@@ -626,6 +641,12 @@ def test_layer_decay_scales_the_rate_by_depth(tmp_path):
     assert scales == {1.0, 0.5, 0.25, 0.125}
 
 
+def test_a_compiled_model_gives_the_same_curve(alone, tmp_path):
+    pytest.importorskip("torch._inductor")
+    train(small(**SHARED | {"epoch_size": 1}, compile=True, val_while_train=False), tmp_path / "run", progress=False)
+    assert np.abs(np.array(losses(tmp_path / "run")) - losses(alone)[:11]).max() < 1e-4
+
+
 def test_gradient_checkpointing_changes_nothing(alone, tmp_path):
     train(small(**SHARED, grad_checkpointing=True), tmp_path / "run", progress=False)
     assert losses(tmp_path / "run") == losses(alone)
@@ -642,9 +663,26 @@ def test_the_best_checkpoints_are_kept(tmp_path):
     assert best["epoch"] == top1.index(max(top1))
 
 
-def test_log_drops_what_a_kill_left_behind(tmp_path):
-    from convit.pytorch.checkpoint import Log
+def test_epochs_go_to_weights_and_biases(tmp_path, monkeypatch):
+    """Without the package a message and no run folder; with it, here a stand-in that keeps what it is given, each epoch's numbers."""
+    monkeypatch.setattr(train_module, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install wandb"):
+        train(small(wandb="digits"), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    said = []
+    run = types.SimpleNamespace(log=lambda record, step: said.append((step, record)), finish=lambda: said.append("finished"))
+    module = types.ModuleType("wandb", None)
+    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    module.init = lambda **keys: said.append(keys) or run
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    train(small(wandb="digits", epoch_size=2), tmp_path / "run", progress=False)
+    assert said[0]["project"] == "digits" and said[0]["config"]["embed_dim"] == 16
+    assert [step for step, _ in said[1:3]] == [11, 22] and said[3:] == ["finished"]
+    assert said[2][1]["top1"] == records(tmp_path / "run", "epoch")[1]["top1"]
 
+
+def test_log_drops_what_a_kill_left_behind(tmp_path):
     lines = [{"kind": "step", "epoch": 0, "update": 1}, {"kind": "step", "epoch": 0, "update": 2}, {"kind": "epoch", "epoch": 0}]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"kind": "st')
     Log(tmp_path / "log.jsonl", Progress(epoch=0, step=1, updates=1)).close()

@@ -5,7 +5,10 @@ twice that of its matrix product: both become one ``MatMul`` here. LayerNorm and
 The results differ by rounding alone.
 """
 
-from mindspore import Tensor, nn, ops
+from typing import Any
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import TruncatedNormal
 
 from convit.kernels.layers import cpu_aot
@@ -123,14 +126,30 @@ class Mlp(nn.Cell):
 
 
 class DropPath(nn.Cell):
-    """Stochastic depth: while training, drop a sample's residual branch with probability ``p`` and scale the kept ones by 1 / (1 - p)."""
+    """Stochastic depth: while training, drop a sample's residual branch with probability ``p`` and scale the kept ones by 1 / (1 - p).
+
+    A block has two ``branch``es. MindSpore draws, from a generator whose state cannot be saved; after ``take_draws`` whoever trains draws.
+    """
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
         self.dropout = nn.Dropout(p=p)
+        self.drawn: Any = None
 
-    def construct(self, x: Tensor) -> Tensor:
+    def take_draws(self, batch: int, name: str) -> None:
+        """From now on, what is kept of up to ``batch`` samples is as ``draw`` says; ``name`` is that of the parameter that holds it."""
+        self.drawn = Parameter(Tensor(np.ones((2, batch), np.float32)), name=name, requires_grad=False)
+
+    def draw(self, random: np.random.Generator) -> None:
+        """Draw for the next batch."""
+        kept = (random.random(self.drawn.shape) >= self.p).astype(np.float32)
+        ops.assign(self.drawn, Tensor(kept / np.float32(1 - self.p)))
+
+    def construct(self, x: Tensor, branch: int) -> Tensor:
         if self.p == 0.0 or not self.training:
             return x
-        return x * self.dropout(ops.ones((x.shape[0],) + (1,) * (x.ndim - 1), x.dtype))
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        if self.drawn is None:
+            return x * self.dropout(ops.ones(shape, x.dtype))
+        return x * ops.reshape(self.drawn[branch, : x.shape[0]], shape).astype(x.dtype)

@@ -50,8 +50,8 @@ class Block(nn.Cell):
     def construct(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         y = self.norm1(x)
         y = self.attn(y, grid) if self.use_gpsa else self.attn(y)
-        x = x + self.drop_path(y)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(y, 0)
+        return x + self.drop_path(self.mlp(self.norm2(x)), 1)
 
 
 class ConViT(nn.Cell):

@@ -1,28 +1,38 @@
-"""Training in MindSpore on MindCV's engine: data, loss, optimiser, schedule and trainer are its builders; the recipe and the run's files
-are those of the PyTorch engine.
+"""Training in MindSpore with MindCV's data, losses, optimisers, schedules and train step; the recipe and the run's files are those of the
+PyTorch engine.
 
-Differences from it, each of them refused or said rather than ignored: a run is resumed at the end of its last complete epoch, with the
-data in another order; a loss that is not finite stops the run at once, because MindSpore has already applied the step.
+As there, everything random follows from the seed and ``Progress``: the data of an epoch from its number, and stochastic depth, whose draws
+are handed to the graph before each step. So on one CPU process a run that is killed at any moment and resumed from its last checkpoint
+repeats, bit for bit, what the unbroken run does (with ``drop_rate`` 0: the state of MindSpore's dropout cannot be saved).
+
+The step is two graphs, gradients and update, so that a loss that is not finite leaves the weights as they are. Where a device is fed a
+whole epoch at a time (``dataset_sink_mode``, not on CPU) MindSpore's own loop runs: such a run resumes after its last whole epoch, and
+stops at the first loss seen that is not finite; its moving average, if it keeps one, stays in last.ckpt.
 """
 
+import dataclasses
 import json
 import logging
 import math
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 
 import convit.mindspore
-from convit.config import FIELDS, Recipe, dump_recipe, load_recipe
+from convit.config import FIELDS, FREE, Recipe, changed_keys, dump_recipe, load_recipe
+from convit.mindspore.data import Data
+from convit.mindspore.layers import DropPath
+from convit.mindspore.validate import evaluate, total
+from convit.run_files import Log, Progress, last_epoch, write_atomic
 
 logger = logging.getLogger("convit")
 
@@ -35,24 +45,23 @@ ONLY = {
     "grad_checkpointing": False,
     "sampling_ratio": 1.0,
     "tensorboard": False,
+    "wandb": "",
     "warmup_prefix": True,
     "shift": 0,
 }
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; the last complete epoch is saved."""
+    """A signal asked the run to stop; its state is saved."""
 
     def __init__(self, signum: int, path: Path) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(signum).name}; {path} holds the last complete epoch; go on with --resume {path.parent}"
-        )
+        super().__init__(f"stopped by {signal.Signals(signum).name}; saved {path}; go on with --resume {path.parent}")
         self.signum = signum
 
 
 @dataclass
 class Result:
-    """What a finished run gives; scores in percent."""
+    """What a finished run gives; scores in percent. The model holds the moving average of the weights if the recipe keeps one."""
 
     model: nn.Cell
     output: Path
@@ -85,6 +94,8 @@ def start(recipe: Recipe) -> tuple[int, int]:
     ms.set_context(mode=recipe.mode)
     if recipe.device != "auto":
         ms.set_device({"cpu": "CPU", "gpu": "GPU", "cuda": "GPU", "ascend": "Ascend"}.get(recipe.device.lower(), recipe.device))
+    if recipe.mode == ms.PYNATIVE_MODE and ms.get_context("device_target") == "CPU":
+        ms.runtime.launch_blocking()  # otherwise MindSpore's dispatching threads wait for one another on few cores
     launched = max(int(os.environ.get(name, "1")) for name in ("MS_WORKER_NUM", "OMPI_COMM_WORLD_SIZE", "RANK_SIZE"))
     if recipe.distribute is False or launched == 1:
         return 0, 1
@@ -94,117 +105,6 @@ def start(recipe: Recipe) -> tuple[int, int]:
     rank, size = get_rank(), get_group_size()
     ms.set_auto_parallel_context(device_num=size, parallel_mode="data_parallel", gradients_mean=True)
     return rank, size
-
-
-def normalisation(recipe: Recipe) -> tuple[list[float], list[float]]:
-    """``mean`` and ``std`` of images in 0 to 255, as MindCV takes them."""
-    by = 1.0 if max(recipe.mean) > 1 else 255.0
-    return [value * by for value in recipe.mean], [value * by for value in recipe.std]
-
-
-class _Digits:
-    """scikit-learn's digits for a GeneratorDataset, the split of the PyTorch engine: ([1, s, s] float32, label)."""
-
-    def __init__(self, recipe: Recipe, train: bool) -> None:
-        try:
-            from sklearn.datasets import load_digits
-            from sklearn.model_selection import train_test_split
-        except ImportError:
-            raise ImportError("the digits need scikit-learn: pip install scikit-learn") from None
-        from PIL import Image
-
-        pixels, labels = load_digits(return_X_y=True)
-        parts = train_test_split(pixels, labels, test_size=0.2, stratify=labels, random_state=0)
-        size = recipe.image_resize
-        mean, std = (value[0] / 255 for value in normalisation(recipe))
-        small = (parts[0] if train else parts[1]).reshape(-1, 8, 8).astype(np.float32) / 16
-        large = [np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)) for image in small]
-        self.images = (np.stack(large)[:, None] - mean) / std
-        self.labels = (parts[2] if train else parts[3]).astype(np.int32)
-        self.blank, self.reach = -mean / std, recipe.shift if train else 0
-        self.random = np.random.default_rng(recipe.seed)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.int32]:
-        image = self.images[index].astype(np.float32)
-        if self.reach:
-            size = image.shape[-1]
-            y, x = self.random.integers(0, 2 * self.reach + 1, 2)
-            wide = np.pad(image[0], self.reach, constant_values=self.blank)
-            image = np.ascontiguousarray(wide[y : y + size, x : x + size][None])
-        return image, self.labels[index]
-
-
-def make_data(recipe: Recipe, train: bool, rank: int, size: int) -> tuple[Any, int, int]:
-    """(loader of (images, targets) batches, classes, samples) of a split."""
-    import mindspore.dataset as ds
-    from mindcv.data import create_dataset, create_loader, create_transforms
-
-    shards: dict[str, Any] = {"num_shards": size, "shard_id": rank} if size > 1 else {}
-    workers = max(recipe.num_parallel_workers, 1)
-    if recipe.dataset == "digits":
-        source = _Digits(recipe, train)
-        data = ds.GeneratorDataset(source, ["image", "label"], shuffle=train and recipe.shuffle, **shards)
-        return data.batch(recipe.batch_size, drop_remainder=train and recipe.drop_remainder), 10, len(source)
-    split = recipe.train_split if train else recipe.val_split
-    if not recipe.data_dir:
-        raise ValueError(f"data_dir must name the folder of the data set ({recipe.dataset}); --config digits needs none")
-    root = Path(recipe.data_dir).expanduser()
-    if not (root / split).is_dir():
-        raise FileNotFoundError(f"data_dir {root} has no folder {split!r}; --{'train' if train else 'val'}_split names another")
-    classes = sum(entry.is_dir() for entry in (root / split).iterdir())
-    more = {"num_samples": recipe.num_samples, "num_aug_repeats": recipe.aug_repeats} if train else {}
-    data = create_dataset(
-        "imagenet",
-        root=str(root),
-        split=split,
-        shuffle=train and recipe.shuffle,
-        num_parallel_workers=workers,
-        **{name: value for name, value in {**shards, **more}.items() if value},
-    )
-    samples = data.get_dataset_size() * size
-    mean, std = normalisation(recipe)
-    options: dict[str, Any] = {"image_resize": recipe.image_resize, "interpolation": recipe.interpolation, "mean": mean, "std": std}
-    if train:
-        jitter = recipe.color_jitter
-        options |= {
-            "scale": tuple(recipe.scale),
-            "ratio": tuple(recipe.ratio),
-            "hflip": recipe.hflip,
-            "vflip": recipe.vflip,
-            "color_jitter": jitter,
-            "auto_augment": mindcv_policy(recipe.auto_augment),
-            "re_prob": recipe.re_prob,
-            "re_scale": tuple(recipe.re_scale),
-            "re_ratio": tuple(recipe.re_ratio),
-            "re_value": "random" if recipe.re_value == "random" else int(recipe.re_value),
-        }
-        loader = create_loader(
-            data,
-            recipe.batch_size,
-            drop_remainder=recipe.drop_remainder,
-            is_training=True,
-            mixup=recipe.mixup,
-            cutmix=recipe.cutmix,
-            cutmix_prob=recipe.cutmix_prob,
-            num_classes=recipe.num_classes or classes,
-            transform=create_transforms("imagenet", is_training=True, **options),
-            num_parallel_workers=workers,
-        )
-    else:
-        transform = create_transforms("imagenet", is_training=False, crop_pct=recipe.crop_pct, **options)
-        loader = create_loader(data, recipe.batch_size, transform=transform, num_parallel_workers=workers)
-    return loader, classes, samples
-
-
-def mindcv_policy(policy: str | None) -> str | None:
-    """timm's name of an augmentation policy in MindCV's words."""
-    if policy is None:
-        return None
-    head, dash, rest = policy.partition("-")
-    return {"original": "autoaug", "originalr": "autoaugr", "rand": "randaug"}.get(head, head) + dash + rest
 
 
 def build_model(recipe: Recipe, num_classes: int, strict_head: bool = True) -> nn.Cell:
@@ -223,27 +123,6 @@ def build_model(recipe: Recipe, num_classes: int, strict_head: bool = True) -> n
     return model
 
 
-def evaluate(model: nn.Cell, batches: Any, size: int) -> dict[str, float]:
-    """samples, top1 and top5 (percent) and loss (mean cross entropy), in float64 over all processes."""
-    model.set_train(False)
-    sums = np.zeros(4)
-    for images, targets in batches.create_tuple_iterator(num_epochs=1):
-        logits = model(images).asnumpy().astype(np.float64)
-        labels = targets.asnumpy().astype(np.int64)
-        top = np.argsort(-logits, axis=1, kind="stable")[:, :5] == labels[:, None]
-        shifted = logits - logits.max(axis=1, keepdims=True)
-        loss = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]
-        sums += len(labels), top[:, 0].sum(), top.any(axis=1).sum(), loss.sum()
-    if size > 1:
-        from mindcv.utils import AllReduceSum
-
-        sums = AllReduceSum()(Tensor(sums.astype(np.float32))).asnumpy().astype(np.float64)
-    count, top1, top5, loss_sum = (float(value) for value in sums)
-    if not count:
-        raise ValueError("no validation image could be read")
-    return {"samples": count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss_sum / count}
-
-
 def save(path: Path, parameters: Any, state: dict[str, Any] | None = None) -> None:
     """Write a MindSpore checkpoint through a temporary file that is synced and renamed."""
     temporary = path.with_name(f".{path.stem}.tmp.ckpt")
@@ -253,7 +132,8 @@ def save(path: Path, parameters: Any, state: dict[str, Any] | None = None) -> No
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError, ValueError) as error:
-        temporary.unlink(missing_ok=True)
+        for part in (temporary, temporary.with_suffix(".tmp")):  # the second is MindSpore's own
+            part.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error}. Free some space and go on with --resume") from error
 
 
@@ -265,242 +145,456 @@ def train(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Result:
-    """Train the model of a recipe; arguments and files as ``convit.pytorch.train.train``, the checkpoints being ``.ckpt``."""
+    """Train the model of a recipe; arguments, errors and files as ``convit.pytorch.train.train``, the checkpoints being ``.ckpt``."""
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     check_recipe(recipe)
-    from mindcv.loss import create_loss
-    from mindcv.optim import create_optimizer
-    from mindcv.scheduler import create_scheduler
-    from mindcv.utils import create_trainer
-
-    run = Path(output or recipe.ckpt_save_dir)
-    last = run / "last.ckpt"
-    if last.exists() and not (resume or overwrite):
-        raise FileExistsError(f"{run} already holds a run: --resume continues it, --overwrite starts over")
-    rank, size = start(recipe)
-    ms.set_seed(recipe.seed + rank)
-    loader, classes, samples = make_data(recipe, True, rank, size)
-    num_classes = recipe.num_classes or classes
-    steps = loader.get_dataset_size()
-    if not steps:
-        raise ValueError(f"the global batch of {recipe.batch_size * size} exceeds the {samples} samples of an epoch")
-    model = build_model(recipe, num_classes, strict_head=False)
-    lr = recipe.lr
-    if recipe.scale_lr:
-        lr *= recipe.batch_size * size * recipe.gradient_accumulation_steps / recipe.scale_lr_batch
-    schedule = create_scheduler(
-        steps,
-        scheduler=recipe.scheduler.replace("warmup_", ""),
-        lr=lr,
-        min_lr=recipe.min_lr,
-        warmup_epochs=recipe.warmup_epochs,
-        warmup_factor=recipe.warmup_factor,
-        decay_epochs=recipe.decay_epochs,
-        decay_rate=recipe.decay_rate,
-        milestones=recipe.multi_step_decay_milestones,
-        num_epochs=recipe.epoch_size,
-        num_cycles=recipe.num_cycles,
-        cycle_decay=recipe.cycle_decay,
-        lr_epoch_stair=recipe.lr_epoch_stair,
-    )
-    optimizer = create_optimizer(
-        model if recipe.layer_decay is not None else model.trainable_params(),
-        opt=recipe.opt,
-        lr=schedule,
-        weight_decay=recipe.weight_decay,
-        momentum=recipe.momentum,
-        nesterov=recipe.use_nesterov,
-        weight_decay_filter="norm_and_bias" if recipe.filter_bias_and_bn else "disable",
-        layer_decay=recipe.layer_decay,
-        loss_scale=1.0 if recipe.dynamic_loss_scale else recipe.loss_scale,
-        eps=recipe.eps,
-    )
-    trainer = create_trainer(
-        model,
-        create_loss(recipe.loss, label_smoothing=recipe.label_smoothing),
-        optimizer,
-        None,
-        recipe.amp_level,
-        None,
-        "dynamic" if recipe.dynamic_loss_scale else "fixed",
-        recipe.loss_scale,
-        drop_overflow_update=recipe.dynamic_loss_scale,
-        ema=recipe.ema,
-        ema_decay=recipe.ema_decay,
-        clip_grad=recipe.clip_grad,
-        clip_value=recipe.clip_value,
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-    )
-    keeper = _Keeper(recipe, run, trainer, model, rank, size, steps, progress and rank == 0)
-    keeper.eval_data = make_data(recipe, False, rank, size)[0] if recipe.val_while_train else None
-    if resume and last.exists():
-        keeper.restore(last)
-    elif rank == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        for old in [*run.glob("epoch_*.ckpt"), run / "best.ckpt", run / "log.jsonl", last]:
-            old.unlink(missing_ok=True)
-    if rank == 0:
-        (run / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-        logger.info(
-            "%s, %d classes; %d training samples, %d epochs of %d steps\nMindSpore %s on %s, %d processes, amp %s; learning rate %g",
-            *(recipe.model, num_classes, samples, recipe.epoch_size, steps),
-            *(ms.__version__, ms.get_context("device_target"), size, recipe.amp_level, lr),
-        )
-    began = time.perf_counter()
-    sink = recipe.dataset_sink_mode and ms.get_context("device_target") != "CPU"  # CPU has no sink
-    if keeper.epoch < recipe.epoch_size:
-        with keeper.signals():
-            epochs, first = recipe.epoch_size, keeper.epoch
-            trainer.train(epochs, loader, callbacks=[keeper.callback()], dataset_sink_mode=sink, initial_epoch=first)
-        if keeper.stop:
-            raise Interrupted(keeper.stop, last)
-    record = keeper.history[-1] if keeper.history else keeper.last_record()
-    return Result(
-        model=model,
-        output=run,
-        top1=record.get("top1", math.nan),
-        top5=record.get("top5", math.nan),
-        val_loss=record.get("val_loss", math.nan),
-        best_top1=keeper.best,
-        best_epoch=keeper.best_epoch,
-        train_loss=record.get("train_loss", math.nan),
-        epochs=keeper.epoch,
-        seconds=time.perf_counter() - began,
-        history=keeper.history,
-    )
+    run = _Run(recipe, Path(output or recipe.ckpt_save_dir), resume, overwrite, progress)
+    try:
+        return run.train()
+    finally:
+        run.close()
 
 
-class _Keeper:
-    """Watches a run through MindSpore's callbacks: scores, log and checkpoints at the end of each epoch, signals and NaN between steps."""
+def sinks(recipe: Recipe) -> bool:
+    """Whether the device is fed a whole epoch at a time, by MindSpore's own loop; a CPU cannot be."""
+    return recipe.dataset_sink_mode and ms.get_context("device_target") != "CPU"
 
-    def __init__(
-        self, recipe: Recipe, output: Path, trainer: Any, model: nn.Cell, rank: int, size: int, steps: int, progress: bool
-    ) -> None:
-        self.recipe, self.output, self.trainer, self.model = recipe, output, trainer, model
-        self.rank, self.size, self.steps, self.progress = rank, size, steps, progress
-        self.eval_data: Any = None
-        self.epoch, self.best, self.best_epoch, self.stop = 0, -1.0, -1, 0
-        self.kept: list[list[Any]] = []
+
+class _Gradients(nn.Cell):
+    """Images and targets to the loss and its gradients, with the network and weights of a train step of MindCV's."""
+
+    def __init__(self, step: Any, scale: float) -> None:
+        super().__init__(auto_prefix=False)
+        self.network, self.grad, self.weights, self.scale = step.network, step.grad, step.weights, scale
+
+    def construct(self, images: Tensor, targets: Tensor) -> tuple:
+        loss = self.network(images, targets)
+        gradients = self.grad(self.network, self.weights)(images, targets, ops.ones_like(loss) * self.scale)
+        if self.scale != 1.0:
+            gradients = _times(gradients, 1 / self.scale)
+        return loss, gradients
+
+
+# gradients are handed over one by one: a graph takes a tuple for a constant, and is compiled anew for each
+
+
+class _Sum(nn.Cell):
+    """Gradients of one batch, then of another, to their sums."""
+
+    def construct(self, *gradients: Tensor) -> tuple:
+        half = len(gradients) // 2
+        sums: tuple = ()
+        for i in range(half):
+            sums = sums + (gradients[i] + gradients[half + i],)
+        return sums
+
+
+class _Update(nn.Cell):
+    """Gradients, summed over ``count`` batches, to new weights."""
+
+    def __init__(self, step: Any, count: int, clip: float | None) -> None:
+        super().__init__(auto_prefix=False)
+        self.reduce, self.optimizer, self.count, self.clip = step.grad_reducer, step.optimizer, count, clip
+
+    def construct(self, *gradients: Tensor) -> Any:
+        if self.count > 1:
+            gradients = _times(gradients, 1 / self.count)
+        gradients = self.reduce(gradients)
+        if self.clip is not None:
+            gradients = ops.clip_by_global_norm(gradients, self.clip)
+        return self.optimizer(gradients)
+
+
+class _Average(nn.Cell):
+    """The moving average of the weights: each call moves it towards them."""
+
+    def __init__(self, weights: Any) -> None:
+        super().__init__(auto_prefix=False)
+        self.weights = ms.ParameterTuple(weights)
+        self.average = self.weights.clone("ema", init="same")
+
+    def construct(self, decay: Tensor) -> Tensor:
+        for i in range(len(self.weights)):
+            ops.assign(self.average[i], self.average[i] * decay + self.weights[i] * (1 - decay))
+        return decay
+
+    def swap(self) -> None:
+        """Exchange the weights with their average."""
+        for weight, average in zip(self.weights, self.average, strict=True):
+            mine, other = weight.asnumpy().copy(), average.asnumpy().copy()
+            ops.assign(weight, Tensor(other))
+            ops.assign(average, Tensor(mine))
+
+
+def _times(gradients: tuple, factor: float) -> tuple:
+    scaled: tuple = ()
+    for gradient in gradients:
+        scaled = scaled + (gradient * factor,)
+    return scaled
+
+
+class _Run:
+    """One training run on this process."""
+
+    def __init__(self, recipe: Recipe, output: Path, resume: bool, overwrite: bool, progress: bool) -> None:
+        self.recipe, self.output = recipe, output
+        self.last = output / "last.ckpt"
+        if self.last.exists() and not (resume or overwrite):
+            raise FileExistsError(f"{output} already holds a run: --resume continues it, --overwrite starts over")
+        self.rank, self.size = start(recipe)
+        self.chief = self.rank == 0
+        self.log: Log | None = None
+        self.stop = 0
+        self._old_handlers: dict[int, Any] = {}
         self.history: list[dict[str, Any]] = []
+        self.show = progress and self.chief
+        self.sink = sinks(recipe)
 
-    def parameters(self) -> list[Any]:
-        return list(self.trainer.train_network.get_parameters())
+        self.data = Data(recipe, True, self.rank, self.size)
+        self.eval_data = Data(recipe, False, self.rank, self.size) if recipe.val_while_train else None
+        self._build()
+        self.progress = Progress()
+        if resume and self.last.exists():
+            self._restore()
+        elif self.chief:
+            output.mkdir(parents=True, exist_ok=True)
+            for old in [*output.glob("epoch_*.ckpt"), output / "best.ckpt", output / "log.jsonl", self.last]:
+                old.unlink(missing_ok=True)
+        if self.chief:
+            write_atomic(output / "recipe.yaml", lambda file: file.write(dump_recipe(recipe).encode()))
+            self.log = Log(output / "log.jsonl", self.progress)
+            logger.info(
+                "%s, %d classes; %d training samples, %d epochs of %d steps\nMindSpore %s on %s, %d processes, amp %s; learning rate %g",
+                *(recipe.model, self.num_classes, self.data.samples, recipe.epoch_size, self.steps),
+                *(ms.__version__, ms.get_context("device_target"), self.size, recipe.amp_level, self.lr),
+            )
 
-    def restore(self, path: Path) -> None:
+    # --- set-up ---
+
+    def _build(self) -> None:
+        from mindcv.loss import create_loss
+        from mindcv.optim import create_optimizer
+        from mindcv.scheduler import create_scheduler
+        from mindcv.utils import create_trainer
+        from mindcv.utils.trainer_factory import require_customized_train_step
+
+        recipe = self.recipe
+        self.num_classes = recipe.num_classes or self.data.classes
+        self.model: Any = build_model(recipe, self.num_classes, strict_head=False)
+        self.lr = recipe.lr
+        if recipe.scale_lr:
+            self.lr *= recipe.batch_size * self.size * recipe.gradient_accumulation_steps / recipe.scale_lr_batch
+        self.steps = self.data.steps // (1 if self.sink else recipe.gradient_accumulation_steps)
+        if not self.steps:
+            raise ValueError(f"gradient_accumulation_steps must be at most the {self.data.steps} batches of an epoch")
+        self.schedule = create_scheduler(
+            self.steps,
+            scheduler=recipe.scheduler.replace("warmup_", ""),
+            lr=self.lr,
+            min_lr=recipe.min_lr,
+            warmup_epochs=recipe.warmup_epochs,
+            warmup_factor=recipe.warmup_factor,
+            decay_epochs=recipe.decay_epochs,
+            decay_rate=recipe.decay_rate,
+            milestones=recipe.multi_step_decay_milestones,
+            num_epochs=recipe.epoch_size,
+            num_cycles=recipe.num_cycles,
+            cycle_decay=recipe.cycle_decay,
+            lr_epoch_stair=recipe.lr_epoch_stair,
+        )
+        extras = {
+            "ema": recipe.ema,
+            "ema_decay": recipe.ema_decay,
+            "clip_grad": recipe.clip_grad,
+            "clip_value": recipe.clip_value,
+            "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
+        }
+        # MindCV's step with extras undoes the loss scale itself, as ours does; MindSpore's plain one leaves it to the optimiser
+        plain = self.sink and not require_customized_train_step(recipe.ema, recipe.clip_grad, recipe.gradient_accumulation_steps)
+        optimizer = create_optimizer(
+            self.model if recipe.layer_decay is not None else self.model.trainable_params(),
+            opt=recipe.opt,
+            lr=self.schedule,
+            weight_decay=recipe.weight_decay,
+            momentum=recipe.momentum,
+            nesterov=recipe.use_nesterov,
+            weight_decay_filter="norm_and_bias" if recipe.filter_bias_and_bn else "disable",
+            layer_decay=recipe.layer_decay,
+            loss_scale=1.0 if recipe.dynamic_loss_scale or not plain else recipe.loss_scale,
+            eps=recipe.eps,
+        )
+        self.trainer = create_trainer(
+            self.model,
+            create_loss(recipe.loss, label_smoothing=recipe.label_smoothing),
+            optimizer,
+            None,
+            recipe.amp_level,
+            None,
+            "dynamic" if recipe.dynamic_loss_scale else "fixed",
+            recipe.loss_scale,
+            drop_overflow_update=recipe.dynamic_loss_scale,
+            **(extras if self.sink else {}),
+        )
+        self.network = self.trainer.train_network
+        self.average: _Average | None = None
+        self.paths: list[DropPath] = []
+        if self.sink:
+            return
+        self.gradients = _Gradients(self.network, recipe.loss_scale)
+        self.sum = _Sum()
+        self.update = _Update(self.network, recipe.gradient_accumulation_steps, recipe.clip_value if recipe.clip_grad else None)
+        if recipe.ema:
+            self.average = _Average(self.model.get_parameters())
+        self.paths = [cell for _, cell in self.model.cells_and_names() if isinstance(cell, DropPath) and cell.p > 0]
+        for i, cell in enumerate(self.paths):
+            cell.take_draws(recipe.batch_size, f"drop_path_{i}")
+
+    def _restore(self) -> None:
+        path, state = self.last, {}
         try:
             saved = ms.load_checkpoint(str(path))
             state = json.loads(str(saved.pop("convit_run")))
-            saved.pop("learning_rate", None)  # the whole schedule, which the recipe gives anew
-            missing, _ = ms.load_param_into_net(self.trainer.train_network, saved)
+            own = self._parameters()
+            missing = [name for name in own if name not in saved]
+            for name, value in saved.items():
+                ops.assign(own[name], Tensor(value.asnumpy()))
+            self.progress, old = Progress(**state["progress"]), Recipe(**state["recipe"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged, or of another model or optimiser: {str(error).splitlines()[0]}") from None
-        missing = [name for name in missing if name != "learning_rate"]
         if missing:
             raise ValueError(f"{path} lacks {len(missing)} parameters of this model and optimiser, the first is {missing[0]}")
-        self.epoch, self.best, self.best_epoch, self.kept = (state[name] for name in ("epoch", "best", "best_epoch", "kept"))
-        logger.info("resumed %s: epoch %d", path, self.epoch)
+        at = self.progress
+        if at.step and (self.sink or state["global_batch"] != self.global_batch):
+            raise ValueError(
+                f"{path} stands inside an epoch with a global batch of {state['global_batch']}, and this run has {self.global_batch}"
+                f"{' and dataset_sink_mode' * self.sink}: start as many processes as before, or change batch_size to match"
+            )
+        changed = {name: pair for name, pair in changed_keys(old, self.recipe).items() if name not in FREE}
+        if changed and self.chief:
+            keys = ", ".join(f"{name} {before!r} -> {after!r}" for name, (before, after) in changed.items())
+            logger.info("resuming with other keys: %s", keys)
+        logger.info("resumed %s: epoch %d, step %d of %d", path, at.epoch, at.step, self.steps)
 
-    def signals(self) -> Any:
-        from contextlib import contextmanager
+    def _parameters(self) -> dict[str, Any]:
+        """What a resumed run needs of the model, the optimiser and the moving average."""
+        known = [*self.network.get_parameters(), *(self.average.average if self.average else ())]
+        left_out = {"learning_rate", *(cell.drawn.name for cell in self.paths)}  # the recipe gives the schedule anew, _step the draws
+        return {p.name: p for p in known if p.name not in left_out}
 
-        @contextmanager
-        def caught() -> Iterator[None]:
-            def handler(signum: int, frame: Any) -> None:
-                if self.stop:
-                    raise KeyboardInterrupt
-                self.stop = signum
+    @property
+    def global_batch(self) -> int:
+        return self.recipe.batch_size * self.size * self.recipe.gradient_accumulation_steps
 
-            old = {signum: signal.signal(signum, handler) for signum in (signal.SIGTERM, signal.SIGINT)}
-            try:
-                yield
-            finally:
-                for signum, before in old.items():
-                    signal.signal(signum, before)
+    # --- loop ---
 
-        return caught()
+    def train(self) -> Result:
+        self._catch_signals()
+        began = time.perf_counter()
+        at, recipe = self.progress, self.recipe
+        if self.sink and at.epoch < recipe.epoch_size:
+            pipeline = self.data.pipeline(at.epoch)
+            self.trainer.train(recipe.epoch_size, pipeline, callbacks=[_watch(self)], dataset_sink_mode=True, initial_epoch=at.epoch)
+            if self.stop:
+                raise Interrupted(self.stop, self.last)
+        while at.epoch < recipe.epoch_size:
+            self._epoch()
+        if self.average:
+            self.average.swap()
+        record = self.history[-1] if self.history else last_epoch(self.output / "log.jsonl")
+        return Result(
+            model=self.model,
+            output=self.output,
+            top1=record.get("top1", math.nan),
+            top5=record.get("top5", math.nan),
+            val_loss=record.get("val_loss", math.nan),
+            best_top1=at.best,
+            best_epoch=at.best_epoch,
+            train_loss=record.get("train_loss", math.nan),
+            epochs=at.epoch,
+            seconds=time.perf_counter() - began,
+            history=self.history,
+        )
 
-    def callback(self) -> Any:
-        keeper = self
+    def _epoch(self) -> None:
+        at, recipe = self.progress, self.recipe
+        began, waited, first = time.perf_counter(), 0.0, at.step
+        self.network.set_train(True)
+        batches = self.data.batches(at.epoch, at.step * recipe.gradient_accumulation_steps)
+        while at.step < self.steps:
+            asked = time.perf_counter()
+            parts = [next(batches) for _ in range(recipe.gradient_accumulation_steps)]
+            waited += time.perf_counter() - asked
+            self._step(parts)
+            if self.stop:
+                self._save_last()
+                raise Interrupted(self.stop, self.last)
+            if recipe.ckpt_save_steps and at.step % recipe.ckpt_save_steps == 0 and at.step < self.steps:
+                self._save_last()
+        self.finish_epoch(at.step - first, time.perf_counter() - began, data_seconds=round(waited, 3), skipped_steps=at.skipped)
 
-        class Watch(ms.train.Callback):
-            losses: list[float]
+    def _step(self, parts: list[Any]) -> None:
+        """One optimiser step over ``parts``, batches of (images, targets)."""
+        at, recipe = self.progress, self.recipe
+        value, gradients = 0.0, None
+        for part, (images, targets) in enumerate(parts):
+            draws = np.random.default_rng([recipe.seed, at.epoch, at.step, self.rank, part])
+            for cell in self.paths:
+                cell.draw(draws)
+            loss, more = self.gradients(images, targets)
+            gradients = more if gradients is None else self.sum(*gradients, *more)
+            value += float(loss.asnumpy()) / len(parts)
+        value, stop = total([value / self.size, float(self.stop)], self.size)
+        if stop and not self.stop:
+            self.stop = signal.SIGTERM
+        if math.isfinite(value):
+            self._apply(gradients, value)
+        else:
+            self._skip(value)
+        at.step += 1
+        at.updates += 1
+        if (at.updates % recipe.log_interval == 0 or at.step == self.steps) and self.log:
+            lr = float(self.schedule[min(at.updates, len(self.schedule)) - 1])
+            self.log.write({"kind": "step", "epoch": at.epoch, "update": at.updates, "loss": value, "lr": lr})
 
-            def on_train_epoch_begin(self, run_context: Any) -> None:
-                self.began, self.losses = time.perf_counter(), []
+    def _apply(self, gradients: Any, loss: float) -> None:
+        at, recipe = self.progress, self.recipe
+        self.update(*gradients)
+        at.loss_sum += loss
+        at.loss_steps += 1
+        at.skipped_in_row = 0
+        if self.average:
+            at.ema_updates += 1
+            self.average(Tensor(recipe.ema_decay * (1 - math.exp(-at.ema_updates / 2000)), ms.float32))  # as MindCV
 
-            def on_train_step_end(self, run_context: Any) -> None:
-                at = run_context.original_args()
-                loss = at.net_outputs[0] if isinstance(at.net_outputs, (tuple, list)) else at.net_outputs
-                self.losses.append(float(loss.asnumpy().mean()))
-                if not math.isfinite(self.losses[-1]):
-                    raise FloatingPointError(
-                        f"the loss is {self.losses[-1]} in epoch {keeper.epoch}; {keeper.output / 'last.ckpt'} is from before. "
-                        "Lower lr, clip the gradient (--clip_grad), or use --amp_level O0"
-                    )
-                # MindSpore counts from the start of this process
-                update = keeper.epoch * keeper.steps + (at.cur_step_num - 1) % keeper.steps + 1
-                if keeper.rank == 0 and update % keeper.recipe.log_interval == 0:
-                    keeper.write({"kind": "step", "epoch": keeper.epoch, "update": update, "loss": self.losses[-1]})
-                if keeper.stop:
-                    run_context.request_stop()
+    def _skip(self, loss: float) -> None:
+        """Count a step whose loss is not finite; the schedule, which follows the optimiser's count of steps, goes on."""
+        at, counter = self.progress, self.network.optimizer.global_step
+        ops.assign(counter, Tensor(counter.asnumpy() + 1, counter.dtype))
+        at.skipped += 1
+        at.skipped_in_row += 1
+        logger.warning("epoch %d, step %d: the loss is %s; skipped this step", at.epoch, at.step, loss)
+        if at.skipped_in_row > self.recipe.max_skipped_steps:
+            raise FloatingPointError(
+                f"the loss was not finite in {at.skipped_in_row} steps in a row (epoch {at.epoch}, step {at.step}); "
+                f"{self.last} is from before. Lower lr, clip the gradient (--clip_grad), or use --amp_level O0"
+            )
 
-            def on_train_epoch_end(self, run_context: Any) -> None:
-                if not keeper.stop:
-                    keeper.finish_epoch(self.losses, time.perf_counter() - self.began)
+    # --- end of an epoch ---
 
-        return Watch()
-
-    def finish_epoch(self, losses: list[float], seconds: float) -> None:
-        recipe, epoch = self.recipe, self.epoch
+    def finish_epoch(self, steps: int, seconds: float, **more: Any) -> None:
+        """Validate, log, then best and kept weights, then last.ckpt: a kill in between repeats the epoch and writes the same again."""
+        at, recipe = self.progress, self.recipe
         record: dict[str, Any] = {
             "kind": "epoch",
-            "epoch": epoch,
-            "train_loss": sum(losses) / max(len(losses), 1),
-            "images_per_second": round(self.steps * recipe.batch_size * self.size / seconds, 2),
+            "epoch": at.epoch,
+            "update": at.updates,
+            "train_loss": at.loss_sum / max(at.loss_steps, 1),
+            **more,
+            "images_per_second": round(steps * self.global_batch / seconds, 2),
             "seconds": round(seconds, 3),
         }
-        if self.eval_data is not None and ((epoch + 1) % recipe.val_interval == 0 or epoch + 1 == recipe.epoch_size):
-            scores = evaluate(self.model, self.eval_data, self.size)
-            self.trainer.train_network.set_train(True)
+        if self.average:
+            self.average.swap()
+        if self.eval_data is not None and ((at.epoch + 1) % recipe.val_interval == 0 or at.epoch + 1 == recipe.epoch_size):
+            scores = evaluate(self.model, self.eval_data.pipeline(0), self.size)
             record |= {"val_loss": scores["loss"], "top1": scores["top1"], "top5": scores["top5"]}
         gates = [p.asnumpy() for p in self.model.get_parameters() if p.name.endswith("gating_param")]
         record["gating"] = [[round(float(1 / (1 + np.exp(-value))), 5) for value in gate] for gate in gates]
         self.history.append(record)
-        if self.progress:
+        if self.show:
             shown = f"  top-1 {record['top1']:.2f} %  val loss {record['val_loss']:.4f}" if "top1" in record else ""
             speed = f"{record['images_per_second']:.0f} images/s"
-            print(f"epoch {epoch + 1}/{recipe.epoch_size}  loss {record['train_loss']:.4f}{shown}  {speed}", file=sys.stderr, flush=True)
-        self.epoch += 1
-        better = record.get("top1", -1.0) > self.best
-        if better:
-            self.best, self.best_epoch = record["top1"], epoch
-        if self.rank:
+            line = f"epoch {at.epoch + 1}/{recipe.epoch_size}  loss {record['train_loss']:.4f}{shown}  {speed}"
+            print(line, file=sys.stderr, flush=True)
+        if self.log:
+            self.log.write(record, sync=True)
+        self._keep_weights(record)
+        if self.average:
+            self.average.swap()
+        at.epoch += 1
+        at.step = at.loss_steps = at.skipped = 0
+        at.loss_sum = 0.0
+        self._save_last()
+
+    def _keep_weights(self, record: dict[str, Any]) -> None:
+        at, recipe = self.progress, self.recipe
+        draws = {cell.drawn.name for cell in self.paths}
+        weights = [p for p in self.model.get_parameters() if p.name not in draws]
+        if record.get("top1", -1.0) > at.best:
+            at.best, at.best_epoch = record["top1"], at.epoch
+            if self.chief:
+                save(self.output / "best.ckpt", weights)
+        if recipe.keep_checkpoint_max == 0 or (at.epoch + 1) % recipe.ckpt_save_interval:
             return
-        self.write(record)
-        weights = list(self.model.get_parameters())
-        if better:
-            save(self.output / "best.ckpt", weights)
-        if recipe.keep_checkpoint_max > 0 and (epoch + 1) % recipe.ckpt_save_interval == 0:
-            name = f"epoch_{epoch + 1}.ckpt"
+        name = f"epoch_{at.epoch + 1}.ckpt"
+        if self.chief:
             save(self.output / name, weights)
-            self.kept = [one for one in self.kept if one[0] != name] + [[name, record.get("top1", -1.0)]]
-            if recipe.ckpt_save_policy == "top_k":
-                self.kept.sort(key=lambda one: one[1])
-            for old, _ in self.kept[: -recipe.keep_checkpoint_max]:
+        at.kept = [one for one in at.kept if one[0] != name] + [[name, record.get("top1", -1.0)]]
+        if recipe.ckpt_save_policy == "top_k":
+            at.kept.sort(key=lambda one: one[1])
+        if self.chief:
+            for old, _ in at.kept[: -recipe.keep_checkpoint_max]:
                 (self.output / old).unlink(missing_ok=True)
-            self.kept = self.kept[-recipe.keep_checkpoint_max :]
-        state = {"epoch": self.epoch, "best": self.best, "best_epoch": self.best_epoch, "kept": self.kept}
-        save(self.output / "last.ckpt", self.parameters(), {"convit_run": json.dumps(state)})
+        at.kept = at.kept[-recipe.keep_checkpoint_max :]
 
-    def write(self, record: dict[str, Any]) -> None:
-        with open(self.output / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+    def _save_last(self) -> None:
+        if not self.chief:
+            return
+        state = {
+            "progress": dataclasses.asdict(self.progress),
+            "recipe": dataclasses.asdict(self.recipe),
+            "global_batch": self.global_batch,
+        }
+        save(self.last, self._parameters().values(), {"convit_run": json.dumps(state)})
 
-    def last_record(self) -> dict[str, Any]:
-        path = self.output / "log.jsonl"
-        records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return next((record for record in reversed(records) if record["kind"] == "epoch"), {})
+    # --- signals and end ---
+
+    def _catch_signals(self) -> None:
+        """SIGTERM, and SIGINT, of which MindSpore's pipelines make SIGTERM, let the current step end; a second one ends the program."""
+
+        def handler(signum: int, frame: Any) -> None:
+            if self.stop:
+                raise KeyboardInterrupt
+            self.stop = signum
+
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                self._old_handlers[signum] = signal.signal(signum, handler)
+
+    def close(self) -> None:
+        for signum, handler in self._old_handlers.items():
+            signal.signal(signum, handler)
+        if self.log:
+            self.log.close()
+
+
+def _watch(run: _Run) -> Any:
+    """A callback that watches over MindSpore's own loop: it sees the losses that this loop shows it, and ends what it should end."""
+
+    class Watch(ms.train.Callback):
+        def on_train_epoch_begin(self, run_context: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_train_step_end(self, run_context: Any) -> None:
+            at, outputs = run.progress, run_context.original_args().net_outputs
+            loss = float((outputs[0] if isinstance(outputs, (tuple, list)) else outputs).asnumpy().mean())
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss is {loss} in epoch {at.epoch}; {run.last} is from before. "
+                    "Lower lr, clip the gradient (--clip_grad), or use --amp_level O0"
+                )
+            at.loss_sum += loss
+            at.loss_steps += 1
+
+        def on_train_epoch_end(self, run_context: Any) -> None:
+            run.progress.updates += run.steps
+            run.finish_epoch(run.steps, time.perf_counter() - self.began)
+            run.network.set_train(True)
+            if run.stop:
+                run_context.request_stop()
+
+    return Watch()
 
 
 assert set(ONLY) <= set(FIELDS)

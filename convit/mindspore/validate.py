@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn
 
 from convit.config import Recipe, load_recipe
-from convit.mindspore.train import build_model, check_recipe, evaluate, make_data, start
+from convit.mindspore.data import Data
 
 
 def saved_recipe(path: str) -> dict[str, Any] | None:
@@ -22,14 +24,16 @@ def saved_recipe(path: str) -> dict[str, Any] | None:
 
 def validate(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
     """Measure the model and checkpoint of ``recipe`` on its validation split; result and errors as ``convit.pytorch.validate.validate``."""
+    from convit.mindspore.train import build_model, check_recipe, start
+
     check_recipe(recipe)
     rank, size = start(recipe)
-    batches, classes, _ = make_data(recipe, False, rank, size)
-    model = build_model(recipe, recipe.num_classes or classes)
+    data = Data(recipe, False, rank, size)
+    model = build_model(recipe, recipe.num_classes or data.classes)
     if recipe.amp_level != "O0" and ms.get_context("device_target") != "CPU":
         model = ms.amp.auto_mixed_precision(model, recipe.amp_level)
     began = time.perf_counter()
-    scores = evaluate(model, batches, size)
+    scores = evaluate(model, data.pipeline(0), size)
     return {
         "model": recipe.model,
         "checkpoint": recipe.ckpt_path or ("published" if recipe.pretrained else None),
@@ -40,3 +44,29 @@ def validate(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
         "images_per_second": round(scores["samples"] / (time.perf_counter() - began), 2),
         "bad_images": [],
     }
+
+
+def evaluate(model: nn.Cell, batches: Any, size: int) -> dict[str, float]:
+    """samples, top1 and top5 (percent) and loss (mean cross entropy), in float64 over all processes."""
+    model.set_train(False)
+    sums = np.zeros(4)
+    for images, targets in batches.create_tuple_iterator(num_epochs=1):
+        logits = model(images).asnumpy().astype(np.float64)
+        labels = targets.asnumpy().astype(np.int64)
+        top = np.argsort(-logits, axis=1, kind="stable")[:, :5] == labels[:, None]
+        shifted = logits - logits.max(axis=1, keepdims=True)
+        loss = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]
+        sums += len(labels), top[:, 0].sum(), top.any(axis=1).sum(), loss.sum()
+    count, top1, top5, loss_sum = total([float(value) for value in sums], size)
+    if not count:
+        raise ValueError("no validation image could be read")
+    return {"samples": count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss_sum / count}
+
+
+def total(values: list[float], size: int) -> list[float]:
+    """Sum each of ``values`` over the processes, in float32; the same on every process."""
+    if size == 1:
+        return values
+    from mindcv.utils import AllReduceSum
+
+    return [float(value) for value in AllReduceSum()(Tensor(np.array(values, np.float32))).asnumpy()]

@@ -26,12 +26,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from convit.config import Recipe
+from convit.image_files import IMAGE_SUFFIXES
 from convit.pytorch.distributed import World
 
 logger = logging.getLogger("convit")
 
 SPLITS = {"val": ("val", "validation", "valid", "test"), "validation": ("validation", "val", "valid"), "train": ("train", "training")}
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff")
 WORKER_RESTARTS = 3
 
 

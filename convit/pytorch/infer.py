@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from convit.config import Recipe
-from convit.pytorch.data import IMAGE_SUFFIXES, BadImage, eval_transform, read_image
+from convit.image_files import find_images, imagenet_names, need_weights, shown
+from convit.pytorch.data import BadImage, eval_transform, read_image
 from convit.pytorch.distributed import World, choose_device
 
 
@@ -33,8 +34,7 @@ def infer(recipe: Recipe, images: list[str], topk: int = 5, progress: bool = Fal
     """
     from convit.pytorch.train import build_model
 
-    if not recipe.ckpt_path and not recipe.pretrained:
-        raise ValueError("infer needs weights: --ckpt_path FILE, or --pretrained for the published ones")
+    need_weights(recipe)
     paths = find_images(images)
     num_classes = recipe.num_classes or 1000
     device = choose_device(recipe.device, World())
@@ -55,28 +55,7 @@ def infer(recipe: Recipe, images: list[str], topk: int = 5, progress: bool = Fal
             rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
             yield {"image": source.name(index), "classes": [{"index": i, "name": names[i], "probability": p} for i, p in rows]}
 
-    if not progress:
-        return results()
-    from rich.console import Console
-    from rich.progress import track
-
-    return iter(track(results(), "inferring", total=len(paths), console=Console(stderr=True)))
-
-
-def find_images(places: list[str]) -> list[Path]:
-    """The files in ``places``, and the images in the folders among them, in order of name."""
-    found: list[Path] = []
-    for place in map(Path, places):
-        if place.is_dir():
-            inside = sorted(path for path in place.rglob("*") if path.suffix[1:].lower() in IMAGE_SUFFIXES)
-            if not inside:
-                raise FileNotFoundError(f"no image in the folder {place}")
-            found += inside
-        elif place.exists():
-            found.append(place)
-        else:
-            raise FileNotFoundError(f"no such image: {place}")
-    return found
+    return shown(results(), len(paths)) if progress else results()
 
 
 def class_names(ckpt_path: str, num_classes: int) -> list[str]:
@@ -89,9 +68,4 @@ def class_names(ckpt_path: str, num_classes: int) -> list[str]:
             names = []
         if len(names) == num_classes:
             return names
-    if num_classes == 1000:
-        from timm.data import ImageNetInfo
-
-        info = ImageNetInfo()
-        return [info.index_to_description(i) for i in range(1000)]
-    return [str(i) for i in range(num_classes)]
+    return imagenet_names() if num_classes == 1000 else [str(i) for i in range(num_classes)]

@@ -15,6 +15,7 @@ import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +24,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from convit.checkpoints import settings_of
-from convit.config import Recipe, changed_keys, dump_recipe, load_recipe
-from convit.pytorch.checkpoint import Log, Progress, States, load, save, write_atomic
+from convit.config import FREE, Recipe, changed_keys, dump_recipe, load_recipe
+from convit.pytorch.checkpoint import States, load, save
 from convit.pytorch.data import EvalData, TrainData, mix_seed, seeded
 from convit.pytorch.diagnostics import diagnose
 from convit.pytorch.distributed import World, choose_device, find_world, start, total
 from convit.pytorch.validate import Scores, evaluate
+from convit.run_files import Log, Progress, last_epoch, write_atomic
 
 logger = logging.getLogger("convit")
-
-# recipe keys that may differ when a run is resumed without changing what it computes
-FREE = {
-    "num_parallel_workers",
-    "log_interval",
-    "data_dir",
-    "ckpt_save_dir",
-    "ckpt_save_steps",
-    "ckpt_save_interval",
-    "tensorboard",
-    "device",
-}
 
 
 class Interrupted(Exception):
@@ -143,6 +133,8 @@ class _Run:
 
     def __init__(self, recipe: Recipe, output: Path, resume: bool, overwrite: bool, progress: bool) -> None:
         self.recipe, self.output = recipe, output
+        if recipe.wandb and find_spec("wandb") is None:
+            raise ImportError("the recipe's key wandb needs Weights & Biases: pip install wandb, or --wandb '' to go without")
         self.world = find_world()
         if recipe.distribute is False and self.world.size > 1:
             self.world = World()
@@ -158,6 +150,7 @@ class _Run:
         saved = load(last) if resume and last.exists() else None
         self.log: Log | None = None
         self.board: Any = None
+        self.wandb: Any = None
         self.probe: Tensor | None = None
         self.stop = 0
         self._old_handlers: dict[int, Any] = {}
@@ -181,6 +174,12 @@ class _Run:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(str(output / "tensorboard"), purge_step=self.progress.epoch)
+            if recipe.wandb:
+                import wandb
+
+                self.wandb = wandb.init(
+                    project=recipe.wandb, name=output.name, dir=str(output), config=dataclasses.asdict(recipe), resume="auto"
+                )
         self.bar = _Bar(progress and self.chief, recipe.epoch_size * self.data.steps_per_epoch, self.progress.updates)
         self._header()
 
@@ -298,7 +297,7 @@ class _Run:
             history.append(self._epoch())
         self.bar.close()
         model = self.ema.module if self.ema is not None else self.model
-        record = history[-1] if history else self._last_record()
+        record = history[-1] if history else last_epoch(self.output / "log.jsonl")
         return Result(
             model=model.eval(),
             output=self.output,
@@ -480,6 +479,8 @@ class _Run:
                 if name in record:
                     self.board.add_scalar(name, record[name], at.epoch)
             self.board.flush()
+        if self.wandb:
+            self.wandb.log({name: value for name, value in record.items() if isinstance(value, (int, float))}, step=at.updates)
         keep = recipe.keep_checkpoint_max > 0 and (at.epoch + 1) % recipe.ckpt_save_interval == 0
         dropped: list[str] = []
         if better or keep:
@@ -524,14 +525,6 @@ class _Run:
             state["state_dict_ema"] = self.ema.module.state_dict()
         save(self.output / "last.pth", state)
 
-    def _last_record(self) -> dict[str, Any]:
-        """The last epoch record of a run that was complete already."""
-        import json
-
-        path = self.output / "log.jsonl"
-        records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return next((record for record in reversed(records) if record["kind"] == "epoch"), {})
-
     # --- signals and end ---
 
     def _catch_signals(self) -> None:
@@ -554,6 +547,8 @@ class _Run:
             self.log.close()
         if self.board:
             self.board.close()
+        if self.wandb:
+            self.wandb.finish()
         if self._own_group and dist.is_initialized():
             dist.destroy_process_group()
 

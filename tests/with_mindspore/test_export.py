@@ -30,3 +30,21 @@ def test_export_mindir(tmp_path, kwargs):
         (tmp_path / "bad.png").write_bytes(b"x")
         export_mindir(model, tmp_path / "none" / "m.mindir", images=[tmp_path / "bad.png"])
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 56)])
+def test_a_file_per_image_size(tmp_path, size):
+    """The image size of a file is fixed, the batch is not; a wrong suffix and a wrong size of images are refused."""
+    pillow = pytest.importorskip("PIL.Image")
+    pillow.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)).save(tmp_path / "image.png")
+    shape = {"patch_size": 8, "embed_dim": 32, "num_heads": 4, "depth": 2, "local_up_to_layer": 1, "num_classes": 5}
+    model = ConViT(image_size=size, **shape)
+    with pytest.raises(ValueError, match="end in .mindir"):
+        export_mindir(model, tmp_path / "m.onnx", images=[tmp_path / "image.png"])
+    report = export_mindir(model, tmp_path / "m.mindir", images=[tmp_path / "image.png"])
+    assert report.sizes == [size] and report.batches == [1, 2]
+    run = nn.GraphCell(ms.load(str(tmp_path / "m.mindir")))
+    for batch in (1, 3):
+        images = ms.Tensor(np.random.default_rng(batch).standard_normal((batch, 3, *size)).astype(np.float32))
+        expected = model(images).asnumpy()
+        assert np.abs(run(images).asnumpy() - expected).max() <= 1e-5 * np.abs(expected).max()

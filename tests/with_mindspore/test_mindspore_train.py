@@ -3,11 +3,13 @@
 import json
 import shutil
 import signal
+import subprocess
 import sys
+import time
 
 import pytest
 
-pytest.importorskip("mindspore")
+ms = pytest.importorskip("mindspore")
 pytest.importorskip("mindcv")
 np = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image")
@@ -69,20 +71,252 @@ def test_a_run_validates_without_its_recipe(finished, folder, capsys):
     assert result["loss"] == pytest.approx(record["val_loss"], abs=2e-2)  # the run computed in float16 (O2)
 
 
-def test_resume_goes_on_after_the_last_epoch_and_a_signal_stops_between_steps(finished, folder, tmp_path, monkeypatch):
-    shutil.copytree(finished.output, tmp_path / "run")
-    finish = train_module._Keeper.finish_epoch
+def test_a_run_infers(finished, folder, tmp_path, capsys):
+    """The classes of a run's checkpoint by name, the probabilities those of its logits; what is no image is named."""
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    path, image = finished.output / "best.ckpt", folder / "val/red/00.jpg"
+    words = ["infer", str(image), str(tmp_path / "bad.png"), "--framework", "mindspore", "--ckpt_path", str(path), "--amp_level", "O0"]
+    assert cli.main([*words, "--json"]) == 1
+    out, err = capsys.readouterr()
+    result = json.loads(out.splitlines()[-1])
+    assert result["image"] == str(image) and {row["name"] for row in result["classes"]} == {"blue", "red"}
+    assert sum(row["probability"] for row in result["classes"]) == pytest.approx(1)
+    assert "bad.png" in err and "UnidentifiedImageError" in err
+    # validation, of that image alone, has the same cross entropy
+    (tmp_path / "data/val/blue").mkdir(parents=True)
+    shutil.copytree(folder / "val/red", tmp_path / "data/val/red", ignore=lambda _, names: [n for n in names if n != "00.jpg"])
+    shutil.copy(folder / "val/blue/00.jpg", tmp_path / "data/val/blue")
+    assert cli.main([*words[:2], str(folder / "val/blue/00.jpg"), *words[3:], "--json"]) == 0
+    probabilities = {}
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith("{"):
+            one = json.loads(line)
+            label = one["image"].split("/")[-2]
+            probabilities[label] = next(row["probability"] for row in one["classes"] if row["name"] == label)
+    keys = ["--framework", "mindspore", "--ckpt_path", str(path), "--amp_level", "O0", "--data_dir", str(tmp_path / "data")]
+    assert cli.main(["validate", *keys, "--json"]) == 0
+    loss = json.loads(capsys.readouterr().out.splitlines()[-1])["loss"]
+    assert loss == pytest.approx(-np.mean(np.log(list(probabilities.values()))), abs=1e-3)  # two JPEG decoders
 
-    def interrupted(self, losses, seconds):
-        finish(self, losses, seconds)
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{}/val/red/00.jpg"], "infer needs weights: --ckpt_path FILE"),
+        (["{}/none.jpg", "--ckpt_path", "{}/none.ckpt"], "no such image"),
+        (["{}/val", "--ckpt_path", "{}/none.ckpt"], "none.ckpt"),
+        (["{}/val", "--ckpt_path", "{}/none.ckpt", "--dataset", "wds"], "dataset must be imagenet, folder or digits"),
+    ],
+)
+def test_what_infer_refuses(folder, capsys, words, message):
+    assert cli.main(["infer", *(word.format(folder) for word in words), "--framework", "mindspore"]) == 1
+    assert message in capsys.readouterr().err
+
+
+# everything on that could go astray: stochastic depth, mixing, a policy, erasing, a moving average, saves inside the epoch
+WHOLE = {"epoch_size": 3, "decay_epochs": 3, "ema": True, "clip_grad": True, "ckpt_save_steps": 3, "keep_checkpoint_max": 2}
+WHOLE |= {"drop_path_rate": 0.3, "auto_augment": "autoaug-mstd0.5", "re_value": "random", "mode": 1}  # pynative: nothing to compile
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """A run of 3 epochs of 4 steps that nothing interrupts."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    train(recipe(folder, **WHOLE), output, progress=False)
+    return output
+
+
+def saved(output):
+    state = {name: value.asnumpy() for name, value in ms.load_checkpoint(str(output / "last.ckpt")).items() if name != "convit_run"}
+    return state, json.loads(str(ms.load_checkpoint(str(output / "last.ckpt"))["convit_run"]))["progress"]
+
+
+def assert_same_run(one, other):
+    """Every parameter of the model, the optimiser and the moving average, the progress, and the records, in every bit.
+
+    But for the loss itself, which MindSpore sums from wherever the allocator put it: its last bit may differ, and nothing follows from it.
+    """
+    (left, progress), (right, other_progress) = saved(one), saved(other)
+    assert left.keys() == right.keys() and any(name.startswith("ema") for name in left)
+    for name, value in left.items():
+        assert value.tobytes() == right[name].tobytes(), name
+    assert progress == other_progress
+    drop = {"seconds", "data_seconds", "images_per_second", "loss", "train_loss"}
+    for kind, loss in (("step", "loss"), ("epoch", "train_loss")):
+        mine, others = records(one, kind), records(other, kind)
+        assert [r[loss] for r in mine] == pytest.approx([r[loss] for r in others], rel=3e-7)
+        exact = [[{k: v for k, v in r.items() if k not in drop} for r in both] for both in (mine, others)]
+        assert exact[0] == exact[1]
+    assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in other.iterdir())
+    assert (one / "best.ckpt").read_bytes() == (other / "best.ckpt").read_bytes()
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["step", "after step", "best", "epoch", "last", "mid-epoch save"])
+def test_resume_is_bit_exact_wherever_it_stops(whole, folder, tmp_path, monkeypatch, moment):
+    """Stop the loop without any clean-up between any two of its writes; the resumed run equals the whole one in every bit."""
+    count, step, write = [], train_module._Run._step, train_module.save
+
+    def dying_step(self, parts):
+        count.append(1)
+        if moment == "step" and len(count) == 6:
+            raise Killed
+        step(self, parts)
+        if moment == "after step" and len(count) == 6:
+            raise Killed
+
+    def dying_save(path, parameters, state=None):
+        kind = path.stem.split("_")[0]
+        inside = kind == "last" and json.loads(state["convit_run"])["progress"]["step"] > 0
+        if moment == ("mid-epoch save" if inside else kind) and len(count) >= (7 if inside else 4):
+            raise Killed
+        write(path, parameters, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module._Run, "_step", dying_step)
+        patch.setattr(train_module, "save", dying_save)
+        with pytest.raises(Killed):
+            train(recipe(folder, **WHOLE), tmp_path / "run", progress=False)
+    train(recipe(folder, **WHOLE), tmp_path / "run", resume=True, progress=False)
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_resume_after_sigkill_is_bit_exact(folder, tmp_path):
+    """The real thing, in graph mode and in processes of its own: the command is killed twice, in its first and second epoch."""
+    keys = WHOLE | {"mode": 0}
+    words = [word for name, value in {**SMALL, **keys, "data_dir": folder}.items() for word in (f"--{name}", str(value))]
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "convit", "train", "--framework", "mindspore", "-c", "convit_tiny", "-q", *words]
+    for wanted in (2, 7):
+        child = subprocess.Popen([*command, "--output", str(output), "--resume"])
+        log, deadline = output / "log.jsonl", time.monotonic() + 300
+        while time.monotonic() < deadline and child.poll() is None:
+            if log.exists() and log.read_bytes().count(b'"step"') >= wanted:
+                break
+            time.sleep(0.002)
+        child.kill()
+        assert child.wait() == -signal.SIGKILL
+    subprocess.run([*command, "--output", str(output), "--resume"], check=True)
+    subprocess.run([*command, "--output", str(tmp_path / "whole")], check=True)
+    assert_same_run(tmp_path / "whole", output)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_exit(whole, folder, tmp_path, signum, monkeypatch):
+    step, seen = train_module._Run._step, []
+
+    def signalling_step(self, parts):
+        step(self, parts)
+        seen.append(1)
+        if len(seen) == 6:
+            signal.raise_signal(signum)
+
+    before = signal.getsignal(signum)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module._Run, "_step", signalling_step)
+        words = [word for name, value in {**SMALL, **WHOLE, "data_dir": folder}.items() for word in (f"--{name}", str(value))]
+        command = ["train", "--framework", "mindspore", "-c", "convit_tiny", "-q", "--output", str(tmp_path / "run"), *words]
+        assert cli.main(command) == 128 + signal.SIGTERM  # MindSpore's pipelines catch SIGINT themselves, and send SIGTERM
+    assert signal.getsignal(signum) is before
+    _, at = saved(tmp_path / "run")
+    assert (at["epoch"], at["step"]) == (1, 2)
+    train(recipe(folder, **WHOLE), tmp_path / "run", resume=True, progress=False)
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_nan_loss_skips_the_step_and_stops_after_too_many(folder, tmp_path, monkeypatch):
+    step, calls = train_module._Run._step, []
+
+    def poisoned(self, parts):
+        calls.append(1)
+        step(self, [(images * float("nan"), targets) for images, targets in parts] if len(calls) in bad else parts)
+
+    monkeypatch.setattr(train_module._Run, "_step", poisoned)
+    bad = {2, 3, 6}
+    result = train(recipe(folder, max_skipped_steps=2, mode=1), tmp_path / "some", progress=False)
+    assert [record["skipped_steps"] for record in result.history] == [2, 1]
+    assert all(np.isfinite(p.asnumpy()).all() for p in result.model.get_parameters())
+    state, at = saved(tmp_path / "some")
+    assert int(state["global_step"].item()) == at["updates"] == 8  # the schedule goes on
+
+    calls.clear()
+    bad = set(range(6, 100))
+    with pytest.raises(FloatingPointError, match="not finite in 3 steps in a row"):
+        train(recipe(folder, epoch_size=4, max_skipped_steps=2, mode=1), tmp_path / "all", progress=False)
+    state, at = saved(tmp_path / "all")
+    assert at["epoch"] == 1 and all(np.isfinite(value).all() for value in state.values() if value.dtype.kind == "f")
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(whole, folder, tmp_path):
+    """The kernel refuses to let a file grow, as on a full disk: the run stops with a message, last.ckpt stays as it was."""
+    resource = pytest.importorskip("resource")
+    shutil.copytree(whole, tmp_path / "run")
+    before = (tmp_path / "run" / "last.ckpt").read_bytes()
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30000, old[1]))
+    try:
+        with pytest.raises(OSError, match="cannot write .*go on with --resume"):
+            train(recipe(folder, **WHOLE | {"epoch_size": 4}), tmp_path / "run", resume=True, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert (tmp_path / "run" / "last.ckpt").read_bytes() == before
+    assert not [path.name for path in (tmp_path / "run").iterdir() if "tmp" in path.name]
+
+
+def test_an_unreadable_image_stops_the_run_and_is_named(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "data")
+    (tmp_path / "data/train/red/05.jpg").write_bytes(b"not an image")
+    with pytest.raises(RuntimeError, match=r"red/05\.jpg"):
+        train(recipe(tmp_path / "data"), tmp_path / "run", progress=False)
+
+
+def test_resuming_inside_an_epoch_needs_the_same_batch(folder, tmp_path, monkeypatch, caplog):
+    step = train_module._Run._step
+
+    def signalling_step(self, parts):
+        step(self, parts)
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(train_module._Keeper, "finish_epoch", interrupted)
-    with pytest.raises(train_module.Interrupted, match="SIGTERM"):
-        train(recipe(folder, epoch_size=4, decay_epochs=4), tmp_path / "run", resume=True, progress=False)
-    assert [record["epoch"] for record in records(tmp_path / "run", "epoch")] == [0, 1, 2]
-    updates = [record["update"] for record in records(tmp_path / "run", "step")]
-    assert updates[:12] == list(range(1, 13))  # the step that the signal cut off may follow
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module._Run, "_step", signalling_step)
+        with pytest.raises(train_module.Interrupted, match="stopped by SIGTERM; saved"):
+            train(recipe(folder, mode=1), tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match="stands inside an epoch with a global batch of 4, and this run has 2"):
+        train(recipe(folder, batch_size=2, mode=1), tmp_path / "run", resume=True, progress=False)
+    caplog.set_level("INFO", "convit")
+    train(recipe(folder, lr=0.02, mode=1), tmp_path / "run", resume=True, progress=False)
+    assert "resuming with other keys: lr 0.01 -> 0.02" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"gradient_accumulation_steps": 2, "mode": 1},
+        {"loss": "BCE", "opt": "sgd", "loss_scale": 1024, "clip_grad": True, "mode": 1},
+        {"amp_level": "O0", "mode": 1},
+    ],
+    ids=lambda keys: next(iter(keys)),
+)
+def test_options_train(folder, tmp_path, keys):
+    result = train(recipe(folder, epoch_size=4, decay_epochs=4, mixup=0, cutmix=0, re_prob=0, **keys), tmp_path / "run", progress=False)
+    assert result.train_loss < result.history[0]["train_loss"] and result.history[-1]["skipped_steps"] == 0
+
+
+def test_a_step_is_that_of_mindcvs_engine(folder, tmp_path, monkeypatch):
+    """Our two graphs and MindCV's train step, which MindSpore's own loop runs for accelerators, give one run."""
+    keys = {"drop_path_rate": 0.0, "mixup": 0, "cutmix": 0, "amp_level": "O0", "shuffle": False, "re_prob": 0, "color_jitter": None}
+    keys |= {"mode": 1, "opt": "momentum", "hflip": 0, "scale": [1.0, 1.0], "ratio": [1.0, 1.0], "interpolation": "bilinear"}
+    ours = train(recipe(folder, **keys), tmp_path / "ours", progress=False)
+    monkeypatch.setattr(train_module, "sinks", lambda recipe: True)
+    theirs = train(recipe(folder, **keys), tmp_path / "theirs", progress=False)
+    for one, other in zip(ours.history, theirs.history, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+    for one, other in zip(ours.model.get_parameters(), theirs.model.get_parameters(), strict=False):
+        assert one.name == other.name
+        np.testing.assert_allclose(one.asnumpy(), other.asnumpy(), atol=1e-4)
 
 
 def test_a_run_is_not_overwritten_by_accident(finished, folder):
