@@ -1,8 +1,10 @@
-"""What every engine writes of a run: files that are whole or not there, the log, and where the run stands. Imports no framework."""
+"""What every engine does around a run: files that are whole or not there, the log, where the run stands, signals. Imports no framework."""
 
 import dataclasses
 import json
 import os
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -91,3 +93,33 @@ def last_epoch(path: Path) -> dict[str, Any]:
     """The last epoch record of a log: what a run that was complete already gives."""
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return next((record for record in reversed(records) if record["kind"] == "epoch"), {})
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; its state is saved."""
+
+    def __init__(self, signum: int, path: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}; saved {path}; go on with --resume {path.parent}")
+        self.signum = signum
+
+
+class StopSignals:
+    """SIGTERM and SIGINT are noted, so that the current step can end; a second one ends the program at once."""
+
+    def __init__(self) -> None:
+        self.noted = 0
+        self._old_handlers: dict[int, Any] = {}
+
+    def catch(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                self._old_handlers[signum] = signal.signal(signum, self._note)
+
+    def release(self) -> None:
+        for signum, handler in self._old_handlers.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, frame: Any) -> None:
+        if self.noted:
+            raise KeyboardInterrupt
+        self.noted = signum

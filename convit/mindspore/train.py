@@ -17,7 +17,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from convit.config import FIELDS, FREE, Recipe, changed_keys, dump_recipe, load_
 from convit.mindspore.data import Data
 from convit.mindspore.layers import DropPath
 from convit.mindspore.validate import evaluate, total
-from convit.run_files import Log, Progress, last_epoch, write_atomic
+from convit.run_files import Interrupted, Log, Progress, StopSignals, last_epoch, write_atomic
 
 logger = logging.getLogger("convit")
 
@@ -49,14 +48,6 @@ ONLY = {
     "warmup_prefix": True,
     "shift": 0,
 }
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; its state is saved."""
-
-    def __init__(self, signum: int, path: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}; saved {path}; go on with --resume {path.parent}")
-        self.signum = signum
 
 
 @dataclass
@@ -245,8 +236,7 @@ class _Run:
         self.rank, self.size = start(recipe)
         self.chief = self.rank == 0
         self.log: Log | None = None
-        self.stop = 0
-        self._old_handlers: dict[int, Any] = {}
+        self.signals = StopSignals()
         self.history: list[dict[str, Any]] = []
         self.show = progress and self.chief
         self.sink = sinks(recipe)
@@ -389,14 +379,14 @@ class _Run:
     # --- loop ---
 
     def train(self) -> Result:
-        self._catch_signals()
+        self.signals.catch()
         began = time.perf_counter()
         at, recipe = self.progress, self.recipe
         if self.sink and at.epoch < recipe.epoch_size:
             pipeline = self.data.pipeline(at.epoch)
             self.trainer.train(recipe.epoch_size, pipeline, callbacks=[_watch(self)], dataset_sink_mode=True, initial_epoch=at.epoch)
-            if self.stop:
-                raise Interrupted(self.stop, self.last)
+            if self.signals.noted:
+                raise Interrupted(self.signals.noted, self.last)
         while at.epoch < recipe.epoch_size:
             self._epoch()
         if self.average:
@@ -426,9 +416,9 @@ class _Run:
             parts = [next(batches) for _ in range(recipe.gradient_accumulation_steps)]
             waited += time.perf_counter() - asked
             self._step(parts)
-            if self.stop:
+            if self.signals.noted:
                 self._save_last()
-                raise Interrupted(self.stop, self.last)
+                raise Interrupted(self.signals.noted, self.last)
             if recipe.ckpt_save_steps and at.step % recipe.ckpt_save_steps == 0 and at.step < self.steps:
                 self._save_last()
         self.finish_epoch(at.step - first, time.perf_counter() - began, data_seconds=round(waited, 3), skipped_steps=at.skipped)
@@ -444,9 +434,9 @@ class _Run:
             loss, more = self.gradients(images, targets)
             gradients = more if gradients is None else self.sum(*gradients, *more)
             value += float(loss.asnumpy()) / len(parts)
-        value, stop = total([value / self.size, float(self.stop)], self.size)
-        if stop and not self.stop:
-            self.stop = signal.SIGTERM
+        value, stop = total([value / self.size, float(self.signals.noted)], self.size)
+        if stop and not self.signals.noted:
+            self.signals.noted = signal.SIGTERM
         if math.isfinite(value):
             self._apply(gradients, value)
         else:
@@ -548,23 +538,10 @@ class _Run:
         }
         save(self.last, self._parameters().values(), {"convit_run": json.dumps(state)})
 
-    # --- signals and end ---
-
-    def _catch_signals(self) -> None:
-        """SIGTERM, and SIGINT, of which MindSpore's pipelines make SIGTERM, let the current step end; a second one ends the program."""
-
-        def handler(signum: int, frame: Any) -> None:
-            if self.stop:
-                raise KeyboardInterrupt
-            self.stop = signum
-
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                self._old_handlers[signum] = signal.signal(signum, handler)
+    # --- end ---
 
     def close(self) -> None:
-        for signum, handler in self._old_handlers.items():
-            signal.signal(signum, handler)
+        self.signals.release()
         if self.log:
             self.log.close()
 
@@ -591,7 +568,7 @@ def _watch(run: _Run) -> Any:
             run.progress.updates += run.steps
             run.finish_epoch(run.steps, time.perf_counter() - self.began)
             run.network.set_train(True)
-            if run.stop:
+            if run.signals.noted:
                 run_context.request_stop()
 
     return Watch()

@@ -11,7 +11,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -30,17 +29,9 @@ from convit.pytorch.data import EvalData, TrainData, mix_seed, seeded
 from convit.pytorch.diagnostics import diagnose
 from convit.pytorch.distributed import World, choose_device, find_world, start, total
 from convit.pytorch.validate import Scores, evaluate
-from convit.run_files import Log, Progress, last_epoch, write_atomic
+from convit.run_files import Interrupted, Log, Progress, StopSignals, last_epoch, write_atomic
 
 logger = logging.getLogger("convit")
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; its state is saved."""
-
-    def __init__(self, signum: int, path: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}; saved {path}; go on with --resume {path.parent}")
-        self.signum = signum
 
 
 @dataclass
@@ -152,8 +143,7 @@ class _Run:
         self.board: Any = None
         self.wandb: Any = None
         self.probe: Tensor | None = None
-        self.stop = 0
-        self._old_handlers: dict[int, Any] = {}
+        self.signals = StopSignals()
 
         self.data = TrainData(recipe, self.world, self.device)
         self.eval_data = EvalData(recipe, self.world, self.device, self.data.num_classes) if recipe.val_while_train else None
@@ -289,7 +279,7 @@ class _Run:
     # --- loop ---
 
     def train(self) -> Result:
-        self._catch_signals()
+        self.signals.catch()
         began = time.perf_counter()
         at, recipe = self.progress, self.recipe
         history: list[dict[str, Any]] = []
@@ -329,9 +319,9 @@ class _Run:
             if (at.updates % recipe.log_interval == 0 or at.step == data.steps_per_epoch) and self.log:
                 self.log.write({"kind": "step", "epoch": at.epoch, "update": at.updates, "loss": loss, "lr": lr})
             self.bar.update(at.updates, at.epoch, loss)
-            if self.stop:
+            if self.signals.noted:
                 self._save_last()
-                raise Interrupted(self.stop, self.output / "last.pth")
+                raise Interrupted(self.signals.noted, self.output / "last.pth")
             if recipe.ckpt_save_steps and at.step % recipe.ckpt_save_steps == 0 and at.step < data.steps_per_epoch:
                 self._save_last()
         batches.close()
@@ -380,9 +370,9 @@ class _Run:
                 # DDP and FSDP average over the processes: times their number, the shares of the step add up to the mean of all
                 self.scaler.scale(loss * (batch.share * world.size)).backward()
             loss_sum += loss.item() * batch.share
-        loss_sum, stop, bad_total = total([loss_sum, float(self.stop), float(bad)], world, self.device)
-        if stop and not self.stop:
-            self.stop = signal.SIGTERM
+        loss_sum, stop, bad_total = total([loss_sum, float(self.signals.noted), float(bad)], world, self.device)
+        if stop and not self.signals.noted:
+            self.signals.noted = signal.SIGTERM
         at.bad_images += int(bad_total)
         if at.bad_images > recipe.max_bad_images:
             raise ValueError(f"{at.bad_images} unreadable images in epoch {at.epoch}; max_bad_images allows {recipe.max_bad_images}")
@@ -525,23 +515,10 @@ class _Run:
             state["state_dict_ema"] = self.ema.module.state_dict()
         save(self.output / "last.pth", state)
 
-    # --- signals and end ---
-
-    def _catch_signals(self) -> None:
-        """SIGTERM and SIGINT let the current step end; a second one ends the program at once."""
-
-        def handler(signum: int, frame: Any) -> None:
-            if self.stop:
-                raise KeyboardInterrupt
-            self.stop = signum
-
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                self._old_handlers[signum] = signal.signal(signum, handler)
+    # --- end ---
 
     def close(self) -> None:
-        for signum, handler in self._old_handlers.items():
-            signal.signal(signum, handler)
+        self.signals.release()
         self.bar.close()
         if self.log:
             self.log.close()
