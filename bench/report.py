@@ -4,7 +4,8 @@
     python bench/report.py --add run.json       keep a run (--benchmark-json) under bench/results/<device>/ first
     python bench/report.py --compare OLD NEW    exit 1 where NEW is slower or larger than OLD
 
-A table stands in the README between ``<!-- bench:begin DEVICE/RUN TABLE -->`` and ``<!-- bench:end DEVICE/RUN TABLE -->``.
+A table stands in the README between ``<!-- bench:begin DEVICE/RUN TABLE -->`` and ``<!-- bench:end DEVICE/RUN TABLE -->``. What
+``bench/mindspore_models.py`` wrote is kept by hand as ``bench/results/<device>/mindspore*.json``; its table is ``DEVICE/mindspore models``.
 """
 
 import argparse
@@ -369,7 +370,22 @@ def _aligned(text: str) -> str:
 
 def runs() -> dict[str, Run]:
     """Every kept run by its name, DEVICE/RUN."""
-    return {f"{path.parent.name}/{path.stem}": Run.load(path) for path in sorted(RESULTS.glob("*/*.json"))}
+    paths = sorted(path for path in RESULTS.glob("*/*.json") if not path.name.startswith("mindspore"))
+    return {f"{path.parent.name}/{path.stem}": Run.load(path) for path in paths}
+
+
+def mindspore_table(folder: Path) -> str:
+    """Every kept run of ``bench/mindspore_models.py`` on one device."""
+    rows = []
+    for path in sorted(folder.glob("mindspore*.json")):
+        run = json.loads(path.read_text())
+        where = f"{run['model']}, batch {run['batch']}, {'launch_blocking, ' * run['launch_blocking']}{run['threads']} thread"
+        for case in run["results"]:
+            times = [f"{case[key]:.0f}" for key in ("ours_ms", "mindcv_ms")]
+            rows.append([f"{case['case']}, {where}", *times, _times(case["ratio"]) + "×"])
+    if not rows:
+        raise ValueError(f"no run of MindSpore's models is kept in {folder}")
+    return _table([f"MindSpore {run['mindspore']} on {run['processor']}", "ours, ms", "MindCV, ms", "MindCV over ours"], rows)
 
 
 def add(path: Path) -> Path:
@@ -389,6 +405,9 @@ def filled(text: str, found: dict[str, Run]) -> str:
 
     def table(match: re.Match) -> str:
         name, kind = match[1], match[2]
+        if kind == "models" and name.endswith("/mindspore"):
+            text = mindspore_table(RESULTS / name.removesuffix("/mindspore"))
+            return f"<!-- bench:begin {name} {kind} -->\n{text}<!-- bench:end {name} {kind} -->"
         if name not in found:
             raise ValueError(f"bench:begin names run {name!r}; kept are: {', '.join(found) or 'none'}")
         if kind not in TABLES:
