@@ -11,8 +11,10 @@ from convit.mindspore.layers import GELU, LayerNorm
 # largest difference of logits, relative to the largest logit or 1. Against float64, over four batches, ours are off by 0.4e-6 to 0.8e-6 and
 # MindCV's by as much for convit_tiny (they differ by 0.7e-6 to 0.85e-6), by 0.7e-6 to 1.1e-6 and 0.95e-6 to 1.2e-6 for convit_tiny_plus.
 LOGITS = 1.5e-6
-# relative Frobenius error of a parameter's gradient; those of 12 numbers or fewer have only their own rounding
+# relative Frobenius error of a parameter's gradient. Those of the gates and position weights are 4 or 12 sums that may cancel in one layer
+# or another: they are judged by the largest of their kind among the layers
 GRADIENT = 1e-5
+SUMS = ("gating_param", "pos_proj.weight")
 SHORT = {"depth": 3, "local_up_to_layer": 2, "num_classes": 10}
 
 
@@ -26,6 +28,7 @@ def close(logits, expected):
 
 def peers(name, **kwargs):
     mindcv = pytest.importorskip("mindcv")
+    ms.set_seed(0)
     theirs, ours = mindcv.create_model(name, **kwargs), convit.mindspore.create_model(name, **kwargs)
     own = ours.parameters_dict()
     for parameter in theirs.get_parameters():
@@ -77,11 +80,13 @@ def test_a_training_step_is_mindcvs(mode, name):
         if name.endswith(("pos_proj.bias", ".k.bias")):  # zero but for rounding: the softmax cancels them
             assert np.abs(grads[key]).max() <= 1e-6
             continue
-        error = np.linalg.norm(grads[key] - expected) / np.linalg.norm(expected)
+        kind = next((kind for kind in SUMS if name.endswith(kind)), name)
+        size = max(np.linalg.norm(other) for at, other in their_grads.items() if at.endswith(kind))
+        error = np.linalg.norm(grads[key] - expected) / size
         assert error <= GRADIENT, f"{name}: relative error {error:.2e}"
         weight, their_weight = weights[key].asnumpy(), their_weights[name].asnumpy()
         rounding = np.spacing(np.abs(weight).max())
-        assert np.abs(weight - their_weight).max() <= 0.1 * GRADIENT * np.abs(expected).max() + rounding, name
+        assert np.abs(weight - their_weight).max() <= 0.1 * GRADIENT * size + rounding, name
 
 
 def test_training_with_drop_path_and_dropout_moves_every_weight(mode):
