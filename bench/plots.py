@@ -8,7 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-from report import LARGE, Entry, Run, _core_groups, _find, exponent, leader, series
+from report import LARGE, Entry, Run, _core_groups, _find, exponent, leader, plots_of, series
 
 OURS = "#c1272d"
 # a colour for each peer, the same in every plot and every run
@@ -58,10 +58,11 @@ def _plain(value: float, _position=None) -> str:
 
 
 def draw(run: Run, stem: Path) -> None:
-    """Write ``stem``-speed, -memory and -roofline as PNG and SVG."""
+    """Write ``stem``-speed, -memory and -roofline as PNG and SVG, those that the run has something to show in."""
+    make = {"speed": speed, "memory": memory, "roofline": roofline}
     with plt.rc_context(STYLE):
-        for name, make in {"speed": speed, "memory": memory, "roofline": roofline}.items():
-            figure = make(run)
+        for name in plots_of(run):
+            figure = make[name](run)
             for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
                 figure.savefig(f"{stem}-{name}.{kind}", bbox_inches="tight", metadata=metadata)
             plt.close(figure)

@@ -184,6 +184,15 @@ def _core_groups(run: Run) -> list[list[Entry]]:
     return [g for g in run.kind("core") if g[0].info.get("series") != "scaling"]
 
 
+def competitions(run: Run) -> list[list[Entry]]:
+    return [*_core_groups(run), *run.kind("model")]
+
+
+def plots_of(run: Run) -> list[str]:
+    """Names of the plots that the run has something to show in: the scaling series alone has no competitions."""
+    return [name for name in PLOTS if name == "memory" or competitions(run)]
+
+
 def core_table(run: Run) -> str:
     def case(e: Entry) -> str:
         return f"{'fwd+bwd' if e.problem['backward'] else 'fwd'} {e.shape}"
@@ -211,7 +220,7 @@ def _case(e: Entry) -> str:
 def headline_table(run: Run) -> str:
     """The widest thread count only: ours, timm, the same without position, and our own layers without it."""
     rows = []
-    for entries in [*_core_groups(run), *run.kind("model")]:
+    for entries in competitions(run):
         mine = leader(entries)
         if mine is None or mine.problem["threads"] != run.threads:
             continue
@@ -228,11 +237,13 @@ def headline_table(run: Run) -> str:
 def faster_list(run: Run) -> str:
     """Where somebody else's GPSA or ConViT, or attention without position, takes less time than ours."""
     cases: dict[str, list[str]] = {}
-    for entries in [*_core_groups(run), *run.kind("model")]:
+    for entries in competitions(run):
         mine = leader(entries)
         for e in entries if mine else ():
             if not e.info["ours"] and e.over(mine) < 1:
                 cases.setdefault(e.peer, []).append(f"{_case(e)}, {_where(e.problem)} ({_times(e.over(mine))}×)")
+    if not competitions(run):
+        return ""
     if not cases:
         return "No competitor is faster than ours in any case of this run.\n"
     threads = "; the number after each case is the thread count" if run.on_cpu else ""
@@ -420,7 +431,7 @@ def filled(text: str, found: dict[str, Run]) -> str:
 
 
 def report(run: Run, stem: str) -> str:
-    plots = [f"![{caption}]({stem}-{name}.png)\n" for name, caption in PLOTS.items()]
+    plots = [f"![{PLOTS[name]}]({stem}-{name}.png)\n" for name in plots_of(run)]
     text_of = [text for name, make in TABLES.items() if name != "headline" and (text := make(run))]
     return "\n".join([f"# {run.record['device']}\n", *text_of, *plots])
 

@@ -118,6 +118,23 @@ def test_committed_figures_are_current(report):
     assert report.stale() == []
 
 
+def test_scaling_series_alone_makes_a_report(report, small_run, tmp_path):
+    _, data, _ = small_run
+    alone = json.loads(json.dumps(data))
+    alone["benchmarks"] = [b for b in alone["benchmarks"] if b["extra_info"]["kind"] == "core"]
+    for b in alone["benchmarks"]:
+        b["extra_info"]["series"] = "scaling"
+    path = tmp_path / "scaling.json"
+    path.write_text(json.dumps(alone))
+    run = report.Run.load(path)
+    assert report.plots_of(run) == ["memory"] and report.faster_list(run) == ""
+    assert "-speed" not in report.report(run, "scaling")
+    import plots
+
+    plots.draw(run, tmp_path / "scaling")
+    assert sorted(path.name for path in tmp_path.glob("scaling-*")) == ["scaling-memory.png", "scaling-memory.svg"]
+
+
 def test_exponent_is_the_slope_of_a_power_law(report):
     assert report.exponent([(n, 3e-9 * n**2) for n in (196, 784, 3136)]) == pytest.approx(2.0)
 
