@@ -151,7 +151,7 @@ def memory(run: Run):
     ax.set(xscale="log", yscale="log", xlabel="patches N", ylabel="peak memory of a forward pass, MB")
     ax.set_title("Memory against the number of patches (batch 1, 4 heads of 48)", pad=10)
     ticks = sorted({e.tokens for entries in found.values() for e in entries})
-    ticks = [t for t, after in zip(ticks, [*ticks[1:], math.inf], strict=True) if after > 1.4 * t]  # the labels must not overlap
+    ticks = [t for t, after in zip(ticks, [*ticks[1:], math.inf], strict=False) if after > 1.4 * t]  # the labels must not overlap
     ax.set_xticks(ticks, [str(t) for t in ticks])
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.xaxis.set_minor_locator(NullLocator())
