@@ -68,11 +68,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float
 
     PyTorch's own runs where another backend is forced, and where autocast, a tracer, a mode or a function transform is at work.
     """
+    usual = q.device.type != "cpu" or q.dtype != torch.float32 or k.shape != q.shape or torch.is_autocast_enabled("cpu")
+    if usual or forced_backend(None) not in (None, "cpp") or not (torch.compiler.is_compiling() or eager(q, k, v)):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     batch, heads, tokens, head_dim = q.shape
-    problem = Problem("torch", q.device.type, str(q.dtype)[6:], batch, heads, tokens, head_dim, (1, tokens), dropout_p)
-    usual = q.dtype != torch.float32 or q.device.type != "cpu" or torch.is_autocast_enabled("cpu") or k.shape != q.shape
-    watched = not (torch.compiler.is_compiling() or eager(q, k, v))
-    if usual or watched or forced_backend(None) not in (None, "cpp") or why_not("cpp", problem):
+    problem = Problem("torch", "cpu", "float32", batch, heads, tokens, head_dim, (1, tokens), dropout_p)
+    if why_not("cpp", problem):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     shut = q.new_full((heads,), -math.inf)  # the gate that leaves content alone: such a head costs no position
     return choose(problem, "cpp").gpsa(q, k, v, q.new_zeros(heads, 3), shut, (1, tokens), scale, 0.0)

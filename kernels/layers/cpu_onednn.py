@@ -40,10 +40,10 @@ class _Linear(torch.autograd.Function):
 
 def why_not(x: Tensor, weight: Tensor) -> str | None:
     """Why ``linear`` cannot take these tensors, or should not; ``None`` if it can."""
-    if not eager(x, weight):
-        return "a compiler, mode, transform or tensor subclass chooses its own product"
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return f"{x.dtype} on {x.device}: float32 on CPU only"
+    if not eager(x, weight):
+        return "a compiler, mode, transform or tensor subclass chooses its own product"
     if x.ndim < 2 or x.numel() == 0:
         return f"nothing to gain for shape {list(x.shape)}"
     if not (torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
