@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test test-torch test-mindspore sanitize ascend-check aot dev check types bench clean
+.PHONY: demo test test-torch test-mindspore sanitize ascend-check aot dev check bench clean
 
 demo: .venv/ready
 	$(BIN)/convit demo
@@ -19,7 +19,7 @@ test-torch: .venv/ready
 test-mindspore: .venv-mindspore/ready
 	OMP_NUM_THREADS=1 .venv-mindspore/bin/pytest tests/with_mindspore
 
-.venv-mindspore/ready: $(SOURCES) $(wildcard convit/*.py convit/*/*.py convit/recipes/* kernels/*/*.py)
+.venv-mindspore/ready: $(SOURCES) $(wildcard convit/*.py convit/*/*.py convit/*/*/*.py convit/engine/recipes/* kernels/*.py kernels/*/*.py)
 	test -x .venv-mindspore/bin/python || $(PYTHON) -m venv .venv-mindspore
 	.venv-mindspore/bin/pip install -q "setuptools>=64" wheel pybind11 "mindspore>=2.7,<2.11" "numpy<2" decorator mindcv PyYAML safetensors rich pytest
 	CONVIT_BUILD_EXT=1 .venv-mindspore/bin/pip install -q --no-build-isolation --no-deps --force-reinstall .
@@ -44,16 +44,11 @@ dev: .venv/ready
 	CONVIT_BUILD_EXT=1 $(BIN)/pip install -q -e ".[test]"
 	touch $@
 
-check: .venv/ready types
+check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	cd build/types && ../../$(BIN)/mypy convit
+	$(BIN)/mypy -p convit
 	$(MAKE) test
-
-# kernels/ installs as convit.kernels; type checkers see it there through links
-types:
-	rm -rf build/types && mkdir -p build/types/convit
-	ln -s $(CURDIR)/convit/* $(CURDIR)/kernels build/types/convit/
 
 # BENCH takes further options, such as BENCH=--bench-full
 bench: .venv/ready

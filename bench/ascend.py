@@ -25,7 +25,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 import convit.mindspore
-from convit.backends import use_backend
+from convit.dispatch import use_backend
 from convit.mindspore.ops import gpsa
 
 GRIDS = ((14, 14), (16, 16), (7, 11), (24, 24))

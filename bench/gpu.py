@@ -477,7 +477,7 @@ def sweep(stage: Stage) -> None:
 
 def _prepare(stage: Stage) -> list[str]:
     """Let this process run Triton with the rows that the sweep found; returns them."""
-    from convit.backends import ORDER
+    from convit.dispatch import ORDER
     from convit.kernels.gpsa import gpu_triton as gt
 
     ORDER["torch", stage.device] = ("triton", "sdpa")  # "sdpa" is the peer of SDPA with the factored position
@@ -627,7 +627,7 @@ def models(stage: Stage) -> None:
     threads = torch.get_num_threads()
     if stage.rehearse:
         # a whole model takes minutes in the interpreter: here its attention is the framework's, and only the harness is rehearsed
-        from convit.backends import ORDER
+        from convit.dispatch import ORDER
 
         ORDER["torch", "cpu"] = ("sdpa",)
         problems = [(Model("convit_tiny", 1, threads, train=train), False) for train in (False, True)]

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from gpsa_cases import Case, make_inputs
 
 import convit
-from convit.backends import ORDER
-from convit.kernels.gpsa import gpu_triton, operator
+from convit.dispatch import ORDER
+from convit.kernels.gpsa import gpu_triton, torch_operator
 
 
 class _Driver:
@@ -49,7 +49,7 @@ def pretend(launched: Callable = lambda *args: None) -> None:
     driver.set_active(_Driver(launched))
     gpu_triton._family = lambda index: "sm90"
     gpu_triton.why_not = lambda problem: None
-    operator.register("CPU", gpu_triton._forward, gpu_triton._backward)
+    torch_operator.register("CPU", gpu_triton._forward, gpu_triton._backward)
     ORDER["torch", "cpu"] = ("triton",)
 
 

@@ -22,8 +22,8 @@ from peers import Call, Peer, backends, where
 from torch import Tensor, nn
 
 import convit
-from convit.backends import Problem
-from convit.checkpoints import to_mindcv
+from convit.dispatch import Problem
+from convit.weights.load import to_mindcv
 
 IMAGE = 224
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import convit
-from convit.backends import ORDER, Problem
+from convit.dispatch import ORDER, Problem
 from convit.kernels.gpsa.reference import relative_positions
 
 Call = Callable[[], tuple]

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 import torch
 from timing import synchronize
 
-from convit.kernels.layers import cpu_onednn
+from convit.kernels.linear import cpu_onednn
 
 
 @dataclass(frozen=True)

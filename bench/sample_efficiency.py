@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import convit
-from convit.plot import _figure
+from convit.figures import _figure
 
 DATA: dict[str, dict[str, int]] = {"digits": {"img_size": 16}, "mnist": {"img_size": 28}}
 MODELS = {"ConViT": 3, "ViT": 0}  # GPSA blocks

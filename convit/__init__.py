@@ -1,10 +1,19 @@
 """ConViT with fused kernels for its gated positional self-attention. Importing this package imports no framework."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# These names are functions; `backends` shadows the module of that name on purpose: inside, write `from convit.backends import ...`.
-from convit.backends import backends, use_backend, why_not
+from convit.dispatch import Problem, backends, use_backend, why_not
+
+if TYPE_CHECKING:
+    from convit.ops import gpsa as gpsa
+    from convit.pytorch.accelerate import accelerate as accelerate
+    from convit.pytorch.gpsa import GPSA as GPSA
+    from convit.pytorch.gpsa import MHSA as MHSA
+    from convit.pytorch.model import ConViT as ConViT
+    from convit.pytorch.model import create_model as create_model
+    from convit.pytorch.model import list_models as list_models
+    from convit.weights.load import load_checkpoint as load_checkpoint
 
 __version__ = "0.1.0"
 
@@ -17,10 +26,10 @@ _HOMES = {
     "ConViT": "convit.pytorch.model",
     "create_model": "convit.pytorch.model",
     "list_models": "convit.pytorch.model",
-    "load_checkpoint": "convit.checkpoints",
+    "load_checkpoint": "convit.weights.load",
 }
 
-__all__ = [*_HOMES, "backends", "use_backend", "why_not"]
+__all__ = [*_HOMES, "Problem", "backends", "use_backend", "why_not"]
 
 
 def __getattr__(name: str) -> Any:

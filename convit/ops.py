@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from convit.backends import Problem, choose, forced_backend, why_not
+from convit.dispatch import Problem, choose, forced_backend, why_not
 from convit.kernels.eager import eager
-from convit.kernels.layers import cpu_onednn
+from convit.kernels.linear import cpu_onednn
 
 Grid: TypeAlias = tuple[int, int]
 

@@ -1,5 +1,5 @@
 // The C ABI that mindspore.ops.Custom(func_type="aot") calls: arrays of addresses, shapes and names of types, inputs before outputs;
-// 0 on success. Everything is contiguous. The Python side, kernels/gpsa/cpu_aot.py and kernels/layers/cpu_aot.py, has checked the
+// 0 on success. Everything is contiguous. The Python side, kernels/gpsa/cpu_aot.py and kernels/linear/cpu_aot.py, has checked the
 // arguments; what is checked here is that the two sides agree.
 #include <algorithm>
 #include <cstdint>

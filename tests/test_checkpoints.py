@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import tolerances
 
-from convit import checkpoint_files, checkpoints, pretrained
-from convit.checkpoint_files import BFLOAT16, read_file, write_file
-from convit.checkpoints import Checkpoint, fit, from_mindcv, load_checkpoint, read, resample, to_mindcv, write
+from convit.weights import files, load, published
+from convit.weights.files import BFLOAT16, read_file, write_file
+from convit.weights.load import Checkpoint, fit, from_mindcv, load_checkpoint, read, resample, to_mindcv, write
 
 DATA = Path(__file__).parent / "data"
 FORMATS = ("a.pth", "a.safetensors", "a.ckpt")
@@ -85,7 +85,7 @@ def test_mindspore_types():
         "bool": ((2,), np.bool_),
     }
     assert tensors["scalar"] == 3.5 and list(tensors["int8"]) == [-1, 2] and list(tensors["bool"]) == [True, False]
-    assert checkpoints.to_float32(tensors["bf16"]).tolist() == [[1.0, -2.5, 3.0]]
+    assert load.to_float32(tensors["bf16"]).tolist() == [[1.0, -2.5, 3.0]]
 
 
 def test_mindspore_crc(tmp_path):
@@ -127,7 +127,7 @@ def test_mindspore_reads_ours(tmp_path):
     """MindSpore loads our .ckpt, with and without recorded settings, into MindCV's model."""
     pytest.importorskip("mindspore")
     model = randomised()
-    checkpoints.save_checkpoint(model, tmp_path / "exact.ckpt")
+    load.save_checkpoint(model, tmp_path / "exact.ckpt")
     write(tmp_path / "plain.ckpt", read(DATA / "mindcv_tiny.ckpt"))
     for name in ("exact.ckpt", "plain.ckpt"):
         check_in_mindspore(tmp_path / name)
@@ -152,9 +152,9 @@ def check_in_mindspore(path):
 @pytest.mark.parametrize("second", FORMATS)
 @pytest.mark.parametrize("settings", [("gelu", 1e-6), ("gelu_tanh", 1e-7), ("gelu_tanh", 1e-5)])
 def test_round_trip_bit_for_bit(tmp_path, first, second, settings):
-    tensors = {name: checkpoint_files.from_torch(t) for name, t in randomised(qkv_bias=True).state_dict().items()}
+    tensors = {name: files.from_torch(t) for name, t in randomised(qkv_bias=True).state_dict().items()}
     tensors["norm.weight"] = tensors["norm.weight"].astype(np.float16)
-    tensors["head.weight"] = checkpoint_files.from_torch(torch.tensor([[1.5, float("nan"), -0.0, 1e38]]).bfloat16())
+    tensors["head.weight"] = files.from_torch(torch.tensor([[1.5, float("nan"), -0.0, 1e38]]).bfloat16())
     original = Checkpoint(tensors, *settings, grid=(7, 28))
     write(tmp_path / first, original)
     write(tmp_path / f"second{second}", read(tmp_path / first))
@@ -174,7 +174,7 @@ def test_mindcv_settings_survive_conversion(tmp_path, name):
 
 
 def test_names_are_a_bijection():
-    tensors = {name: checkpoint_files.from_torch(t) for name, t in randomised(qkv_bias=True).state_dict().items()}
+    tensors = {name: files.from_torch(t) for name, t in randomised(qkv_bias=True).state_dict().items()}
     theirs = to_mindcv(tensors)
     assert same_bits(from_mindcv(theirs), tensors)
     assert {"blocks.0.attn.q.bias", "blocks.2.attn.v.weight", "blocks.1.norm2.gamma", "norm.beta", "classifier.bias"} <= set(theirs)
@@ -184,7 +184,7 @@ def test_names_are_a_bijection():
 
 
 def test_incomplete_projections_are_named():
-    theirs = to_mindcv({name: checkpoint_files.from_torch(t) for name, t in tiny().state_dict().items()})
+    theirs = to_mindcv({name: files.from_torch(t) for name, t in tiny().state_dict().items()})
     del theirs["blocks.2.attn.k.weight"]
     with pytest.raises(ValueError, match=r"blocks\.2\.attn\.q\.weight needs blocks\.2\.attn\.k\.weight"):
         from_mindcv(theirs)
@@ -193,10 +193,10 @@ def test_incomplete_projections_are_named():
 def test_plain_files_are_what_others_expect(tmp_path):
     """Exact GELU and 1e-6: a .pth is a bare state_dict and timm loads it strictly; safetensors' own library reads ours."""
     model = randomised()
-    checkpoints.save_checkpoint(model, tmp_path / "a.pth")
+    load.save_checkpoint(model, tmp_path / "a.pth")
     tiny().load_state_dict(torch.load(tmp_path / "a.pth", weights_only=True), strict=True)
     library = pytest.importorskip("safetensors.torch")
-    checkpoints.save_checkpoint(load_checkpoint(model, DATA / "mindcv_tiny.ckpt"), tmp_path / "a.safetensors")
+    load.save_checkpoint(load_checkpoint(model, DATA / "mindcv_tiny.ckpt"), tmp_path / "a.safetensors")
     tiny().load_state_dict(library.load_file(tmp_path / "a.safetensors"), strict=True)
     library.save_file({n: t.bfloat16() for n, t in model.state_dict().items()}, tmp_path / "b.safetensors")
     loaded = load_checkpoint(tiny(), tmp_path / "b.safetensors")
@@ -221,7 +221,7 @@ def test_no_framework_is_needed(tmp_path):
     """MindSpore's side reads and writes with numpy alone."""
     code = (
         "import sys; sys.modules['torch'] = None; sys.modules['mindspore'] = None\n"
-        "from convit.checkpoints import *\n"
+        "from convit.weights.load import *\n"
         f"c = read({str(DATA / 'mindcv_tiny.ckpt')!r}); write({str(tmp_path / 'a.safetensors')!r}, c)\n"
         f"d = read({str(tmp_path / 'a.safetensors')!r}); write({str(tmp_path / 'b.ckpt')!r}, d); assert d.act == 'gelu_tanh'\n"
         "theirs = to_mindcv(d.tensors); fit(theirs, {n: a.shape for n, a in theirs.items()})\n"
@@ -247,21 +247,21 @@ def test_training_checkpoints(tmp_path):
     with pytest.raises(ValueError, match="key must name.*state_dict_ema"):
         read(tmp_path / "ema.pth", key="ema")
     torch.save({"model": model.state_dict(), "convit": {"act": "gelu_tanh", "norm_eps": 1e-5}}, tmp_path / "ours.pth")
-    assert checkpoints.settings_of(load_checkpoint(tiny(), tmp_path / "ours.pth")) == {"act": "gelu_tanh", "norm_eps": 1e-5}
+    assert load.settings_of(load_checkpoint(tiny(), tmp_path / "ours.pth")) == {"act": "gelu_tanh", "norm_eps": 1e-5}
 
 
 def test_settings_are_set_back():
     """A timm checkpoint on a model that held MindCV's weights restores the exact GELU and 1e-6."""
     model = load_checkpoint(tiny(), DATA / "mindcv_tiny.ckpt")
-    assert checkpoints.settings_of(model) == {"act": "gelu_tanh", "norm_eps": 1e-7}
-    tensors = {name: checkpoint_files.from_torch(t) for name, t in tiny().state_dict().items()}
-    checkpoints._load(model, Checkpoint(tensors), "x", True)
-    assert checkpoints.settings_of(model) == {"act": "gelu", "norm_eps": 1e-6}
+    assert load.settings_of(model) == {"act": "gelu_tanh", "norm_eps": 1e-7}
+    tensors = {name: files.from_torch(t) for name, t in tiny().state_dict().items()}
+    load._load(model, Checkpoint(tensors), "x", True)
+    assert load.settings_of(model) == {"act": "gelu", "norm_eps": 1e-6}
 
 
 def test_load_keeps_device_dtype_and_wrapping(tmp_path):
     model = randomised()
-    checkpoints.save_checkpoint(model, tmp_path / "a.safetensors")
+    load.save_checkpoint(model, tmp_path / "a.safetensors")
     half = tiny().to(torch.bfloat16)
     assert load_checkpoint(half, tmp_path / "a.safetensors") is half
     assert half.head.weight.dtype == torch.bfloat16
@@ -284,8 +284,8 @@ class Malicious:
 
 def bad_files(folder):
     state = randomised().state_dict()
-    checkpoints.save_checkpoint(randomised(), folder / "good.safetensors")
-    checkpoints.save_checkpoint(randomised(), folder / "good.pth")
+    load.save_checkpoint(randomised(), folder / "good.safetensors")
+    load.save_checkpoint(randomised(), folder / "good.pth")
     torch.save({"model": state, "extra": Malicious(str(folder / "ran"))}, folder / "malicious.pth")
     (folder / "malicious.pkl").write_bytes(pickle.dumps(Malicious(str(folder / "ran")), protocol=2))
     (folder / "protocol4.pkl").write_bytes(pickle.dumps(Malicious(str(folder / "ran")), protocol=4))
@@ -455,19 +455,19 @@ def server(tmp_path, monkeypatch):
 
 def test_fetch_from_the_hub(server, tmp_path):
     site, _, asked = server
-    checkpoints.save_checkpoint(randomised(), site / "a.safetensors")
+    load.save_checkpoint(randomised(), site / "a.safetensors")
     (site / "a.safetensors").rename(site / "blob")
-    path = pretrained.fetch("convit_tiny")
+    path = published.fetch("convit_tiny")
     assert path == tmp_path / "cache/hub/checkpoints/convit/convit_tiny.fb_in1k.safetensors"
     assert path.read_bytes() == (site / "blob").read_bytes()
-    assert pretrained.fetch("convit_tiny") == path and len(asked) == 2
+    assert published.fetch("convit_tiny") == path and len(asked) == 2
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(ValueError, match="damaged.*delete it"):
-        pretrained.fetch("convit_tiny")
+        published.fetch("convit_tiny")
     with pytest.raises(ValueError, match="expected 0000"):
-        pretrained.fetch("convit_small")
+        published.fetch("convit_small")
     assert sorted(p.name for p in path.parent.iterdir()) == [path.name, path.name + ".sha256"]
 
 
@@ -478,39 +478,39 @@ def test_fetch_checks_mindcvs_name(server, tmp_path, monkeypatch):
     for name in (good, "convit_base-01234567.ckpt"):
         (site / name).write_bytes(data)
     links = {"convit_tiny": good, "convit_base": "convit_base-01234567.ckpt", "convit_small": "short.ckpt"}
-    monkeypatch.setitem(pretrained.ADDRESSES, "mindcv", {name: f"{address}/{file}" for name, file in links.items()})
-    assert load_checkpoint(tiny(), pretrained.fetch("convit_tiny", "mindcv"))
+    monkeypatch.setitem(published.ADDRESSES, "mindcv", {name: f"{address}/{file}" for name, file in links.items()})
+    assert load_checkpoint(tiny(), published.fetch("convit_tiny", "mindcv"))
     with pytest.raises(ValueError, match="SHA-256"):
-        pretrained.fetch("convit_base", "mindcv")
+        published.fetch("convit_base", "mindcv")
     with pytest.raises(OSError, match="after 3 of 1000 bytes"):
-        pretrained.fetch("convit_small", "mindcv")
-    assert sorted(p.name for p in pretrained.cache_folder().iterdir()) == [good, good + ".sha256"]
+        published.fetch("convit_small", "mindcv")
+    assert sorted(p.name for p in published.cache_folder().iterdir()) == [good, good + ".sha256"]
 
 
 def test_offline_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setitem(pretrained.ADDRESSES, "fair", {"convit_tiny": "http://127.0.0.1:9/convit_tiny.pth"})
+    monkeypatch.setitem(published.ADDRESSES, "fair", {"convit_tiny": "http://127.0.0.1:9/convit_tiny.pth"})
     with pytest.raises(OSError) as error:
-        pretrained.fetch("convit_tiny", "fair")
+        published.fetch("convit_tiny", "fair")
     assert all(text in str(error.value) for text in ("http://127.0.0.1:9/convit_tiny.pth", "pretrained='/path/to/convit_tiny.pth'"))
     with pytest.raises(ValueError, match="no weights for 'convit_tiny_plus'"):
-        pretrained.fetch("convit_tiny_plus", "timm")
+        published.fetch("convit_tiny_plus", "timm")
     with pytest.raises(ValueError, match="source must be one of timm, mindcv, fair"):
-        pretrained.fetch("convit_tiny", "hub")
+        published.fetch("convit_tiny", "hub")
 
 
 def test_load_pretrained(monkeypatch):
     asked = []
     monkeypatch.setattr(checkpoints, "fetch", lambda name: asked.append(name) or DATA / "mindcv_tiny.ckpt")
     weight = torch.tensor(read(DATA / "mindcv_tiny.ckpt").tensors["patch_embed.proj.weight"])
-    model = checkpoints.load_pretrained(randomised(num_classes=3, in_chans=1), "convit_tiny", strict_head=False)
+    model = load.load_pretrained(randomised(num_classes=3, in_chans=1), "convit_tiny", strict_head=False)
     torch.testing.assert_close(model.patch_embed.proj.weight.detach(), weight.sum(1, keepdim=True))
     assert torch.equal(model.head.weight, randomised(num_classes=3, in_chans=1).head.weight)
-    model = checkpoints.load_pretrained(tiny(in_chans=5), "convit_base_plus")
+    model = load.load_pretrained(tiny(in_chans=5), "convit_base_plus")
     torch.testing.assert_close(model.patch_embed.proj.weight.detach(), weight[:, [0, 1, 2, 0, 1]] * 3 / 5)
     assert asked == ["convit_tiny", "convit_base_plus"]
     with pytest.raises(ValueError, match="strict_head=False"):
-        checkpoints.load_pretrained(tiny(num_classes=3), DATA / "mindcv_tiny.ckpt")
+        load.load_pretrained(tiny(num_classes=3), DATA / "mindcv_tiny.ckpt")
 
 
 # our own model
@@ -535,7 +535,7 @@ def test_grid_that_is_no_square_is_recorded(tmp_path):
     """16 x 9 and 9 x 16 have as many patches: only the record tells them apart."""
     wide = ours(img_size=(36, 64))
     for name in FORMATS:
-        checkpoints.save_checkpoint(wide, tmp_path / name)
+        load.save_checkpoint(wide, tmp_path / name)
         assert read(tmp_path / name).grid == (9, 16)
         tall = load_checkpoint(ours(img_size=(64, 36)), tmp_path / name)
         expected = resample(wide.pos_embed.detach().numpy(), (9, 16), (16, 9))
@@ -546,7 +546,7 @@ def test_create_model_from_a_file(tmp_path):
     import convit
 
     model = convit.create_model("convit_tiny", depth=2, local_up_to_layer=1)
-    checkpoints.save_checkpoint(model, tmp_path / "a.safetensors")
+    load.save_checkpoint(model, tmp_path / "a.safetensors")
     again = convit.create_model("convit_tiny", pretrained=tmp_path / "a.safetensors", depth=2, local_up_to_layer=1)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     other = convit.create_model("convit_tiny", pretrained=tmp_path / "a.safetensors", depth=2, local_up_to_layer=1, num_classes=3)

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("yaml")
 
 from convit import cli
-from convit.config import FIELDS, Recipe, dump_recipe, load_recipe, packaged_recipes, parse_bool, recipe_from
+from convit.engine.recipe import FIELDS, Recipe, dump_recipe, load_recipe, packaged_recipes, parse_bool, recipe_from
 
 # The recipe for Ascend that MindCV publishes for convit_tiny, key by key.
 MINDCV = """
@@ -186,7 +186,7 @@ def test_unknown_options_suggest_the_nearest(capsys):
 
 
 def test_config_needs_no_framework():
-    code = "import sys, convit.config, convit.train, convit.validate, convit.infer\nprint({'torch', 'mindspore'} & {*sys.modules} or '[]')"
+    code = "import sys, convit.engine.recipe, convit.cli.train, convit.cli.validate, convit.cli.infer\nprint({'torch', 'mindspore'} & {*sys.modules} or '[]')"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": ""})
     assert out.stdout.strip() == "[]"
 

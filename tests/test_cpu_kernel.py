@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convit
-from convit.backends import Problem
+from convit.dispatch import Problem
 from convit.kernels.gpsa import cpu_cpp
 
 _missing = cpu_cpp.why_not(Problem("torch", "cpu", "float32", 1, 1, 1, 1, (1, 1)))
@@ -77,8 +77,8 @@ def test_unknown_instruction_set_is_an_error():
 def test_interpreted_triton_takes_the_cpu_over():
     code = """
 import convit
-from convit.backends import Problem
-from convit.backends import Problem
+from convit.dispatch import Problem
+from convit.dispatch import Problem
 print(convit.why_not("cpp", Problem("torch", "cpu", "float32", 1, 1, 4, 4, (2, 2))))
 """
     assert "TRITON_INTERPRET=1" in python(code, TRITON_INTERPRET="1").stdout

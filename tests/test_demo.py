@@ -10,7 +10,8 @@ pytest.importorskip("sklearn")
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_demo(quick, tmp_path, monkeypatch, capsys):
-    from convit import checkpoints, demo
+    from convit.cli import demo
+    from convit.weights import load
     from convit.cli import main
 
     def offline(*args, **kwargs):

@@ -10,7 +10,7 @@ import convit
 from convit import export as exporting
 from convit.cli import main
 from convit.export import export
-from convit.pytorch.deploy import Deployed
+from convit.export.deploy import Deployed
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2", "torchscript": ".pt"}
 
@@ -183,7 +183,7 @@ def test_missing_runtime_is_said(tmp_path, monkeypatch, capsys, format, package,
 
 def test_command(tmp_path, photographs, capsys):
     """A checkpoint with recorded settings, another image size, into TorchScript; an existing file stays without --force."""
-    from convit.checkpoints import save_checkpoint
+    from convit.weights.load import save_checkpoint
 
     model = convit.create_model("convit_tiny", num_classes=7)
     for module in model.modules():

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import convit
 from convit import ops
-from convit.backends import MODULES, Problem
+from convit.dispatch import MODULES, Problem
 from convit.kernels.gpsa import reference
 
 TORCH_BACKENDS = ("reference", "sdpa", "cpp", "triton")
@@ -296,7 +296,7 @@ def test_environment_with_an_unknown_backend_is_an_error(monkeypatch):
 def test_use_backend_is_local_to_its_thread():
     seen = []
     with convit.use_backend("reference"):
-        from convit.backends import forced_backend
+        from convit.dispatch import forced_backend
 
         thread = threading.Thread(target=lambda: seen.append(forced_backend(None)))
         thread.start()
@@ -316,7 +316,7 @@ def test_forced_backend_that_cannot_run_lists_every_reason():
 
 
 def test_automatic_choice_moves_on_and_says_why_once(caplog, monkeypatch):
-    module = sys.modules["convit.backends"]
+    module = sys.modules["convit.dispatch"]
     monkeypatch.setattr(module, "_logged", set())
     monkeypatch.setitem(module._loaded, MODULES["cpp"], "built for another Python")
     inputs, _ = make_inputs(Case(1, 2, 8, (3, 3)))
@@ -328,7 +328,7 @@ def test_automatic_choice_moves_on_and_says_why_once(caplog, monkeypatch):
 
 
 def test_absent_broken_and_foreign_backends_read_differently(monkeypatch, tmp_path):
-    module = sys.modules["convit.backends"]
+    module = sys.modules["convit.dispatch"]
     (tmp_path / "broken_kernel.py").write_text("raise OSError('undefined symbol: _ZN3fooEv')")
     (tmp_path / "needs_missing.py").write_text("import surely_not_installed")
     monkeypatch.syspath_prepend(tmp_path)

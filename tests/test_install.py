@@ -20,7 +20,9 @@ def checkout(tmp_path):
     pytest.importorskip("pybind11")
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0")
     for name in filter(None, names):
-        if (ROOT / name).exists():
+        if (ROOT / name).is_symlink():
+            (tmp_path / "copy" / name).symlink_to(os.readlink(ROOT / name))
+        elif (ROOT / name).exists():
             (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tmp_path / "copy" / name)
     return tmp_path / "copy"
@@ -46,7 +48,7 @@ def test_a_missing_compiler_breaks_nothing_and_leaves_no_stale_library(checkout)
     assert build(checkout, "--name", CONVIT_BUILD_EXT="0").returncode == 0
     assert not stale.exists()
     assert "must be auto, 0 or 1, got 'yes'" in build(checkout, "--name", CONVIT_BUILD_EXT="yes").stderr
-    code = "from convit.env import collect; print(collect()['extension']['state'])"
+    code = "from convit.cli.env import collect; print(collect()['extension']['state'])"
     # -S: without site-packages, where an editable install would lend its own library
     told = subprocess.run([sys.executable, "-S", "-c", code], cwd=checkout, capture_output=True, text=True)
     assert told.stdout.startswith("not built: install a C++17 compiler"), told.stdout + told.stderr

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import convit
 from convit import ops
-from convit.kernels.layers import cpu_onednn
+from convit.kernels.linear import cpu_onednn
 
 if reason := cpu_onednn.why_not(torch.zeros(1, 1), torch.zeros(1, 1)):
     pytest.skip(reason, allow_module_level=True)

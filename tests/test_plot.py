@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import convit
-from convit import plot
+from convit import figures
 from convit.kernels.gpsa.reference import position_attention, relative_positions
 from convit.pytorch import diagnostics
 
@@ -113,8 +113,8 @@ def test_command_names_an_unreadable_image(tmp_path, capsys):
     pytest.importorskip("sklearn")
     pillow = pytest.importorskip("PIL.Image")
     from convit.cli import main
-    from convit.config import load_recipe
-    from convit.pytorch.train import train
+    from convit.engine.recipe import load_recipe
+    from convit.engine.pytorch.train import train
 
     keys = {"embed_dim": 16, "depth": 2, "num_heads": 4, "local_up_to_layer": 1, "num_samples": 64, "epoch_size": 1}
     train(load_recipe("digits", keys), tmp_path / "run", progress=False)
@@ -133,22 +133,22 @@ def test_command_names_an_unreadable_image(tmp_path, capsys):
 
 def test_attention_picture(tmp_path):
     model, image = small(), torch.randn(3, 12, 20)
-    path = plot.plot_attention(model, image, tmp_path / "a" / "attention.png", query=(2, 4), heads=2)
+    path = figures.plot_attention(model, image, tmp_path / "a" / "attention.png", query=(2, 4), heads=2)
     assert path.stat().st_size > 1000
     for query, layers, text in (((3, 0), None, "3 x 5 grid"), (None, [7], "layers must be among 0..2")):
         with pytest.raises(ValueError, match=text):
-            plot.plot_attention(model, image, tmp_path / "b.png", query=query, layers=layers)
+            figures.plot_attention(model, image, tmp_path / "b.png", query=query, layers=layers)
     with pytest.raises(ValueError, match="same layers"):
-        plot.plot_gates([[0.5]], [[0.5, 0.5]], tmp_path / "b.png")
+        figures.plot_gates([[0.5]], [[0.5, 0.5]], tmp_path / "b.png")
     assert not (tmp_path / "b.png").exists()
 
 
 def test_load_image(tmp_path):
     pillow = pytest.importorskip("PIL.Image")
     pillow.new("RGB", (40, 20), (255, 0, 0)).save(tmp_path / "red.png")
-    image = plot.load_image(tmp_path / "red.png", (8, 12), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.25))
+    image = figures.load_image(tmp_path / "red.png", (8, 12), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.25))
     assert image.shape == (3, 8, 12) and image[:, 0, 0].tolist() == [1.0, -1.0, -2.0]
-    assert plot.load_image(tmp_path / "red.png", (8, 12), 1, (0.0,), (1.0,)).shape == (1, 8, 12)
+    assert figures.load_image(tmp_path / "red.png", (8, 12), 1, (0.0,), (1.0,)).shape == (1, 8, 12)
     (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="bad.png is not an image"):
-        plot.load_image(tmp_path / "bad.png", (8, 8), 3, (0.5,) * 3, (0.5,) * 3)
+        figures.load_image(tmp_path / "bad.png", (8, 8), 3, (0.5,) * 3, (0.5,) * 3)

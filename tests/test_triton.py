@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import convit
-from convit.backends import Problem
+from convit.dispatch import Problem
 
 pytest.importorskip("triton")
 

@@ -143,7 +143,7 @@ def test_a_tiny_convit_trains_as_with_the_reference():
 
 
 def test_the_interpreter_takes_the_cpu_from_the_cpp_kernel():
-    from convit.backends import Problem
+    from convit.dispatch import Problem
 
     problem = Problem("torch", "cpu", "float32", 1, 1, 4, 16, (2, 2))
     assert convit.why_not("triton", problem) is None

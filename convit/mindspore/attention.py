@@ -6,7 +6,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from convit.kernels.gpsa.reference_mindspore import attention_map
+from convit.kernels.gpsa.any_mindspore import attention_map
 from convit.mindspore.layers import Dense, dense
 from convit.mindspore.ops import attention_packed, gpsa_packed
 

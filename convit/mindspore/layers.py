@@ -11,7 +11,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import TruncatedNormal
 
-from convit.kernels.layers import cpu_aot
+from convit.kernels.linear import cpu_aot
 
 Size = int | tuple[int, int]
 

@@ -8,7 +8,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import TruncatedNormal, initializer
 
-from convit import checkpoints
+from convit.weights import load
 from convit.mindspore.attention import GPSA, MHSA
 from convit.mindspore.layers import GELU, Dense, DropPath, LayerNorm, Mlp, PatchEmbed, Size
 
@@ -182,10 +182,10 @@ def load_checkpoint(model: ConViT, path: str | PathLike, *, strict_head: bool = 
         OSError: The file cannot be opened.
         ValueError: The file cannot be read or does not fit the model; the first differing names and shapes are listed.
     """
-    checkpoint = checkpoints.read(path)
+    checkpoint = load.read(path)
     own = model.parameters_dict()
-    fitted = checkpoints.fit(
-        checkpoints.to_mindcv(checkpoint.tensors),
+    fitted = load.fit(
+        load.to_mindcv(checkpoint.tensors),
         {name: tuple(parameter.shape) for name, parameter in own.items()},
         grid=model.grid,
         source_grid=checkpoint.grid,
@@ -193,7 +193,7 @@ def load_checkpoint(model: ConViT, path: str | PathLike, *, strict_head: bool = 
         what=str(path),
     )
     for name, array in fitted.items():
-        own[name].set_data(Tensor(checkpoints.to_float32(array), own[name].dtype))
+        own[name].set_data(Tensor(load.to_float32(array), own[name].dtype))
     for _, cell in model.cells_and_names():
         if isinstance(cell, GELU):
             cell.approximate = checkpoint.act == "gelu_tanh"
@@ -227,6 +227,6 @@ def create_model(name: str, pretrained: bool | str | PathLike = False, **kwargs:
         raise ValueError(f"unknown model {name!r}{hint} Known: {', '.join(VARIANTS)}")
     model = ConViT(**{**VARIANTS[name], **kwargs})
     if pretrained is not False:
-        path = checkpoints.fetch(name, "mindcv") if pretrained is True else pretrained
+        path = load.fetch(name, "mindcv") if pretrained is True else pretrained
         load_checkpoint(model, path, strict_head=False)
     return model

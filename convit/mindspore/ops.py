@@ -10,7 +10,7 @@ from types import ModuleType
 import mindspore as ms
 from mindspore import Tensor, ops
 
-from convit.backends import Problem, choose, forced_backend
+from convit.dispatch import Problem, choose, forced_backend
 from convit.kernels.gpsa import cpu_aot
 
 

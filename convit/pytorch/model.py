@@ -440,7 +440,7 @@ def create_model(name: str, pretrained: bool | str | PathLike = False, **kwargs:
         "classifier": "head",
     }
     if pretrained is not False:
-        from convit import checkpoints
+        from convit.weights import load
 
-        checkpoints.load_pretrained(model, name if pretrained is True else pretrained, strict_head="num_classes" not in kwargs)
+        load.load_pretrained(model, name if pretrained is True else pretrained, strict_head="num_classes" not in kwargs)
     return model

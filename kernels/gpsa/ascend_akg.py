@@ -12,7 +12,7 @@ Backward, from dA = v dO^T (the framework's): ``_delta`` = sum_j Pc dA, ``_dscor
 dA Py and dA Px (``_dpx``, ``_dpy``), of which the gradients of gate and tables are products. One output an operator: MindSpore
 2.10 returns zeros for a hybrid operator with two. Saved: S and A.
 
-Deviation from ``reference_mindspore.py``: the scores and the mix are rounded to the type of q, because the framework's matrix
+Deviation from ``any_mindspore.py``: the scores and the mix are rounded to the type of q, because the framework's matrix
 product reads and writes that.
 
 The functions above the line are written in MindSpore's hybrid DSL: Python to read and to run, compiled by AKG.

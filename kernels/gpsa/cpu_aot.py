@@ -7,7 +7,7 @@ q, k, v and out are [B, H, N, D] (``gpsa``), or q, k and v lie in one [B, N, 3, 
 [B, N, H, D] (``gpsa_packed``; nothing is transposed). settings is the constant [grid_h, grid_w, scale]. ``lse`` is the float32
 log-sum-exp of the scaled content scores. With the gate shut, the same kernel is plain attention (``attention_packed``).
 
-Deviations from ``reference_mindspore.py``: no attention dropout, no float16, no second derivative.
+Deviations from ``any_mindspore.py``: no attention dropout, no float16, no second derivative.
 """
 
 from functools import lru_cache

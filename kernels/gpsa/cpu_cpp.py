@@ -1,6 +1,6 @@
 """Launchers of the C++ kernels (csrc/) for torch tensors on CPU: ``convit::gpsa`` and its gradient under the key "CPU".
 
-    out = ((1 - g) Pc + g P) v,   lse = log sum_j exp(scale q k^T)          shapes in operator.py, mathematics in README.md
+    out = ((1 - g) Pc + g P) v,   lse = log sum_j exp(scale q k^T)          shapes in torch_operator.py, mathematics in README.md
 
 Per head: the positional half (1) contracts v with px along x, (2) with g py along y; the content half, per block of queries, (3)
 scores with queries along the lanes, S^T = K Q^T, (4) online softmax over tiles of keys, (5) product with v. The gradient recomputes the
@@ -14,8 +14,8 @@ import os
 import torch
 from torch import Tensor
 
-from convit.kernels.gpsa import operator
-from convit.kernels.gpsa.operator import empty_heads
+from convit.kernels.gpsa import torch_operator
+from convit.kernels.gpsa.torch_operator import empty_heads
 
 try:
     import convit._C as _C
@@ -119,7 +119,7 @@ def _backward(
 
 
 if _C is not None:
-    operator.register("CPU", _forward, _backward)
+    torch_operator.register("CPU", _forward, _backward)
 
 
 def describe() -> dict[str, str]:
@@ -150,4 +150,4 @@ def why_not(problem) -> str | None:
     return None
 
 
-gpsa = operator.gpsa
+gpsa = torch_operator.gpsa

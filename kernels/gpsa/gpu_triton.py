@@ -1,4 +1,4 @@
-"""GPSA on NVIDIA (sm_80 and later) and AMD (gfx942) GPUs in Triton: the kernels of the operator in ``operator.py``.
+"""GPSA on NVIDIA (sm_80 and later) and AMD (gfx942) GPUs in Triton: the kernels of the operator in ``torch_operator.py``.
 
     out_i = sum_j ((1 - g) Pc + g P)_ij v_j,    Pc = softmax(scale q k^T),    P = Py (x) Px,    g = sigmoid(gating)
 
@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-from convit.kernels.gpsa import operator
+from convit.kernels.gpsa import torch_operator
 
 _INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -1007,7 +1007,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gating: Tensor, grid_h: int, grid_w: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     q, k, v = _unit(q), _unit(k), _unit(v)
-    out = operator.empty_heads(q)
+    out = torch_operator.empty_heads(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
@@ -1026,10 +1026,10 @@ def _mix(plan: _Plan, x: Tensor, pos_weight: Tensor, sums: Tensor | None, axes: 
     for is_x in axes:
         if plan.grid[is_x] == 1:
             continue  # one patch along this axis: the factor is 1
-        out = operator.empty_heads(x)
+        out = torch_operator.empty_heads(x)
         _launch(plan.mix(x.stride(), is_x, sums is not None), x, pos_weight, pos_weight if sums is None else sums, out)
         x = out
-    return x if x.transpose(1, 2).is_contiguous() else operator.empty_heads(x).copy_(x)
+    return x if x.transpose(1, 2).is_contiguous() else torch_operator.empty_heads(x).copy_(x)
 
 
 def _backward(
@@ -1038,9 +1038,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grad_out, q, k, v = _unit(grad_out), _unit(q), _unit(k), _unit(v)
     if not out.transpose(1, 2).is_contiguous():  # a compiler may have kept it in a layout of its own
-        out = operator.empty_heads(out).copy_(out)
+        out = torch_operator.empty_heads(out).copy_(out)
     lse = lse.contiguous()
-    dq, dk, dv = operator.empty_heads(q), operator.empty_heads(k), operator.empty_heads(v)
+    dq, dk, dv = torch_operator.empty_heads(q), torch_operator.empty_heads(k), torch_operator.empty_heads(v)
     if dq.numel() == 0:
         return dq, dk, dv, torch.zeros_like(pos_weight), torch.zeros_like(gating)
     plan = _plan(q, grid_h, grid_w, scale, grad_out.stride(), q.stride(), k.stride(), v.stride())
@@ -1063,7 +1063,7 @@ def _backward(
     return dq, dk, dv, dpos_weight, dgating
 
 
-operator.register("CPU" if _INTERPRET else "CUDA", _forward, _backward)
+torch_operator.register("CPU" if _INTERPRET else "CUDA", _forward, _backward)
 
 
 # --------------------------------------------------------------------------------------------------------------------- backend
@@ -1096,4 +1096,4 @@ def why_not(problem) -> str | None:
     return _no_device()
 
 
-gpsa = operator.gpsa
+gpsa = torch_operator.gpsa

@@ -14,7 +14,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 import convit.mindspore
-from convit.backends import Problem, choose, use_backend, why_not
+from convit.dispatch import Problem, choose, use_backend, why_not
 from convit.kernels.gpsa import ascend_akg, ascend_tbe
 from convit.mindspore.ops import gpsa
 

@@ -76,7 +76,7 @@ def to_linalg() -> str:
     """``_fwd_tile_kernel`` in float16 as triton-ascend's linalg."""
     sys.modules["torch"] = torch = MagicMock()
     torch.Tensor = torch.dtype = object
-    for name in ("convit", "convit.kernels", "convit.kernels.gpsa", "convit.kernels.gpsa.operator"):
+    for name in ("convit", "convit.kernels", "convit.kernels.gpsa", "convit.kernels.gpsa.torch_operator"):
         sys.modules[name] = MagicMock()
     spec = spec_from_file_location("gpu_triton", KERNELS / "gpu_triton.py")
     module = sys.modules["gpu_triton"] = module_from_spec(spec)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from mindspore import nn
 
-from convit.mindspore.export import export_mindir
+from convit.export.mindir import export_mindir
 from convit.mindspore.model import ConViT
 
 

@@ -7,7 +7,7 @@ from mindspore import Tensor, nn, ops
 
 import convit.mindspore
 from convit import use_backend, why_not
-from convit.backends import Problem
+from convit.dispatch import Problem
 from convit.kernels import aot
 from convit.mindspore.ops import attention_packed, gpsa_packed
 

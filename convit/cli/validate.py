@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from convit.config import Recipe, add_recipe_arguments, dump_recipe, load_recipe, recipe_from, recipe_overrides
+from convit.engine.recipe import Recipe, add_recipe_arguments, dump_recipe, load_recipe, recipe_from, recipe_overrides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,14 +22,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from convit.checkpoints import settings_of
-from convit.config import FREE, Recipe, changed_keys, dump_recipe, load_recipe
-from convit.pytorch.checkpoint import States, load, save
-from convit.pytorch.data import EvalData, TrainData, mix_seed, seeded
+from convit.weights.load import settings_of
+from convit.engine.recipe import FREE, Recipe, changed_keys, dump_recipe, load_recipe
+from convit.engine.pytorch.checkpoint import States, load, save
+from convit.engine.pytorch.data import EvalData, TrainData, mix_seed, seeded
 from convit.pytorch.diagnostics import diagnose
-from convit.pytorch.distributed import World, choose_device, find_world, start, total
-from convit.pytorch.validate import Scores, evaluate
-from convit.run_files import Interrupted, Log, Progress, StopSignals, last_epoch, write_atomic
+from convit.engine.pytorch.distributed import World, choose_device, find_world, start, total
+from convit.engine.pytorch.validate import Scores, evaluate
+from convit.engine.run import Interrupted, Log, Progress, StopSignals, last_epoch, write_atomic
 
 logger = logging.getLogger("convit")
 

@@ -25,9 +25,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from convit.config import Recipe
-from convit.image_files import IMAGE_SUFFIXES
-from convit.pytorch.distributed import World
+from convit.engine.recipe import Recipe
+from convit.engine.images import IMAGE_SUFFIXES
+from convit.engine.pytorch.distributed import World
 
 logger = logging.getLogger("convit")
 

@@ -14,7 +14,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
-from convit.checkpoint_files import replacing
+from convit.weights.files import replacing
 
 _FAIR = "https://dl.fbaipublicfiles.com/convit/"
 _MINDCV = "https://download.mindspore.cn/toolkits/mindcv/convit/"

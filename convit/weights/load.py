@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from convit.checkpoint_files import BFLOAT16, Settings, Tensors, from_torch, read_file, to_torch, write_file
-from convit.pretrained import fetch, variants
+from convit.weights.files import BFLOAT16, Settings, Tensors, from_torch, read_file, to_torch, write_file
+from convit.weights.published import fetch, variants
 
 __all__ = [
     "Checkpoint",
@@ -63,7 +63,7 @@ class Checkpoint:
     """The weights of a ConViT and the settings they were trained with.
 
     Attributes:
-        tensors: Arrays by timm's names; bfloat16 as ``convit.checkpoint_files.BFLOAT16``.
+        tensors: Arrays by timm's names; bfloat16 as ``convit.weights.files.BFLOAT16``.
         act: "gelu" (exact) or "gelu_tanh".
         norm_eps: The epsilon of every LayerNorm.
         source: Whose names the file used, "timm" (FAIR's are the same) or "mindcv".

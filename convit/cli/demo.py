@@ -48,8 +48,8 @@ def photographs(output: Path) -> None:
     import torch
 
     import convit
-    from convit.backends import Problem, choose, forced_backend
-    from convit.plot import plot_attention
+    from convit.dispatch import Problem, choose, forced_backend
+    from convit.figures import plot_attention
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names, pictures, images = _photographs()
@@ -120,7 +120,7 @@ def _print_classes(model: Any, names: list[str], images: Any) -> None:
 
 
 def _contestants(device: str) -> list[str]:
-    from convit.backends import Problem, backends, why_not
+    from convit.dispatch import Problem, backends, why_not
 
     problem = Problem("torch", device, "float32", BATCH, 4, 196, 48, (14, 14))
     return ["timm, eager", *(name for name in backends() if why_not(name, problem) is None)]
@@ -214,12 +214,12 @@ def digits(output: Path) -> None:
     """Train on the digits, save, read back, validate; draw curves and gates."""
     import torch
 
-    from convit.checkpoints import save_checkpoint
-    from convit.config import load_recipe
-    from convit.plot import plot_gates, plot_history
+    from convit.weights.load import save_checkpoint
+    from convit.engine.recipe import load_recipe
+    from convit.figures import plot_gates, plot_history
     from convit.pytorch.diagnostics import gates
-    from convit.pytorch.train import build_model, train
-    from convit.pytorch.validate import validate
+    from convit.engine.pytorch.train import build_model, train
+    from convit.engine.pytorch.validate import validate
 
     recipe = load_recipe("digits", {"epoch_size": DIGITS_EPOCHS, "decay_epochs": DIGITS_EPOCHS - 5})
     print(f"\na ConViT of {recipe.embed_dim} x {recipe.depth} learns 1437 handwritten digits, {DIGITS_EPOCHS} epochs")

@@ -27,11 +27,11 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 import convit.mindspore
-from convit.config import FIELDS, FREE, Recipe, changed_keys, dump_recipe, load_recipe
-from convit.mindspore.data import Data
+from convit.engine.recipe import FIELDS, FREE, Recipe, changed_keys, dump_recipe, load_recipe
+from convit.engine.mindspore.data import Data
 from convit.mindspore.layers import DropPath
-from convit.mindspore.validate import evaluate, total
-from convit.run_files import Interrupted, Log, Progress, StopSignals, last_epoch, write_atomic
+from convit.engine.mindspore.validate import evaluate, total
+from convit.engine.run import Interrupted, Log, Progress, StopSignals, last_epoch, write_atomic
 
 logger = logging.getLogger("convit")
 
@@ -99,7 +99,7 @@ def start(recipe: Recipe) -> tuple[int, int]:
 
 
 def build_model(recipe: Recipe, num_classes: int, strict_head: bool = True) -> nn.Cell:
-    """The model that ``recipe`` describes; see ``convit.pytorch.train.build_model``."""
+    """The model that ``recipe`` describes; see ``convit.engine.pytorch.train.build_model``."""
     names = ("patch_size", "embed_dim", "depth", "num_heads", "local_up_to_layer", "locality_strength")
     given: dict[str, Any] = {name: value for name in names if (value := getattr(recipe, name)) is not None}
     given |= {"image_size": recipe.image_resize, "in_channels": recipe.in_channels, "num_classes": num_classes}
@@ -136,7 +136,7 @@ def train(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Result:
-    """Train the model of a recipe; arguments, errors and files as ``convit.pytorch.train.train``, the checkpoints being ``.ckpt``."""
+    """Train the model of a recipe; arguments, errors and files as ``convit.engine.pytorch.train.train``, the checkpoints being ``.ckpt``."""
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     check_recipe(recipe)

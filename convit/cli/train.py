@@ -5,7 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
-from convit.config import Recipe, add_recipe_arguments, dump_recipe, load_recipe, recipe_overrides
+from convit.engine.recipe import Recipe, add_recipe_arguments, dump_recipe, load_recipe, recipe_overrides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,9 +28,9 @@ def run(args: argparse.Namespace) -> int | None:
         return None
     _show_messages(args.quiet)
     if recipe.framework == "mindspore":
-        from convit.mindspore.train import Interrupted, train
+        from convit.engine.mindspore.train import Interrupted, train
     else:
-        from convit.pytorch.train import Interrupted, train  # type: ignore[assignment]
+        from convit.engine.pytorch.train import Interrupted, train  # type: ignore[assignment]
     try:
         result = train(recipe, recipe.ckpt_save_dir, resume=args.resume is not None, overwrite=args.overwrite, progress=not args.quiet)
     except Interrupted as stopped:

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import convit
-from convit.backends import MODULES, Problem, forced_backend, order, why_not
+from convit.dispatch import MODULES, Problem, forced_backend, order, why_not
 
 PACKAGES = ("torch", "numpy", "timm", "triton", "mindspore", "onnxruntime", "openvino")
 

@@ -1,4 +1,4 @@
-"""MindIR files: the deployed form of ``convit.pytorch.deploy`` as a MindSpore cell, exported and checked in graph mode.
+"""MindIR files: the deployed form of ``convit.export.deploy`` as a MindSpore cell, exported and checked in graph mode.
 
 The positional tables are constants, so no N x N softmax for position and no custom operator is left: the file runs wherever MindSpore
 does. The batch is dynamic, the image size fixed.

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from convit.checkpoint_files import SUFFIXES
-from convit.checkpoints import read, write
+from convit.weights.files import SUFFIXES
+from convit.weights.load import read, write
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

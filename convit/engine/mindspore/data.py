@@ -15,7 +15,7 @@ import mindspore as ms
 import mindspore.dataset as ds
 import numpy as np
 
-from convit.config import Recipe
+from convit.engine.recipe import Recipe
 
 
 class _Digits:

@@ -13,14 +13,14 @@ from difflib import get_close_matches
 import convit
 
 COMMANDS = {
-    "train": ("train a model from a recipe", "convit.train"),
-    "validate": ("measure a checkpoint on a validation set", "convit.validate"),
-    "infer": ("classify images", "convit.infer"),
-    "plot": ("draw the pictures of a training run", "convit.plot"),
+    "train": ("train a model from a recipe", "convit.cli.train"),
+    "validate": ("measure a checkpoint on a validation set", "convit.cli.validate"),
+    "infer": ("classify images", "convit.cli.infer"),
+    "plot": ("draw the pictures of a training run", "convit.figures"),
     "export": ("write a model for another runtime", "convit.export"),
-    "convert": ("convert a checkpoint between timm, FAIR, safetensors and MindCV", "convit.convert"),
-    "env": ("print versions, devices and which backend can run what", "convit.env"),
-    "demo": ("see a ConViT work on real images", "convit.demo"),
+    "convert": ("convert a checkpoint between timm, FAIR, safetensors and MindCV", "convit.cli.convert"),
+    "env": ("print versions, devices and which backend can run what", "convit.cli.env"),
+    "demo": ("see a ConViT work on real images", "convit.cli.demo"),
 }
 
 

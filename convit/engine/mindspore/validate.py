@@ -1,4 +1,4 @@
-"""Evaluation in MindSpore; the same results as ``convit.pytorch.validate``."""
+"""Evaluation in MindSpore; the same results as ``convit.engine.pytorch.validate``."""
 
 import dataclasses
 import re
@@ -10,8 +10,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from convit.config import Recipe, load_recipe
-from convit.mindspore.data import Data
+from convit.engine.recipe import Recipe, load_recipe
+from convit.engine.mindspore.data import Data
 
 
 def saved_recipe(path: str) -> dict[str, Any] | None:
@@ -23,8 +23,8 @@ def saved_recipe(path: str) -> dict[str, Any] | None:
 
 
 def validate(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
-    """Measure the model and checkpoint of ``recipe`` on its validation split; result and errors as ``convit.pytorch.validate.validate``."""
-    from convit.mindspore.train import build_model, check_recipe, start
+    """Measure the model and checkpoint of ``recipe`` on its validation split; result and errors as ``convit.engine.pytorch.validate.validate``."""
+    from convit.engine.mindspore.train import build_model, check_recipe, start
 
     check_recipe(recipe)
     rank, size = start(recipe)

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from convit.config import Recipe
-from convit.pytorch.data import BadImage, EvalData
-from convit.pytorch.distributed import World, choose_device, find_world, start, total
+from convit.engine.recipe import Recipe
+from convit.engine.pytorch.data import BadImage, EvalData
+from convit.engine.pytorch.distributed import World, choose_device, find_world, start, total
 
 
 class Scores(NamedTuple):
@@ -80,7 +80,7 @@ def validate(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
         ValueError: Model, checkpoint and data do not fit together.
         OSError: Checkpoint or data cannot be read.
     """
-    from convit.pytorch.train import amp_dtype, build_model
+    from convit.engine.pytorch.train import amp_dtype, build_model
 
     world = find_world()
     device = choose_device(recipe.device, world)

@@ -311,9 +311,9 @@ def trained_model(run: Path) -> tuple[Any, Any]:
     Raises:
         FileNotFoundError: ``run`` has no recipe.yaml, or neither best.pth nor last.pth.
     """
-    from convit.checkpoints import load_checkpoint, read
-    from convit.config import load_recipe
-    from convit.pytorch.train import build_model
+    from convit.weights.load import load_checkpoint, read
+    from convit.engine.recipe import load_recipe
+    from convit.engine.pytorch.train import build_model
 
     weights = next((run / name for name in ("best.pth", "last.pth") if (run / name).exists()), None)
     if weights is None or not (run / "recipe.yaml").exists():
@@ -384,7 +384,7 @@ class _figure:
         return self.figure, axes[0, 0] if self.panels == 1 else axes[0]
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        from convit.checkpoint_files import replacing
+        from convit.weights.files import replacing
 
         try:
             if kind is None:

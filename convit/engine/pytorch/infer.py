@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from convit.config import Recipe
-from convit.image_files import find_images, imagenet_names, need_weights, shown
-from convit.pytorch.data import BadImage, eval_transform, read_image
-from convit.pytorch.distributed import World, choose_device
+from convit.engine.recipe import Recipe
+from convit.engine.images import find_images, imagenet_names, need_weights, shown
+from convit.engine.pytorch.data import BadImage, eval_transform, read_image
+from convit.engine.pytorch.distributed import World, choose_device
 
 
 class _Files:
@@ -32,7 +32,7 @@ def infer(recipe: Recipe, images: list[str], topk: int = 5, progress: bool = Fal
         ValueError: Neither a checkpoint nor published weights are chosen, or they do not fit the model.
         FileNotFoundError: An image or folder does not exist.
     """
-    from convit.pytorch.train import build_model
+    from convit.engine.pytorch.train import build_model
 
     need_weights(recipe)
     paths = find_images(images)

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     if args.format == "mindir":
         if Path(args.model).is_dir():
             raise ValueError("mindir needs a variant's name and --checkpoint, got a run folder")
-        from convit.mindspore.export import export_mindir
+        from convit.export.mindir import export_mindir
 
         given = {"img_size": args.img_size, "num_classes": args.num_classes}
         report = export_mindir(args.model, output, weights=args.checkpoint or args.pretrained, images=args.images, **given)
@@ -110,7 +110,7 @@ def export(
     Args:
         model: A ``convit.ConViT``; exported in float32 and evaluation mode, left as it is.
         path: The file; an existing one is replaced.
-        format: "onnx", "openvino", "torch-export" or "torchscript" (for "mindir" see ``convit.mindspore.export``).
+        format: "onnx", "openvino", "torch-export" or "torchscript" (for "mindir" see ``convit.export.mindir``).
         images: Image files to check with; default the two photographs in scikit-learn.
         mean, std: Normalisation of the images, per channel; recorded in ONNX files.
         dynamic_size: Take images of any multiple of the patch size.
@@ -122,13 +122,13 @@ def export(
     """
     import torch
 
-    from convit.backends import use_backend
-    from convit.pytorch.deploy import Deployed
+    from convit.dispatch import use_backend
+    from convit.export.deploy import Deployed
     from convit.pytorch.model import ConViT
 
     form = _format(format, opset, dynamic_size)
     if format == "mindir":
-        raise ValueError("mindir is exported from MindSpore: use convit.mindspore.export.export_mindir")
+        raise ValueError("mindir is exported from MindSpore: use convit.export.mindir.export_mindir")
     if not isinstance(model, ConViT):
         raise ValueError(f"model must be a convit.ConViT, got {type(model).__name__}; load its checkpoint into convit.create_model(...)")
     size, patch = model.patch_embed.img_size, model.patch_embed.patch_size
@@ -185,7 +185,7 @@ def check_images(
         ImportError: No files are given and scikit-learn is not installed.
         ValueError: A file is no image.
     """
-    from convit.plot import load_array
+    from convit.figures import load_array
 
     if files is None:
         try:
@@ -224,7 +224,7 @@ def _model(args: argparse.Namespace) -> tuple[Any, Sequence[float], Sequence[flo
     if Path(args.model).is_dir():
         if args.checkpoint or args.pretrained or args.num_classes is not None:
             raise ValueError("a run folder has its own weights: leave out --checkpoint, --pretrained and --num-classes")
-        from convit.plot import trained_model
+        from convit.figures import trained_model
 
         model, recipe = trained_model(Path(args.model))
         if args.img_size:

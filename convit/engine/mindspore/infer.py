@@ -1,4 +1,4 @@
-"""Classify image files in MindSpore; the same results as ``convit.pytorch.infer``."""
+"""Classify image files in MindSpore; the same results as ``convit.engine.pytorch.infer``."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +9,10 @@ from mindspore import Tensor
 from mindspore.dataset.transforms import Compose
 from PIL import Image
 
-from convit.config import Recipe
-from convit.image_files import find_images, imagenet_names, need_weights, shown
-from convit.mindspore.data import eval_transforms, normalisation
-from convit.mindspore.train import build_model, check_recipe, start
+from convit.engine.recipe import Recipe
+from convit.engine.images import find_images, imagenet_names, need_weights, shown
+from convit.engine.mindspore.data import eval_transforms, normalisation
+from convit.engine.mindspore.train import build_model, check_recipe, start
 
 
 def infer(recipe: Recipe, images: list[str], topk: int = 5, progress: bool = False) -> Iterator[dict[str, Any]]:

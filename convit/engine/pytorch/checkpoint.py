@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from convit.run_files import write_atomic
+from convit.engine.run import write_atomic
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ MODULES = {
 }
 
 # names that another framework than torch spells in a file of its own
-FRAMEWORK_MODULES = {("mindspore", "reference"): "convit.kernels.gpsa.reference_mindspore"}
+FRAMEWORK_MODULES = {("mindspore", "reference"): "convit.kernels.gpsa.any_mindspore"}
 
 # (framework, device) -> order of preference; "" stands for every other device of the framework
 ORDER = {

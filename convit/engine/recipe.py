@@ -203,7 +203,7 @@ _TYPES = get_type_hints(Recipe)
 
 def packaged_recipes() -> list[str]:
     """Names that ``--config NAME`` takes."""
-    return sorted(f.name[:-5] for f in resources.files("convit.recipes").iterdir() if f.name.endswith(".yaml"))
+    return sorted(f.name[:-5] for f in resources.files("convit.engine.recipes").iterdir() if f.name.endswith(".yaml"))
 
 
 def load_recipe(config: str | os.PathLike | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -289,7 +289,7 @@ def _read(config: str | os.PathLike) -> dict[str, Any]:
     if path.suffix in (".yaml", ".yml") or os.sep in name or path.is_file():
         text = path.read_text(encoding="utf-8")
     elif name in packaged_recipes():
-        text = (resources.files("convit.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+        text = (resources.files("convit.engine.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
     else:
         raise ValueError(f"unknown recipe {name!r}{nearest(name, packaged_recipes())} Packaged: {', '.join(packaged_recipes())}")
     try:

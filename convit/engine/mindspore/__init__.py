@@ -1,0 +1,1 @@
+"""The MindSpore engine: build, data, loop, validation and inference."""

@@ -1,0 +1,1 @@
+"""The PyTorch engine: build, data, loop, validation and inference."""
