@@ -311,9 +311,9 @@ def trained_model(run: Path) -> tuple[Any, Any]:
     Raises:
         FileNotFoundError: ``run`` has no recipe.yaml, or neither best.pth nor last.pth.
     """
-    from convit.weights.load import load_checkpoint, read
-    from convit.engine.recipe import load_recipe
     from convit.engine.pytorch.train import build_model
+    from convit.engine.recipe import load_recipe
+    from convit.weights.load import load_checkpoint, read
 
     weights = next((run / name for name in ("best.pth", "last.pth") if (run / name).exists()), None)
     if weights is None or not (run / "recipe.yaml").exists():

@@ -446,7 +446,7 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_ENDPOINT", address)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setattr(pretrained, "_hub_cache", lambda name: None)
+    monkeypatch.setattr(published, "_hub_cache", lambda name: None)
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     yield tmp_path / "site", address, asked
     site.shutdown()
@@ -501,7 +501,7 @@ def test_offline_says_what_to_do(monkeypatch, tmp_path):
 
 def test_load_pretrained(monkeypatch):
     asked = []
-    monkeypatch.setattr(checkpoints, "fetch", lambda name: asked.append(name) or DATA / "mindcv_tiny.ckpt")
+    monkeypatch.setattr(load, "fetch", lambda name: asked.append(name) or DATA / "mindcv_tiny.ckpt")
     weight = torch.tensor(read(DATA / "mindcv_tiny.ckpt").tensors["patch_embed.proj.weight"])
     model = load.load_pretrained(randomised(num_classes=3, in_chans=1), "convit_tiny", strict_head=False)
     torch.testing.assert_close(model.patch_embed.proj.weight.detach(), weight.sum(1, keepdim=True))

@@ -186,7 +186,8 @@ def test_unknown_options_suggest_the_nearest(capsys):
 
 
 def test_config_needs_no_framework():
-    code = "import sys, convit.engine.recipe, convit.cli.train, convit.cli.validate, convit.cli.infer\nprint({'torch', 'mindspore'} & {*sys.modules} or '[]')"
+    commands = "convit.cli.train, convit.cli.validate, convit.cli.infer"
+    code = f"import sys, convit.engine.recipe, {commands}\nprint({{'torch', 'mindspore'}} & {{*sys.modules}} or '[]')"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": ""})
     assert out.stdout.strip() == "[]"
 

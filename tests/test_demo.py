@@ -10,15 +10,14 @@ pytest.importorskip("sklearn")
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_demo(quick, tmp_path, monkeypatch, capsys):
-    from convit.cli import demo
+    from convit.cli import demo, main
     from convit.weights import load
-    from convit.cli import main
 
     def offline(*args, **kwargs):
         raise OSError("no network in this test. Pass a file")
 
-    monkeypatch.setattr(checkpoints, "fetch", offline)
-    monkeypatch.setattr(checkpoints, "load_pretrained", offline)
+    monkeypatch.setattr(load, "fetch", offline)
+    monkeypatch.setattr(load, "load_pretrained", offline)
     monkeypatch.setattr(demo, "ROUNDS", 1)
     monkeypatch.setattr(demo, "_contestants", lambda device: ["timm, eager", "sdpa"])
     monkeypatch.setattr(demo, "DIGITS_EPOCHS", 6)

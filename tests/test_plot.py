@@ -113,8 +113,8 @@ def test_command_names_an_unreadable_image(tmp_path, capsys):
     pytest.importorskip("sklearn")
     pillow = pytest.importorskip("PIL.Image")
     from convit.cli import main
-    from convit.engine.recipe import load_recipe
     from convit.engine.pytorch.train import train
+    from convit.engine.recipe import load_recipe
 
     keys = {"embed_dim": 16, "depth": 2, "num_heads": 4, "local_up_to_layer": 1, "num_samples": 64, "epoch_size": 1}
     train(load_recipe("digits", keys), tmp_path / "run", progress=False)

@@ -22,13 +22,13 @@ torch = pytest.importorskip("torch")
 from PIL import Image  # noqa: E402
 
 from convit import cli  # noqa: E402
-from convit.engine.recipe import load_recipe  # noqa: E402
-from convit.pytorch import data as data_module  # noqa: E402
-from convit.pytorch import train as train_module  # noqa: E402
+from convit.engine.pytorch import data as data_module  # noqa: E402
+from convit.engine.pytorch import train as train_module  # noqa: E402
 from convit.engine.pytorch.checkpoint import load, save  # noqa: E402
 from convit.engine.pytorch.data import TrainData, choose_samples, open_source, timm_policy  # noqa: E402
 from convit.engine.pytorch.distributed import World, find_world, first_host  # noqa: E402
 from convit.engine.pytorch.train import train  # noqa: E402
+from convit.engine.recipe import load_recipe  # noqa: E402
 from convit.engine.run import Log, Progress, write_atomic  # noqa: E402
 
 # a model and a schedule that take about a second: 3 epochs of 11 steps
@@ -719,12 +719,12 @@ def test_digits_learn(tmp_path):
 
 def test_checkpoints_record_the_settings_of_the_model(whole, tmp_path):
     """So that a model of MindCV's kind (tanh GELU, another epsilon), fine-tuned here, is read back as what it is."""
-    from convit.weights import load
+    from convit.weights.load import read as read_checkpoint
 
     for name in ("best.pth", "last.pth"):
         state = torch.load(Path(whole) / name, weights_only=True)
         assert state["convit"]["act"] == "gelu" and state["convit"]["norm_eps"] == 1e-6
     state["convit"] |= {"act": "gelu_tanh", "norm_eps": 1e-7}
     torch.save(state, tmp_path / "tanh.pth")
-    read = load.read(tmp_path / "tanh.pth")
+    read = read_checkpoint(tmp_path / "tanh.pth")
     assert read.act == "gelu_tanh" and read.norm_eps == 1e-7

@@ -14,12 +14,12 @@ from PIL import Image  # noqa: E402
 
 import convit  # noqa: E402
 from convit import cli  # noqa: E402
-from convit.weights.load import save_checkpoint  # noqa: E402
-from convit.engine.recipe import load_recipe  # noqa: E402
 from convit.engine.pytorch.data import EvalData  # noqa: E402
 from convit.engine.pytorch.distributed import World  # noqa: E402
 from convit.engine.pytorch.train import build_model, train  # noqa: E402
 from convit.engine.pytorch.validate import evaluate, validate  # noqa: E402
+from convit.engine.recipe import load_recipe  # noqa: E402
+from convit.weights.load import save_checkpoint  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -214,12 +214,12 @@ def digits(output: Path) -> None:
     """Train on the digits, save, read back, validate; draw curves and gates."""
     import torch
 
-    from convit.weights.load import save_checkpoint
+    from convit.engine.pytorch.train import build_model, train
+    from convit.engine.pytorch.validate import validate
     from convit.engine.recipe import load_recipe
     from convit.figures import plot_gates, plot_history
     from convit.pytorch.diagnostics import gates
-    from convit.engine.pytorch.train import build_model, train
-    from convit.engine.pytorch.validate import validate
+    from convit.weights.load import save_checkpoint
 
     recipe = load_recipe("digits", {"epoch_size": DIGITS_EPOCHS, "decay_epochs": DIGITS_EPOCHS - 5})
     print(f"\na ConViT of {recipe.embed_dim} x {recipe.depth} learns 1437 handwritten digits, {DIGITS_EPOCHS} epochs")

@@ -4,8 +4,8 @@ import argparse
 import json
 import sys
 
-from convit.engine.recipe import add_recipe_arguments
 from convit.cli.validate import engine, evaluation_recipe
+from convit.engine.recipe import add_recipe_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int | None:
 
 def engine(framework: str, module: str) -> Any:
     """The module of that name of a framework's engine."""
-    return importlib.import_module(f"convit.{framework}.{module}")
+    return importlib.import_module(f"convit.engine.{framework}.{module}")
 
 
 def evaluation_recipe(args: argparse.Namespace) -> Recipe:

@@ -1,1 +1,1 @@
-"""Training, validation and inference from recipes: what both frameworks share here, what each does by itself in ``pytorch`` and ``mindspore``."""
+"""Training, validation and inference from recipes: what both frameworks share here, their own parts in ``pytorch`` and ``mindspore``."""

@@ -8,9 +8,9 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import TruncatedNormal, initializer
 
-from convit.weights import load
 from convit.mindspore.attention import GPSA, MHSA
 from convit.mindspore.layers import GELU, Dense, DropPath, LayerNorm, Mlp, PatchEmbed, Size
+from convit.weights import load
 
 VARIANTS: dict[str, dict[str, int]] = {
     "convit_tiny": {"embed_dim": 192, "num_heads": 4},

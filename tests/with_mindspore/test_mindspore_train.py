@@ -15,9 +15,9 @@ np = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image")
 
 from convit import cli  # noqa: E402
-from convit.engine.recipe import load_recipe  # noqa: E402
-from convit.mindspore import train as train_module  # noqa: E402
+from convit.engine.mindspore import train as train_module  # noqa: E402
 from convit.engine.mindspore.train import train  # noqa: E402
+from convit.engine.recipe import load_recipe  # noqa: E402
 
 # MindCV's recipe for convit_tiny, made small
 SMALL = {"image_resize": 32, "embed_dim": 16, "num_heads": 4, "depth": 2, "local_up_to_layer": 1, "batch_size": 4, "num_classes": 2}

@@ -9,10 +9,10 @@ from mindspore import Tensor
 from mindspore.dataset.transforms import Compose
 from PIL import Image
 
-from convit.engine.recipe import Recipe
 from convit.engine.images import find_images, imagenet_names, need_weights, shown
 from convit.engine.mindspore.data import eval_transforms, normalisation
 from convit.engine.mindspore.train import build_model, check_recipe, start
+from convit.engine.recipe import Recipe
 
 
 def infer(recipe: Recipe, images: list[str], topk: int = 5, progress: bool = False) -> Iterator[dict[str, Any]]:

@@ -27,11 +27,11 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 import convit.mindspore
-from convit.engine.recipe import FIELDS, FREE, Recipe, changed_keys, dump_recipe, load_recipe
 from convit.engine.mindspore.data import Data
-from convit.mindspore.layers import DropPath
 from convit.engine.mindspore.validate import evaluate, total
+from convit.engine.recipe import FIELDS, FREE, Recipe, changed_keys, dump_recipe, load_recipe
 from convit.engine.run import Interrupted, Log, Progress, StopSignals, last_epoch, write_atomic
+from convit.mindspore.layers import DropPath
 
 logger = logging.getLogger("convit")
 
@@ -136,7 +136,7 @@ def train(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Result:
-    """Train the model of a recipe; arguments, errors and files as ``convit.engine.pytorch.train.train``, the checkpoints being ``.ckpt``."""
+    """Train the model of a recipe; arguments, errors and files as the PyTorch engine's ``train``, with ``.ckpt`` checkpoints."""
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     check_recipe(recipe)

@@ -10,8 +10,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from convit.engine.recipe import Recipe, load_recipe
 from convit.engine.mindspore.data import Data
+from convit.engine.recipe import Recipe, load_recipe
 
 
 def saved_recipe(path: str) -> dict[str, Any] | None:
@@ -23,7 +23,7 @@ def saved_recipe(path: str) -> dict[str, Any] | None:
 
 
 def validate(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
-    """Measure the model and checkpoint of ``recipe`` on its validation split; result and errors as ``convit.engine.pytorch.validate.validate``."""
+    """Measure the model and checkpoint of ``recipe`` on its validation split; result and errors as the PyTorch engine's."""
     from convit.engine.mindspore.train import build_model, check_recipe, start
 
     check_recipe(recipe)

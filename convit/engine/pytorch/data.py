@@ -25,9 +25,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from convit.engine.recipe import Recipe
 from convit.engine.images import IMAGE_SUFFIXES
 from convit.engine.pytorch.distributed import World
+from convit.engine.recipe import Recipe
 
 logger = logging.getLogger("convit")
 

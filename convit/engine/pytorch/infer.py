@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from convit.engine.recipe import Recipe
 from convit.engine.images import find_images, imagenet_names, need_weights, shown
 from convit.engine.pytorch.data import BadImage, eval_transform, read_image
 from convit.engine.pytorch.distributed import World, choose_device
+from convit.engine.recipe import Recipe
 
 
 class _Files:

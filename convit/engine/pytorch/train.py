@@ -22,14 +22,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from convit.weights.load import settings_of
-from convit.engine.recipe import FREE, Recipe, changed_keys, dump_recipe, load_recipe
 from convit.engine.pytorch.checkpoint import States, load, save
 from convit.engine.pytorch.data import EvalData, TrainData, mix_seed, seeded
-from convit.pytorch.diagnostics import diagnose
 from convit.engine.pytorch.distributed import World, choose_device, find_world, start, total
 from convit.engine.pytorch.validate import Scores, evaluate
+from convit.engine.recipe import FREE, Recipe, changed_keys, dump_recipe, load_recipe
 from convit.engine.run import Interrupted, Log, Progress, StopSignals, last_epoch, write_atomic
+from convit.pytorch.diagnostics import diagnose
+from convit.weights.load import settings_of
 
 logger = logging.getLogger("convit")
 

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from convit.engine.recipe import Recipe
 from convit.engine.pytorch.data import BadImage, EvalData
 from convit.engine.pytorch.distributed import World, choose_device, find_world, start, total
+from convit.engine.recipe import Recipe
 
 
 class Scores(NamedTuple):
