@@ -47,6 +47,7 @@ dev: .venv/ready
 check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy -p convit
 	$(MAKE) test
 

@@ -1,6 +1,7 @@
 """Build rules; the metadata is in pyproject.toml. ``CONVIT_BUILD_EXT``: auto (default) builds if it can, 1 fails loudly, 0 skips."""
 
 import os
+import re
 import sys
 from glob import glob
 from pathlib import Path
@@ -36,6 +37,13 @@ def extensions() -> list:
     ]
 
 
+def description() -> str:
+    """README.md for a package index, where no other file is at hand: without pictures, links to files as plain text."""
+    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    text = re.sub(r"^!\[[^\]]*\]\((?!https?:)[^)]*\)\n+", "", text, flags=re.MULTILINE)
+    return re.sub(r"\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", text)
+
+
 class BuildExt(build_ext):
     """Delete the old library first, so that a failed or skipped build never leaves a stale one to be loaded."""
 
@@ -61,4 +69,9 @@ if MODE == "0":
     for old in (Path(__file__).parent / "convit").glob("_C.*"):
         old.unlink()
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt})
+setup(
+    long_description=description(),
+    long_description_content_type="text/markdown",
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildExt},
+)

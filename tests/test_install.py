@@ -1,6 +1,7 @@
 """Installing without a compiler, and the completeness of the source distribution."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,5 +63,38 @@ def test_source_distribution_is_complete(checkout):
         packed = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
     tracked = {str(path.relative_to(checkout)) for path in checkout.rglob("*") if path.is_file()}
     outside = {".gitignore", ".ci/run"}
-    missing = {name for name in tracked - packed - outside if not name.startswith(("dist/", "convit.egg-info/", "bench/results/"))}
+    own = {f"convit/{name}" if name.startswith("kernels/") else name for name in tracked}  # the kernels travel once, where the link leads
+    missing = {name for name in own - packed - outside if not name.startswith(("dist/", "convit.egg-info/", "bench/results/"))}
     assert not missing
+    assert not {name for name in packed if name.startswith("kernels/")}
+    with tarfile.open(archive) as tar:
+        about = tar.extractfile(next(name for name in tar.getnames() if name.endswith("/PKG-INFO")))
+        assert about is not None
+        links = re.findall(r"\]\(([^)]*)\)", about.read().decode())
+    assert links and all(link.startswith("https://") for link in links)
+
+
+def test_a_wheel_carries_kernels_types_and_recipes(checkout, tmp_path):
+    """Installed beside nothing else, a user's project sees full signatures, and every part of the package is there."""
+    result = build(checkout, "bdist_wheel", "--dist-dir", str(tmp_path), CONVIT_BUILD_EXT="0")
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    shutil.unpack_archive(wheel, site, "zip")
+    packed = {str(path.relative_to(site)) for path in site.rglob("*") if path.is_file()}
+    sources = {f"convit/{path.relative_to(ROOT / 'convit')}" for path in (ROOT / "convit").rglob("*.py")}
+    sources |= {f"convit/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
+    assert sources <= packed
+    assert {"convit/py.typed", "convit/engine/recipes/digits.yaml", "convit/kernels/gpsa/README.md"} <= packed
+    pytest.importorskip("mypy")
+    user = tmp_path / "user.py"
+    user.write_text("import convit\nreveal_type(convit.gpsa)\nreveal_type(convit.GPSA(48, 4).forward)\n")
+    told = subprocess.run(
+        [sys.executable, "-m", "mypy", "--no-incremental", str(user)],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
+    assert "gating: torch._tensor.Tensor, grid: tuple[int, int], *, scale:" in told.stdout, told.stdout
+    assert "def (x: torch._tensor.Tensor, grid: tuple[int, int] | None =) -> torch._tensor.Tensor" in told.stdout

@@ -1,8 +1,11 @@
 """What a user sees before any kernel runs: import, names, console script."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -62,3 +65,23 @@ def test_every_command_has_help(command):
 
 def test_wrong_usage_exits_with_2():
     assert convit_command("trane").returncode == 2
+
+
+def test_imports_run_one_way(tmp_path):
+    """The contract in pyproject.toml holds, and an import up the stairs breaks it."""
+    pytest.importorskip("importlinter")
+    root = Path(convit.__file__).resolve().parent.parent
+    if not (root / "pyproject.toml").exists():
+        pytest.skip("not a checkout")
+
+    def lint() -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", "import sys; from importlinter.cli import lint_imports_command; sys.exit(lint_imports_command())"]
+        return subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+
+    shutil.copytree(root / "convit", tmp_path / "convit", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copy(root / "pyproject.toml", tmp_path)
+    assert "1 kept, 0 broken" in lint().stdout
+    ops = tmp_path / "convit" / "ops.py"
+    ops.write_text("import convit.engine.recipe\n" + ops.read_text())
+    broken = lint()
+    assert broken.returncode == 1 and "convit.ops is not allowed to import convit.engine" in broken.stdout
