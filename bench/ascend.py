@@ -26,10 +26,10 @@ from mindspore import Tensor, nn, ops
 
 import convit.mindspore
 from convit.dispatch import use_backend
+from convit.kernels.gpsa.definition import gpsa_with_gradients, relative_error, relative_positions
 from convit.mindspore.ops import gpsa
 
 GRIDS = ((14, 14), (16, 16), (7, 11), (24, 24))
-OUTPUTS = ("out", "dq", "dk", "dv", "dpos_weight", "dgating")
 
 
 class Attend(nn.Cell):
@@ -46,11 +46,8 @@ class Flash(nn.Cell):
 
     def __init__(self, grid: tuple[int, int], heads: int, dim: int) -> None:
         super().__init__()
-        gh, gw = grid
-        y, x = np.divmod(np.arange(gh * gw), gw)
-        dx, dy = x - x[:, None], y - y[:, None]
-        self.rel = Tensor(np.stack([dx, dy, dx**2 + dy**2], -1).reshape(-1, 3).T, ms.float32)
-        self.heads, self.scale, self.tokens = heads, dim**-0.5, gh * gw
+        self.rel = Tensor(relative_positions(grid).reshape(-1, 3).T, ms.float32)
+        self.heads, self.scale, self.tokens = heads, dim**-0.5, grid[0] * grid[1]
 
     def construct(self, q, k, v, pos_weight, gating):
         content = ops.flash_attention_score(q, k, v, self.heads, scalar_value=self.scale, input_layout="BNSD")
@@ -77,32 +74,6 @@ def problem(batch: int, heads: int, grid: tuple[int, int], dim: int) -> list[np.
     return [*(rng.standard_normal(shape) for _ in range(3)), pos_weight, rng.standard_normal(heads), rng.standard_normal(shape)]
 
 
-def truth(arrays: list[np.ndarray], grid: tuple[int, int]) -> list[np.ndarray]:
-    """Output and gradients in float64, in NumPy."""
-    q, k, v, weight, gating, dout = (a.astype(np.float64) for a in arrays)
-
-    def softmax(x: np.ndarray) -> np.ndarray:
-        e = np.exp(x - x.max(-1, keepdims=True))
-        return e / e.sum(-1, keepdims=True)
-
-    def through(p: np.ndarray, dp: np.ndarray) -> np.ndarray:
-        return p * (dp - (p * dp).sum(-1, keepdims=True))
-
-    y, x = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
-    dx, dy = x - x[:, None], y - y[:, None]
-    rel = np.stack([dx, dy, dx**2 + dy**2], -1)
-    scale = q.shape[-1] ** -0.5
-    content = softmax(scale * q @ k.swapaxes(-1, -2))
-    position = softmax(np.einsum("ijc,hc->hij", rel, weight))
-    gate = 1 / (1 + np.exp(-gating))[:, None, None]
-    mix = (1 - gate) * content + gate * position
-    da = dout @ v.swapaxes(-1, -2)
-    ds = through(content, (1 - gate) * da) * scale
-    dlogits = through(position, gate * da.sum(0))
-    dgate = (da * (position - content)).sum((0, 2, 3)) * (gate * (1 - gate))[:, 0, 0]
-    return [mix @ v, ds @ k, ds.swapaxes(-1, -2) @ q, mix.swapaxes(-1, -2) @ dout, np.einsum("hij,ijc->hc", dlogits, rel), dgate]
-
-
 def milliseconds(call: Callable[[], object], rounds: int) -> float:
     """Median time of ``call`` after three calls to warm up, the device idle before and after."""
     times = []
@@ -125,8 +96,8 @@ def operator(backend: str, batch: int, heads: int, grid: tuple[int, int], dim: i
     got = [attend(*tensors[:5]), *gradient(*tensors)]
     got = [x.asnumpy().astype(np.float64) for x in got]
     first = time.perf_counter() - start
-    want = truth(arrays, grid)
-    errors = {n: float(np.linalg.norm(a - b) / np.linalg.norm(b)) for n, a, b in zip(OUTPUTS, got, want, strict=True)}
+    want = gpsa_with_gradients(*arrays[:5], grid, dim**-0.5, arrays[5])
+    errors = {name: relative_error(a, b) for name, a, b in zip(want._fields, got, want, strict=True)}
     return {
         "relative error": errors,
         "first call s": first,

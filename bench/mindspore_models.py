@@ -159,6 +159,8 @@ def float64_logits(model, images):
     """The logits of our model's weights, evaluated in float64 with both softmaxes formed in full."""
     import numpy as np
 
+    from convit.kernels.gpsa.definition import content_attention, gpsa
+
     w = {name: parameter.asnumpy().astype(np.float64) for name, parameter in model.parameters_dict().items()}
     eps, (gh, gw), (ph, pw) = model.norm.epsilon, model.grid, model.patch_embed.patch_size
     heads, batch = model.num_heads, len(images)
@@ -170,16 +172,9 @@ def float64_logits(model, images):
     def dense(x, name):
         return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
 
-    def softmax(x):
-        x = np.exp(x - x.max(-1, keepdims=True))
-        return x / x.sum(-1, keepdims=True)
-
     def split(x):
         return x.reshape(batch, x.shape[1], heads, -1).transpose(0, 2, 1, 3)
 
-    y, x = np.divmod(np.arange(gh * gw), gw)
-    dx, dy = x[None] - x[:, None], y[None] - y[:, None]
-    relative = np.stack((dx, dy, dx**2 + dy**2), -1).astype(np.float64)
     z = images.astype(np.float64).reshape(batch, -1, gh, ph, gw, pw).transpose(0, 2, 4, 1, 3, 5).reshape(batch, gh * gw, -1)
     z = z @ w["patch_embed.proj.weight"].reshape(model.embed_dim, -1).T + w["patch_embed.proj.bias"] + w["pos_embed"]
     for i in range(len(model.blocks)):
@@ -187,11 +182,12 @@ def float64_logits(model, images):
             z = np.concatenate((np.broadcast_to(w["cls_token"], (batch, 1, model.embed_dim)), z), 1)
         n, name = norm(z, f"blocks.{i}.norm1"), f"blocks.{i}.attn"
         q, k, v = (split(dense(n, f"{name}.{one}")) for one in "qkv")
-        mix = softmax(q @ k.swapaxes(-1, -2) * q.shape[-1] ** -0.5)
+        scale = q.shape[-1] ** -0.5
         if f"{name}.gating_param" in w:
-            gate = 1 / (1 + np.exp(-w[f"{name}.gating_param"]))[:, None, None]
-            mix = (1 - gate) * mix + gate * softmax(dense(relative, f"{name}.pos_proj").transpose(2, 0, 1))
-        z = z + dense((mix @ v).transpose(0, 2, 1, 3).reshape(n.shape), f"{name}.proj")
+            mixed = gpsa(q, k, v, w[f"{name}.pos_proj.weight"], w[f"{name}.gating_param"], (gh, gw), scale)
+        else:
+            mixed = content_attention(q, k, scale) @ v
+        z = z + dense(mixed.transpose(0, 2, 1, 3).reshape(n.shape), f"{name}.proj")
         h = dense(norm(z, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1")
         h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
         z = z + dense(h, f"blocks.{i}.mlp.fc2")

@@ -15,6 +15,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from convit.export import FORMATS, TOLERANCE, Report, check_images, difference_of, place
+from convit.kernels.gpsa.definition import sigmoid, softmax
 from convit.mindspore.model import ConViT, create_model, load_checkpoint
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -24,8 +25,7 @@ def _table(size: int, linear: np.ndarray, square: np.ndarray) -> np.ndarray:
     """One axis of the position softmax, [H, size, size] float64, from the weights of d and d^2 [H]."""
     d = np.arange(size)[None, :] - np.arange(size)[:, None]
     logits = linear[:, None, None] * d + square[:, None, None] * d**2
-    table = np.exp(logits - logits.max(-1, keepdims=True))
-    return table / table.sum(-1, keepdims=True)
+    return softmax(logits)
 
 
 class _Linear(nn.Cell):
@@ -74,7 +74,7 @@ class _Attention(nn.Cell):
         self.proj = _Linear(attn.proj, f"{prefix}.proj")
         self.gh, self.gw = grid
         if self.local:
-            gate = 1 / (1 + np.exp(-attn.gating_param.asnumpy().astype(np.float64)))[:, None, None]
+            gate = sigmoid(attn.gating_param.asnumpy().astype(np.float64))[:, None, None]
             w0, w1, w2 = attn.pos_proj.weight.asnumpy().astype(np.float64).T
             self.share = Parameter(Tensor((1 - gate).astype(np.float32)), name=f"{prefix}.content_share")
             self.py = Parameter(Tensor((gate * _table(self.gh, w1, w2)).astype(np.float32)), name=f"{prefix}.py")

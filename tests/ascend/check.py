@@ -61,14 +61,11 @@ def environment(name: str, folder: Path) -> Path:
 
 
 def link(folder: Path) -> None:
-    """``convit`` of this tree for every environment: links, because the folder kernels/ is the package convit.kernels."""
+    """``convit`` of this tree for every environment, and nothing else of its root."""
     package = folder / "tree/convit"
-    shutil.rmtree(package, ignore_errors=True)
-    package.mkdir(parents=True)
-    for part in (ROOT / "convit").iterdir():
-        if part.name != "__pycache__":
-            (package / part.name).symlink_to(part)
-    (package / "kernels").symlink_to(ROOT / "kernels")
+    shutil.rmtree(package.parent, ignore_errors=True)
+    package.parent.mkdir(parents=True)
+    package.symlink_to(ROOT / "convit")
 
 
 def run(rung: str, folder: Path) -> tuple[list[dict], str | None]:

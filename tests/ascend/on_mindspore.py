@@ -16,6 +16,8 @@ from mindspore import Tensor, nn, ops
 import convit.mindspore
 from convit.dispatch import Problem, choose, use_backend, why_not
 from convit.kernels.gpsa import ascend_akg, ascend_tbe
+from convit.kernels.gpsa.definition import relative_error as error
+from convit.kernels.gpsa.definition import softmax
 from convit.mindspore.ops import gpsa
 
 ms.set_device("CPU")
@@ -25,11 +27,6 @@ NO_NPU = "`ccec`, execution on an NPU, speed"
 
 def row(op: str, rung: str, result: str, unproven: str) -> None:
     print("ROW " + json.dumps({"op": op, "rung": rung, "result": result, "unproven": unproven}), flush=True)
-
-
-def error(got: np.ndarray, want: np.ndarray) -> float:
-    """Relative Frobenius error."""
-    return float(np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want))
 
 
 def inputs(maps: int, gh: int, gw: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -50,8 +47,7 @@ def inputs(maps: int, gh: int, gw: int, seed: int = 0) -> dict[str, np.ndarray]:
 def expected(x: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What each operator must return, in float64, written from the formula; adds ``delta`` to ``x``."""
     s, px, py, g, da = (x[name].astype(np.float64) for name in ("s", "px", "py", "g", "da"))
-    e = np.exp(s - s.max((1, 2), keepdims=True))
-    content = e / e.sum((1, 2), keepdims=True)
+    content = softmax(s, (1, 2))
     gate = g[:, None, None]
     delta = (content * da).sum((1, 2))
     x["delta"] = delta.astype(np.float32)

@@ -17,6 +17,8 @@ from unittest.mock import MagicMock
 
 import numpy as np
 
+from convit.kernels.gpsa.definition import gpsa, relative_error
+
 KERNELS = Path(__file__).resolve().parents[2] / "kernels/gpsa"
 ENVIRONMENTS = Path(os.environ["ASCEND_CHECK_ENVS"])
 DEBIAN = ("mlir-19-tools", "libmlir-19", "llvm-19", "libllvm19")
@@ -165,19 +167,9 @@ def linalg() -> None:
         arguments += [*map(ctypes.c_int32, strides), ctypes.c_float(scale * np.log2(np.e)), ctypes.c_int32(HEADS)]
         kernel(*arguments, *map(ctypes.c_int32, (programs, 1, 1, program, 0, 0)))
 
-    def softmax(x: np.ndarray) -> np.ndarray:
-        e = np.exp(x - x.max(-1, keepdims=True))
-        return e / e.sum(-1, keepdims=True)
-
-    q, k, v = (x.astype(np.float64) for x in (q, k, v))
-    y, x = np.divmod(np.arange(n), gw)
-    dx, dy = x - x[:, None], y - y[:, None]
-    w0, w1, w2 = weight.astype(np.float64).T[:, :, None, None]
-    gate = 1 / (1 + np.exp(-gating.astype(np.float64)))[:, None, None]
-    scores = scale * q @ k.swapaxes(-1, -2)
-    want = ((1 - gate) * softmax(scores) + gate * softmax(w0 * dx + w1 * dy + w2 * (dx**2 + dy**2))) @ v
-    got = out.transpose(0, 2, 1, 3).astype(np.float64)
-    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    want = gpsa(q, k, v, weight, gating, GRID, scale)
+    error = relative_error(out.transpose(0, 2, 1, 3), want)
+    scores = scale * q.astype(np.float64) @ k.astype(np.float64).swapaxes(-1, -2)
     top = scores.max(-1)
     wrong = np.abs(lse - (top + np.log(np.exp(scores - top[..., None]).sum(-1)))).max()
     if not (error < 1e-3 and wrong < 1e-3):
