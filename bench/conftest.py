@@ -90,8 +90,9 @@ def pytest_benchmark_update_json(config, benchmarks, output_json) -> None:
 def pytest_terminal_summary(terminalreporter, config) -> None:
     if not config.bench.groups:
         return
-    import report
+    import results
+    import tables
 
     terminalreporter.section("ConViT benchmark: times over ours, medians of interleaved rounds")
-    for line in report.summary(report.Run.from_session(config.bench)).splitlines():
+    for line in tables.summary(results.Run.from_session(config.bench)).splitlines():
         terminalreporter.write_line(line)

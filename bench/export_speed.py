@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import timing
 import torch
 
 import convit
@@ -71,16 +72,17 @@ def measure(files: dict[str, Path], batch: int, seconds: float) -> None:
         runs["openvino", name] = lambda compiled=compiled: compiled([images])[0]
     outputs = [run() for run in runs.values()]
     assert all(np.abs(out - outputs[0]).max() <= 2e-5 * np.abs(outputs[0]).max() for out in outputs), "the models differ"
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        for key, run in runs.items():
-            start = time.process_time()
-            run()
-            times[key].append(time.process_time() - start)
+    seconds_each = {}
+    for key, run in runs.items():
+        start = time.perf_counter()
+        run()
+        seconds_each[key] = time.perf_counter() - start
+    samples = timing.interleave(runs, "cpu", rounds=200, budget=seconds, seconds=seconds_each)
+    times = {key: mine.cpu for key, mine in samples.items()}
     for runtime in ("onnxruntime", "openvino"):
         base, ours = times[runtime, "timm"], times[runtime, "convit"]
-        ratio = statistics.median(b / a for a, b in zip(ours, base, strict=True))
+        theirs = dict(zip(samples[runtime, "timm"].rounds, base, strict=True))
+        ratio = statistics.median(theirs[r] / t for r, t in zip(samples[runtime, "convit"].rounds, ours, strict=True) if r in theirs)
         timm, convit_ = (batch / statistics.median(each) for each in (base, ours))
         print(f"{runtime:12} batch {batch}: timm {timm:.1f}, convit {convit_:.1f} images/s, ratio {ratio:.2f} ({len(ours)} rounds)")
 

@@ -70,9 +70,9 @@ class Stage:
 # ---------------------------------------------------------------------------------------------------------------- environment
 def environment(stage: Stage) -> None:
     import torch
-    from session import _cpu_name, _versions
+    from machine import cpu_name, versions
 
-    found = {"versions": _versions(), "cpu": _cpu_name(), "cores": os.cpu_count(), "cuda": torch.version.cuda, "hip": torch.version.hip}
+    found = {"versions": versions(), "cpu": cpu_name(), "cores": os.cpu_count(), "cuda": torch.version.cuda, "hip": torch.version.hip}
     found["tools"] = {tool: shutil.which(tool) for tool in ("nvidia-smi", "ncu", "nsys", "compute-sanitizer", "ptxas", "cc", "gcc")}
     if stage.rehearse:
         found["device"] = "rehearsal"

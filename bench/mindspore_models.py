@@ -10,7 +10,6 @@ round. ``--blocking`` turns on ``mindspore.runtime.launch_blocking()``, for both
 """
 
 import argparse
-import gc
 import json
 import os
 import platform
@@ -19,6 +18,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import timing
+from machine import cpu_name
 
 CASES = [f"{mode} {kind}" for kind in ("inference", "training step") for mode in ("graph", "pynative")]
 LOGITS, LOSSES = 2e-6, 1e-5  # largest differences: of logits, relative to the largest one or 1; of losses, relative
@@ -45,7 +47,7 @@ def main() -> None:
     if args.blocking:
         ms.runtime.launch_blocking()
     head = {"model": args.name, "batch": args.batch, "threads": args.threads, "launch_blocking": args.blocking}
-    head |= {"mindspore": ms.__version__, "machine": platform.machine(), "processor": _processor()}
+    head |= {"mindspore": ms.__version__, "machine": platform.machine(), "processor": cpu_name()}
     results = []
     for case in args.only:
         mode, _, kind = case.partition(" ")
@@ -55,14 +57,6 @@ def main() -> None:
         print(f"{case}: ours {found['ours_ms']:.1f} ms, MindCV {found['mindcv_ms']:.1f} ms, {found['ratio']:.2f}x", flush=True)
         if args.output:
             args.output.write_text(json.dumps({**head, "results": results}, indent=1) + "\n")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def models(name: str) -> dict:
@@ -100,7 +94,7 @@ def inference(name: str, batch: int, seconds: float) -> dict:
         if not errors[who] <= LOGITS:
             sys.exit(f"{who}: the logits are off by {errors[who]:.1e} from float64")
         calls[who] = lambda model=model: model(given).asnumpy()
-    return {**interleave(calls, seconds), "logits_error": errors}
+    return {**compare(calls, seconds), "logits_error": errors}
 
 
 def training(name: str, batch: int, seconds: float) -> dict:
@@ -130,29 +124,22 @@ def training(name: str, batch: int, seconds: float) -> dict:
         calls[who] = lambda step=step: step(images, labels).asnumpy()
     if not np.allclose(losses["ours"], losses["mindcv"], rtol=LOSSES, atol=0) or losses["ours"][2] >= losses["ours"][0]:
         sys.exit(f"the losses of three steps differ, or do not fall: {losses}")
-    return {**interleave(calls, seconds), "losses": losses}
+    return {**compare(calls, seconds), "losses": losses}
 
 
-def interleave(calls: dict[str, Callable], seconds: float) -> dict:
-    """Time the calls in turns for about so many seconds, at least three rounds and at most a hundred."""
-    samples: dict[str, list[float]] = {who: [] for who in calls}
-    for call in calls.values():
-        call()
-    gc.collect()
-    gc.disable()
-    began, rounds = time.perf_counter(), 0
-    while rounds < 3 or (rounds < 100 and time.perf_counter() - began < seconds):
-        order = list(calls)
-        for who in order[rounds % len(order) :] + order[: rounds % len(order)]:
-            time.sleep(0.003)  # thread pools spin for about this long after their last call
+def compare(calls: dict[str, Callable], seconds: float) -> dict:
+    """Medians of both and of their ratio, over interleaved rounds."""
+    first = {}
+    for who, call in calls.items():
+        for _ in range(2):  # the first call compiles
             start = time.perf_counter()
-            calls[who]()
-            samples[who].append(time.perf_counter() - start)
-        rounds += 1
-    gc.enable()
-    ratios = [theirs / ours for ours, theirs in zip(samples["ours"], samples["mindcv"], strict=True)]
-    medians = {f"{who}_ms": round(1000 * statistics.median(mine), 2) for who, mine in samples.items()}
-    return {**medians, "ratio": round(statistics.median(ratios), 3), "rounds": rounds}
+            call()
+            first[who] = time.perf_counter() - start
+    samples = timing.interleave(calls, "cpu", rounds=100, budget=seconds, seconds=first)
+    wall = {who: dict(zip(mine.rounds, mine.wall, strict=True)) for who, mine in samples.items()}
+    ratios = [wall["mindcv"][r] / ours for r, ours in wall["ours"].items() if r in wall["mindcv"]]
+    medians = {f"{who}_ms": round(1000 * statistics.median(mine.wall), 2) for who, mine in samples.items()}
+    return {**medians, "ratio": round(statistics.median(ratios), 3), "rounds": len(ratios)}
 
 
 def float64_logits(model, images):

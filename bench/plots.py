@@ -8,7 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-from report import LARGE, Entry, Run, _core_groups, _find, exponent, leader, plots_of, series
+from results import LARGE, Entry, Run, core_groups, exponent, find, leader, plots_of, series
 
 OURS = "#c1272d"
 # a colour for each peer, the same in every plot and every run
@@ -74,7 +74,7 @@ def _place(e: Entry) -> str:
 
 def _panels(run: Run) -> list[tuple[str, list[tuple[str, list[Entry]]]]]:
     most = run.threads
-    core = [g for g in _core_groups(run) if g[0].problem["threads"] == most and leader(g)]
+    core = [g for g in core_groups(run) if g[0].problem["threads"] == most and leader(g)]
     dtypes = list(dict.fromkeys(g[0].problem["dtype"] for g in core))
     core = [g for g in core if g[0].problem["dtype"] == dtypes[-1]] if dtypes else []
     models = [g for g in run.kind("model") if g[0].problem["threads"] == most and leader(g)]
@@ -165,7 +165,7 @@ def memory(run: Run):
 def roofline(run: Run):
     """Arithmetic rate of ours and of plain attention against what the machine can do, for the widest thread count."""
     figure, ax = plt.subplots(figsize=(5.6, 3.8))
-    groups = [g for g in _core_groups(run) if leader(g)]
+    groups = [g for g in core_groups(run) if leader(g)]
     threads = sorted({g[0].problem["threads"] for g in groups})
     keys = {f"{g[0].problem['device']} {g[0].problem['dtype']} {g[0].problem['threads']}": g[0] for g in groups}
     intensities = [e.info["flops"] / e.info["bytes"] for g in groups for e in g] or [1.0]
@@ -180,7 +180,7 @@ def roofline(run: Run):
                     ha="right", fontsize=7.5, color="#444444")  # fmt: skip
     seen = {}
     for g in groups:
-        mine, plain = leader(g), _find(g, "plain SDPA")
+        mine, plain = leader(g), find(g, "plain SDPA")
         for e in (plain, mine):
             if e is None:
                 continue

@@ -1,21 +1,19 @@
 """One run of the benchmark: the groups measured so far, the machine, and everything recorded beside the times."""
 
 import os
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 
 import memory
 import roofline
 import timing
 import torch
 from checks import check
+from machine import cpu_name, versions
 from models import Model
 from peers import Core, Peer
 
-PACKAGES = ["convit", "numpy", "torch", "timm", "onnx", "onnxruntime", "openvino", "triton", "mindspore", "mindcv"]
 SLOW = 0.5  # seconds: a call that takes longer needs no second one to learn how long it takes
 
 
@@ -117,13 +115,13 @@ class Session:
             return torch.cuda.get_device_name()
         if self.device != "cpu":
             return self.device
-        return f"{_cpu_name()}, {self.cores} cores, {torch.backends.cpu.get_cpu_capability()}"
+        return f"{cpu_name()}, {self.cores} cores, {torch.backends.cpu.get_cpu_capability()}"
 
     def record(self) -> dict:
         """What the JSON holds beside pytest-benchmark's own."""
         return {
             "device": self.device_name(),
-            "versions": _versions(),
+            "versions": versions(),
             "full": self.full,
             "isa": self.isa,
             "load": self.load,
@@ -136,21 +134,3 @@ class Session:
                 if mine.missing
             ],
         }
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-import torch
-
 TURN = 0.010  # seconds: a competitor's turn repeats a shorter call until it takes this long
 SETTLE = 0.003  # seconds between turns: thread pools of other runtimes spin for about this long after their last call
 FEWEST = 3  # samples of the slowest competitor
@@ -30,6 +28,8 @@ class Samples:
 
 def synchronize(device: str) -> None:
     if device != "cpu":
+        import torch  # MindSpore's models are timed where there is none
+
         torch.accelerator.synchronize()
 
 
