@@ -1,12 +1,5 @@
-"""``convit plot RUN``: the pictures of a training run, and the functions that draw them.
+"""The pictures of a training run and of a model; nothing here but drawing. A picture that fails leaves no file."""
 
-history     loss and accuracy per epoch
-gates       every gate over the epochs, and before and after
-locality    how far each layer and head looks, over the epochs and at the end
-attention   where heads look from one patch of an image, layer by layer
-"""
-
-import argparse
 import json
 import math
 import os
@@ -35,38 +28,6 @@ _STYLE: Any = {
 # Okabe and Ito: told apart in every kind of colour vision
 _BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
 _LAYERS, _HEAT = "viridis", "inferno"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "Draws what the run's log.jsonl holds; with a trained model in RUN also where its heads look."
-    parser.add_argument("folder", metavar="RUN", type=Path, help="the folder of a training run")
-    parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="folder for the pictures [RUN/plots]")
-    parser.add_argument("--image", metavar="FILE", type=Path, help="draw where heads look on this image")
-    parser.add_argument("--query", metavar="Y,X", type=_point, help="the patch they look from, row and column [the middle]")
-    parser.add_argument("--format", default="png", choices=("png", "pdf", "svg"), help="file type [png]")
-
-
-def run(args: argparse.Namespace) -> None:
-    records = read_log(args.folder)
-    output = args.output or args.folder / "plots"
-    output.mkdir(parents=True, exist_ok=True)
-
-    def path(name: str) -> Path:
-        return output / f"{name}.{args.format}"
-
-    drawn = [plot_history(records, path("history"))]
-    with_gates = [record["gating"] for record in records if record.get("gating")]
-    if with_gates:
-        drawn.append(plot_gates_over_time(records, path("gates_over_time")))
-        drawn.append(plot_gates(with_gates[0], with_gates[-1], path("gates"), names=("after the first epoch", "at the end")))
-    if any(record.get("distance") for record in records):
-        drawn.append(plot_locality(records, path("locality")))
-    if args.image is not None:
-        model, recipe = trained_model(args.folder)
-        image = load_image(args.image, model.patch_embed.img_size, recipe.in_channels, recipe.mean, recipe.std)
-        drawn.append(plot_attention(model, image, path("attention"), query=args.query))
-    for one in drawn:
-        print(one)
 
 
 def read_log(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -302,25 +263,7 @@ def _picture(image: Any) -> np.ndarray:
         return array[:, :, :3]
     if low >= 0 and high > 1 and high <= 255:
         return array[:, :, :3] / 255
-    return (array[:, :, :3] - low) / max(high - low, 1e-12)
-
-
-def trained_model(run: Path) -> tuple[Any, Any]:
-    """The best model of a PyTorch run, in evaluation mode, and the run's recipe.
-
-    Raises:
-        FileNotFoundError: ``run`` has no recipe.yaml, or neither best.pth nor last.pth.
-    """
-    from convit.engine.pytorch.train import build_model
-    from convit.engine.recipe import load_recipe
-    from convit.weights.load import load_checkpoint, read
-
-    weights = next((run / name for name in ("best.pth", "last.pth") if (run / name).exists()), None)
-    if weights is None or not (run / "recipe.yaml").exists():
-        raise FileNotFoundError(f"{run} must hold recipe.yaml and best.pth or last.pth of a PyTorch training run")
-    recipe = load_recipe(run / "recipe.yaml", {"pretrained": False, "ckpt_path": ""})
-    classes = read(weights).tensors["head.weight"].shape[0]
-    return load_checkpoint(build_model(recipe, classes), weights).eval(), recipe
+    return np.asarray((array[:, :, :3] - low) / max(high - low, 1e-12))
 
 
 def load_image(path: str | os.PathLike[str], size: tuple[int, int], channels: int, mean: Sequence[float], std: Sequence[float]) -> Any:
@@ -428,11 +371,3 @@ def _layer_bar(figure: Any, axes: Any, layers: int) -> None:
     bar.set_label("layer")
     bar.outline.set_visible(False)
     bar.minorticks_off()
-
-
-def _point(text: str) -> tuple[int, int]:
-    try:
-        row, column = text.split(",")
-        return int(row), int(column)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected ROW,COLUMN, got {text!r}") from None

@@ -9,7 +9,7 @@ import torch
 import convit
 from convit import export as exporting
 from convit.cli import main
-from convit.export import export
+from convit.export import export, torch_program
 from convit.export.deploy import Deployed
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2", "torchscript": ".pt"}
@@ -121,21 +121,24 @@ def check_graph(path, blocks, tokens):
     assert str(path.parent).encode() not in path.read_bytes() and b"site-packages" not in path.read_bytes()
 
 
-def test_wrong_file_is_not_kept(tmp_path, photographs, monkeypatch):
+@pytest.mark.parametrize("sign", [1, -1])
+def test_wrong_file_is_not_kept(tmp_path, sign, photographs, monkeypatch):
     """An exporter that gets the function wrong is found out, and the file that was there before stays."""
 
-    def wrong(deployed, *rest):
-        deployed.head.bias += 1e-3
-        return exporting._write_torchscript(deployed, *rest)
+    right = torch_program.write_torchscript
 
-    monkeypatch.setitem(exporting._WRITERS, "torchscript", wrong)
+    def wrong(deployed, *rest):
+        deployed.head.bias += sign * 1e-3
+        return right(deployed, *rest)
+
+    monkeypatch.setattr(torch_program, "write_torchscript", wrong)
     path = tmp_path / "out" / "m.pt"
     path.parent.mkdir()
     path.write_bytes(b"before")
     with pytest.raises(ValueError, match="differs from the eager model by"):
         export(small(), path, "torchscript", images=photographs)
     assert [p.name for p in path.parent.iterdir()] == ["m.pt"] and path.read_bytes() == b"before"
-    monkeypatch.setitem(exporting._WRITERS, "torchscript", lambda *_: 1 / 0)
+    monkeypatch.setattr(torch_program, "write_torchscript", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export(small(), path, "torchscript", images=photographs)
     assert [p.name for p in path.parent.iterdir()] == ["m.pt"]
@@ -174,8 +177,8 @@ def test_missing_runtime_is_said(tmp_path, monkeypatch, capsys, format, package,
             pytest.importorskip(needed)
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ImportError, match=rf"needs {package} .*pip install 'convit\[{extra}\]'"):
-        export(small(), tmp_path / "file", format)
+    with pytest.raises(ImportError, match=rf"needs {package} .*pip install '\.\[{extra}\]'"):
+        export(small(), tmp_path / f"file{exporting.FORMATS[format].suffix}", format)
     assert main(["export", "convit_tiny", "--format", format]) == 1
     assert f"needs {package}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -24,7 +24,8 @@ class _Attention(nn.Module):
     """One GPSA or MHSA layer. ``fused`` leaves the content half to ``scaled_dot_product_attention``, else it is spelt out."""
 
     weight: Tensor
-    bias: Any  # a tensor or None
+    bias: Tensor | None
+    proj: nn.Linear
     content_share: Tensor
     gate: Tensor
     position: Tensor
@@ -71,7 +72,8 @@ class _Attention(nn.Module):
             rows = py @ v.reshape(-1, self.heads, gh, gw * head)
             position = px @ rows.reshape(-1, self.heads, gh, gw, head)
             out = out * self.content_share + position.reshape(-1, self.heads, tokens, head)
-        return self.proj(out.transpose(1, 2).reshape(-1, tokens, dim))
+        projected: Tensor = self.proj(out.transpose(1, 2).reshape(-1, tokens, dim))
+        return projected
 
     def _linear(self, x: Tensor, first: int, last: int) -> Tensor:
         out = x @ self.weight[:, first:last]
@@ -138,10 +140,9 @@ class Deployed(nn.Module):
             x = x + block.mlp(block.norm2(x))
         if self.local == len(self.blocks):
             x = self._join_prefix(x)
-        if self.pool == "token":
-            return self.head(self.norm(x[:, 0]))
-        x = self.norm(x)
-        return self.head(x[:, self.prefix :].mean(dim=1) if self.pool == "avg" else x)
+        x = self.norm(x[:, 0] if self.pool == "token" else x)
+        logits: Tensor = self.head(x[:, self.prefix :].mean(dim=1) if self.pool == "avg" else x)
+        return logits
 
     def _join_prefix(self, x: Tensor) -> Tensor:
         return torch.cat([self.prefix_tokens.expand(x.shape[0], -1, -1), x], dim=1)
@@ -151,7 +152,7 @@ class Deployed(nn.Module):
         old_h, old_w = self.old_grid
         rows, columns = self._bicubic(old_h, grid[0]), self._bicubic(old_w, grid[1])
         dim = self.pos_embed.shape[-1]
-        table = (rows @ self.pos_embed.reshape(old_h, old_w * dim)).reshape(-1, old_w, dim)
+        table: Tensor = (rows @ self.pos_embed.reshape(old_h, old_w * dim)).reshape(-1, old_w, dim)
         return (columns @ table).reshape(1, -1, dim)
 
     def _bicubic(self, old: int, new: int) -> Tensor:

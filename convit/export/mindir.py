@@ -5,7 +5,6 @@ does. The batch is dynamic, the image size fixed.
 """
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from convit.export import FORMATS, TOLERANCE, Report, check_images, difference_of, place
+from convit.export.check import Infer, Report, check_images, check_request, write_checked
 from convit.kernels.gpsa.definition import sigmoid, softmax
 from convit.mindspore.model import ConViT, create_model, load_checkpoint
 
@@ -28,7 +27,7 @@ def _table(size: int, linear: np.ndarray, square: np.ndarray) -> np.ndarray:
     return softmax(logits)
 
 
-class _Linear(nn.Cell):
+class _Linear(nn.Cell):  # type: ignore[misc]
     """A dense layer in MindSpore's own operators: the model's may use ours, which a MindIR file must not depend on."""
 
     def __init__(self, dense: Any, prefix: str) -> None:
@@ -41,7 +40,7 @@ class _Linear(nn.Cell):
         return ops.matmul(x, self.weight) + self.bias
 
 
-class _Norm(nn.Cell):
+class _Norm(nn.Cell):  # type: ignore[misc]
     """``ops.LayerNorm`` over the last axis, for the reason of ``_Linear``."""
 
     def __init__(self, norm: Any, prefix: str) -> None:
@@ -54,7 +53,7 @@ class _Norm(nn.Cell):
         return self.normalise(x, self.gamma, self.beta)[0]
 
 
-class _Attention(nn.Cell):
+class _Attention(nn.Cell):  # type: ignore[misc]
     """One GPSA or MHSA layer on constants. ``class_only`` computes the class token's row only."""
 
     def __init__(self, attn: Any, grid: tuple[int, int], class_only: bool, prefix: str) -> None:
@@ -97,7 +96,7 @@ class _Attention(nn.Cell):
         return self.proj(out.transpose(0, 2, 1, 3).reshape(-1, tokens, self.dim))
 
 
-class _Block(nn.Cell):
+class _Block(nn.Cell):  # type: ignore[misc]
     """A block of the model; ``class_only`` keeps the class token's row."""
 
     def __init__(self, block: Any, grid: tuple[int, int], class_only: bool, prefix: str) -> None:
@@ -116,7 +115,7 @@ class _Block(nn.Cell):
         return x + self.fc2(ops.gelu(self.fc1(self.norm2(x)), self.gelu))
 
 
-class Deployed(nn.Cell):
+class Deployed(nn.Cell):  # type: ignore[misc]
     """Images [B, in_channels, H, W] to logits [B, num_classes], with everything that does not depend on the image folded."""
 
     def __init__(self, model: ConViT) -> None:
@@ -167,31 +166,27 @@ def export_mindir(
         ValueError: The suffix is wrong, an image cannot be read, or the file's logits differ from the eager model's.
     """
     path = Path(path)
-    if path.suffix != ".mindir":
-        raise ValueError(f"MindIR files end in .mindir, got {path.name!r}")
-    model = name
-    if isinstance(name, str):
+    check_request("mindir", path)
+    if isinstance(name, ConViT):
+        model = name
+    else:
         given: dict[str, Any] = {} if img_size is None else {"image_size": img_size}
         given |= {} if num_classes is None else {"num_classes": num_classes}
         model = create_model(name, pretrained=weights is True, **given)
-        if weights and weights is not True:
+        if not isinstance(weights, bool):
             load_checkpoint(model, weights)
-    model.set_train(False)  # type: ignore[union-attr]
-    if model.num_classes == 0:  # type: ignore[union-attr]
+    model.set_train(False)
+    if model.num_classes == 0:
         raise ValueError("model must have a classifier, got num_classes = 0")
-    size = model.patch_embed.image_size  # type: ignore[union-attr]
-    batch = check_images(images, size, model.in_channels, _MEAN, _STD)  # type: ignore[union-attr]
-    expected = model(Tensor(batch)).asnumpy()  # type: ignore[operator]
-    deployed = Deployed(model).set_train(False)  # type: ignore[arg-type]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
-        made = Path(folder) / path.name
-        shape = Tensor(shape=[None, model.in_channels, *size], dtype=ms.float32)  # type: ignore[union-attr]
+    size = model.patch_embed.image_size
+    batch = check_images(images, size, model.in_channels, _MEAN, _STD)
+
+    def write(made: Path) -> Infer:
+        deployed = Deployed(model).set_train(False)
+        shape = Tensor(shape=[None, model.in_channels, *size], dtype=ms.float32)
         ms.export(deployed, shape, file_name=str(made), file_format="MINDIR")
         made.chmod(0o644)  # MindSpore writes it read-only
         loaded = nn.GraphCell(ms.load(str(made)))
-        counts = sorted({1, len(batch)})
-        difference = max(difference_of(loaded(Tensor(batch[:count])).asnumpy(), expected[:count]) for count in counts)
-        if not difference <= TOLERANCE:
-            raise ValueError(f"the mindir file differs from the eager model by {difference:.1e} of the largest logit; nothing is written")
-        return Report(place(made, path, FORMATS["mindir"]), difference, counts, [size])
+        return lambda images: loaded(Tensor(images)).asnumpy()
+
+    return write_checked(path, "mindir", write, lambda images: model(Tensor(images)).asnumpy(), [batch])
