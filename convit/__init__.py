@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from convit.pytorch.model import ConViT as ConViT
     from convit.pytorch.model import create_model as create_model
     from convit.pytorch.model import list_models as list_models
+    from convit.pytorch.optimize import optimize as optimize
     from convit.weights.load import load_checkpoint as load_checkpoint
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ _HOMES = {
     "ConViT": "convit.pytorch.model",
     "create_model": "convit.pytorch.model",
     "list_models": "convit.pytorch.model",
+    "optimize": "convit.pytorch.optimize",
     "load_checkpoint": "convit.weights.load",
 }
 
