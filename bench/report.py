@@ -16,7 +16,7 @@ from pathlib import Path
 
 from plots import draw
 from results import PLOTS, YARDSTICK, Run, find, plots_of
-from tables import TABLES, mindspore_table
+from tables import TABLES, little_data_table, mindspore_table, range_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -53,6 +53,12 @@ def filled(text: str, found: dict[str, Run]) -> str:
         name, kind = match[1], match[2]
         if kind == "models" and name.endswith("/mindspore"):
             text = mindspore_table(RESULTS / name.removesuffix("/mindspore"))
+            return f"<!-- bench:begin {name} {kind} -->\n{text}<!-- bench:end {name} {kind} -->"
+        if name == "all/default" and kind == "range":
+            usual = {key: run for key, run in found.items() if key.endswith("/default") and not run.record["isa"]}
+            return f"<!-- bench:begin {name} {kind} -->\n{range_table(usual)}<!-- bench:end {name} {kind} -->"
+        if name == "little-data" and kind == "table":
+            text = little_data_table(json.loads((RESULTS / "little-data.json").read_text()))
             return f"<!-- bench:begin {name} {kind} -->\n{text}<!-- bench:end {name} {kind} -->"
         if name not in found:
             raise ValueError(f"bench:begin names run {name!r}; kept are: {', '.join(found) or 'none'}")

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tables import little_data_table
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -113,7 +114,7 @@ def train(data: str, kind: str, share: float, seed: int, steps: int) -> dict[str
 
 
 def summarise(records: list[dict[str, Any]], folder: Path) -> str:
-    """Write the picture and the table of finished runs; return the table."""
+    """Write the picture and the summary of finished runs (kept as bench/results/little-data.json); return its table."""
     groups: dict[tuple[str, float], dict[str, list[float]]] = {}
     counts: dict[tuple[str, float], int] = {}
     for record in records:
@@ -121,14 +122,17 @@ def summarise(records: list[dict[str, Any]], folder: Path) -> str:
         groups.setdefault(key, {}).setdefault(record["model"], []).append(record["accuracy"])
         counts[key] = record["images"]
     complete = {key: group for key, group in sorted(groups.items()) if set(group) == set(MODELS)}
-    lines = ["| data | share | training images | ConViT, % | ViT, % | difference | seeds |", "|---|---|---|---|---|---|---|"]
-    for (data, share), group in complete.items():
-        cells = [f"{np.mean(group[kind]):.1f} ± {np.std(group[kind]):.1f}" for kind in MODELS]
-        difference = np.mean(group["ConViT"]) - np.mean(group["ViT"])
-        seeds = min(map(len, group.values()))
-        lines.append(f"| {data} | {share:.0%} | {counts[data, share]} | {' | '.join(cells)} | {difference:+.1f} | {seeds} |")
-    table = "\n".join(lines) + "\n"
-    (folder / "table.md").write_text(table)
+    summary = [
+        {
+            "data": data,
+            "share": share,
+            "images": counts[data, share],
+            "seeds": min(map(len, group.values())),
+            **{kind: [round(float(np.mean(group[kind])), 2), round(float(np.std(group[kind])), 2)] for kind in MODELS},
+        }
+        for (data, share), group in complete.items()
+    ]
+    (folder / "little-data.json").write_text(json.dumps(summary, indent=1) + "\n")
     names = sorted({data for data, _ in complete})
     if names:
         with _figure(folder / "sample_efficiency.png", (1, len(names)), (3.6 * len(names), 3.0)) as (_, axes):
@@ -142,7 +146,7 @@ def summarise(records: list[dict[str, Any]], folder: Path) -> str:
                 axis.set_xticks([100 * s for s in shares], [f"{100 * s:g}" for s in shares])
                 axis.minorticks_off()
                 axis.legend(loc="lower right")
-    return table
+    return little_data_table(summary)
 
 
 def main() -> None:

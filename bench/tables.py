@@ -1,9 +1,10 @@
 """The tables of a run, as Markdown that also reads in a terminal."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from results import LARGE, YARDSTICK, Entry, Run, competitions, core_groups, exponent, find, leader, series
 
@@ -177,6 +178,21 @@ def machine_table(run: Run) -> str:
     return _table(["run", ""], rows)
 
 
+RANGE_CASES = (
+    "attention, fwd (8, 196, 4, 48)",
+    "attention, fwd+bwd (2, 784, 9, 48)",
+    "convit_tiny, batch 1",
+    "convit_small, batch 8",
+    "convit_tiny, batch 8, training step",
+)
+RANGE_PEERS = {
+    "timm eager": "timm's ConViT",
+    "timm convit eager": "timm's ConViT",
+    "plain SDPA": "attention or ViT without position",
+    "timm ViT with SDPA": "attention or ViT without position",
+    "convit without GPSA": "our ViT without GPSA",
+}
+
 TABLES: dict[str, Callable[[Run], str]] = {
     "headline": headline_table,
     "core": core_table,
@@ -207,6 +223,40 @@ def _aligned(text: str) -> str:
         for row in cells
     )
     return "\n".join(next(padded) if line.startswith("|") else line for line in lines) + "\n"
+
+
+def range_table(runs: Mapping[str, Run]) -> str:
+    """Five cases over all processors: each other competitor's time over ours, at all cores, as the range over the kept runs."""
+    cells: dict[str, dict[str, list[float]]] = {}
+    for run in runs.values():
+        for entries in competitions(run):
+            mine = leader(entries)
+            if mine is None or mine.problem["threads"] != run.threads or _case(mine) not in RANGE_CASES:
+                continue
+            for peer, column in RANGE_PEERS.items():
+                if e := find(entries, peer):
+                    cells.setdefault(_case(mine), {}).setdefault(column, []).append(e.over(mine))
+    columns = list(dict.fromkeys(RANGE_PEERS.values()))
+
+    def cell(values: list[float]) -> str:
+        low, high = (_times(limit(values)) for limit in (min, max))
+        return f"{low}×" if low == high else f"{low} to {high}×"
+
+    rows = []
+    for case in filter(cells.get, RANGE_CASES):
+        rows.append([case, *(cell(cells[case][column]) if column in cells[case] else "–" for column in columns)])
+    devices = " and ".join(dict.fromkeys(run.record["device"] for run in runs.values()))
+    return _table([f"time over ours, {devices}", *columns], rows)
+
+
+def little_data_table(summary: list[dict[str, Any]]) -> str:
+    """What ``bench/sample_efficiency.py`` found: test accuracies, mean ± standard deviation over the seeds."""
+    rows = []
+    for found in summary:
+        (ours, spread), (theirs, their_spread) = found["ConViT"], found["ViT"]
+        cells = [f"{ours:.1f} ± {spread:.1f}", f"{theirs:.1f} ± {their_spread:.1f}", f"{ours - theirs:+.1f}"]
+        rows.append([found["data"], f"{found['share']:.0%}", str(found["images"]), *cells, str(found["seeds"])])
+    return _table(["data", "share", "training images", "ConViT, %", "ViT, %", "difference", "seeds"], rows)
 
 
 def mindspore_table(folder: Path) -> str:
