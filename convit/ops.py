@@ -1,6 +1,5 @@
 """``convit.gpsa`` for torch tensors: check the arguments, choose a backend, call it. Beside it, the plain attention and linear layers."""
 
-import math
 from typing import TypeAlias
 
 import torch
@@ -75,8 +74,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float
     problem = Problem("torch", "cpu", "float32", batch, heads, tokens, head_dim, (1, tokens), dropout_p)
     if why_not("cpp", problem):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
-    shut = q.new_full((heads,), -math.inf)  # the gate that leaves content alone: such a head costs no position
-    return choose(problem, "cpp").gpsa(q, k, v, q.new_zeros(heads, 3), shut, (1, tokens), scale, 0.0)
+    return choose(problem, "cpp").attention(q, k, v, scale)
 
 
 def linear(layer: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:

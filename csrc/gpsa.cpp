@@ -1,13 +1,12 @@
-// The choice of instruction set, the division of a call into heads and blocks of queries, and the sums over the batch.
+// The division of a call into heads and blocks of queries, the gates and tables of the heads, and the sums over the batch.
 #include "gpsa.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <new>
-#include <stdexcept>
+#include <vector>
 
 #include "kernels.h"
 #include "threads.h"
@@ -16,39 +15,6 @@ namespace convit {
 namespace {
 
 using i64 = std::int64_t;
-
-std::vector<const Kernels*> runnable() {
-    std::vector<const Kernels*> list;
-#if defined(CONVIT_X86)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        list.push_back(&kernels_avx512);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) list.push_back(&kernels_avx2);
-#endif
-#if defined(__aarch64__)
-    list.push_back(&kernels_neon);
-#endif
-    list.push_back(&kernels_portable);
-    return list;
-}
-
-const Kernels& choose() {
-    const std::vector<const Kernels*> list = runnable();
-    const char* wanted = std::getenv("CONVIT_CPU_ISA");
-    if (wanted == nullptr || *wanted == '\0') return *list.front();
-    std::string names;
-    for (const Kernels* kernels : list) {
-        if (std::string(wanted) == kernels->name) return *kernels;
-        names += (names.empty() ? "" : ", ") + std::string(kernels->name);
-    }
-    throw std::invalid_argument("CONVIT_CPU_ISA must be one of those that this machine can run (" + names + "), got '" + wanted + "'");
-}
-
-const Kernels& kernels() {
-    static const Kernels& chosen = choose();  // a throw leaves it unset: every call reports the error
-    return chosen;
-}
 
 struct Free {
     void operator()(float* p) const { std::free(p); }
@@ -69,39 +35,23 @@ std::unique_ptr<float, Free> scratch(i64 floats) {
 
 i64 lines(i64 floats) { return (floats + 15) / 16 * 16; }
 
-// Hands `parts` numbers to run(part, worker) on at most `threads` threads. Which thread takes which part does not show in the result.
-template <class Run>
-void for_parts(i64 parts, int threads, const Run& run) {
-    struct Context {
-        const Run& run;
-        i64 parts;
-        std::atomic<i64> next{0};
-        std::atomic<int> workers{0};
-    } context{run, parts};
-    run_threads(
-        int(std::min<i64>(threads, parts)),
-        [](void* p) {
-            Context& c = *static_cast<Context*>(p);
-            const int worker = c.workers.fetch_add(1);
-            for (i64 part; (part = c.next.fetch_add(1)) < c.parts;) c.run(part, worker);
-        },
-        &context);
-}
-
 float sigmoid(float x) { return float(1.0 / (1.0 + std::exp(-double(x)))); }
 
-// The position softmaxes of the heads. A shut gate, sigmoid 0, leaves plain attention: that head has no tables and costs no position.
-class Tables {
+// What each head takes of position and content. A closed gate, sigmoid 0, leaves plain attention: that head has no tables and costs no
+// position. So do all of them without pos_weight.
+class Gates {
   public:
     // py is scaled by the gate if `gated`
-    Tables(const Kernels& kern, const Shape& s, const float* pos_weight, const float* gating, bool gated) : px_(std::size_t(s.heads)) {
+    Gates(const Kernels& kern, const Shape& s, const float* pos_weight, const float* gating, bool gated)
+        : gating_(pos_weight == nullptr ? nullptr : gating), px_(std::size_t(s.heads)) {
         size_x_ = s.grid_w * s.grid_w;
         const i64 size = size_x_ + s.grid_h * s.grid_h;
-        for (i64 h = 0; h < s.heads; ++h) open_ += sigmoid(gating[h]) != 0.f;  // also of NaN
+        for (i64 h = 0; h < s.heads; ++h) open_ += position(h) != 0.f;  // also of NaN
+        if (open_ == 0) return;
         memory_ = scratch(open_ * size + std::max(s.grid_h, s.grid_w) + 16);
         float* px = memory_.get();
         for (i64 h = 0; h < s.heads; ++h) {
-            const float gate = sigmoid(gating[h]);
+            const float gate = position(h);
             if (gate == 0.f) continue;
             kern.tables(pos_weight + 3 * h, s.grid_h, s.grid_w, px, px + size_x_, memory_.get() + open_ * size);
             for (i64 i = size_x_; gated && i < size; ++i) px[i] *= gate;
@@ -109,11 +59,14 @@ class Tables {
             px += size;
         }
     }
+    float position(i64 h) const { return gating_ == nullptr ? 0.f : sigmoid(gating_[h]); }
+    float content(i64 h) const { return gating_ == nullptr ? 1.f : sigmoid(-gating_[h]); }
     const float* px(i64 h) const { return px_[std::size_t(h)]; }
     const float* py(i64 h) const { return px(h) == nullptr ? nullptr : px(h) + size_x_; }
     bool any() const { return open_ > 0; }
 
   private:
+    const float* gating_;
     i64 open_ = 0, size_x_;
     std::vector<const float*> px_;
     std::unique_ptr<float, Free> memory_;
@@ -121,20 +74,12 @@ class Tables {
 
 }  // namespace
 
-std::string instruction_set() { return kernels().name; }
-
-std::vector<std::string> instruction_sets() {
-    std::vector<std::string> names;
-    for (const Kernels* k : runnable()) names.push_back(k->name);
-    return names;
-}
-
 void gpsa_forward(const Shape& s, Heads q, Heads k, Heads v, const float* pos_weight, const float* gating, MutableHeads out, float* lse,
                   int threads) {
     const Kernels& kern = kernels();
     const i64 n = s.tokens(), heads = s.batch * s.heads;
     if (heads == 0 || n == 0 || s.dim == 0) return;
-    const Tables tables(kern, s, pos_weight, gating, true);
+    const Gates gates(kern, s, pos_weight, gating, true);
     // Enough parts to keep every thread busy to the end, but each part packs its head's keys and values anew.
     const i64 blocks = (n + kern.query_block - 1) / kern.query_block;
     i64 chunks = 1;
@@ -146,7 +91,7 @@ void gpsa_forward(const Shape& s, Heads q, Heads k, Heads v, const float* pos_we
     auto memory = scratch(per_worker * workers);
     for_parts(heads * chunks, workers, [&](i64 part, int worker) {
         const i64 head = part / chunks, b = head / s.heads, h = head % s.heads, begin = part % chunks * per_chunk;
-        kern.forward({&s, q, k, v, out, lse + head * n, tables.px(h), tables.py(h), sigmoid(-gating[h]), b, h, begin,
+        kern.forward({&s, q, k, v, out, lse + head * n, gates.px(h), gates.py(h), gates.content(h), b, h, begin,
                       std::min(n, begin + per_chunk), memory.get() + worker * per_worker});
     });
 }
@@ -155,20 +100,22 @@ void gpsa_backward(const Shape& s, Heads grad_out, Heads q, Heads k, Heads v, co
                    const float* lse, MutableHeads dq, MutableHeads dk, MutableHeads dv, float* dpos_weight, float* dgating, int threads) {
     const Kernels& kern = kernels();
     const i64 n = s.tokens(), heads = s.batch * s.heads;
-    std::fill(dpos_weight, dpos_weight + 3 * s.heads, 0.f);
-    std::fill(dgating, dgating + s.heads, 0.f);
+    if (pos_weight != nullptr) {
+        std::fill(dpos_weight, dpos_weight + 3 * s.heads, 0.f);
+        std::fill(dgating, dgating + s.heads, 0.f);
+    }
     if (heads == 0 || n == 0 || s.dim == 0) return;
-    const Tables tables(kern, s, pos_weight, gating, false);
-    const i64 per_worker = lines(kern.backward_scratch(s, tables.any()));
+    const Gates gates(kern, s, pos_weight, gating, false);
+    const i64 per_worker = lines(kern.backward_scratch(s, gates.any()));
     const int workers = int(std::min<i64>(threads, heads));
     auto memory = scratch(per_worker * workers);
     std::vector<double> partial(std::size_t(heads) * 4);
     for_parts(heads, workers, [&](i64 head, int worker) {
         const i64 b = head / s.heads, h = head % s.heads;
-        kern.backward({&s, grad_out, q, k, v, dq, dk, dv, lse + head * n, tables.px(h), tables.py(h), sigmoid(gating[h]),
-                       sigmoid(-gating[h]), b, h, partial.data() + 4 * head, memory.get() + worker * per_worker});
+        kern.backward({&s, grad_out, q, k, v, dq, dk, dv, lse + head * n, gates.px(h), gates.py(h), gates.position(h),
+                       gates.content(h), b, h, partial.data() + 4 * head, memory.get() + worker * per_worker});
     });
-    for (i64 h = 0; h < s.heads; ++h) {
+    for (i64 h = 0; pos_weight != nullptr && h < s.heads; ++h) {
         double sum[4] = {};
         for (i64 b = 0; b < s.batch; ++b)
             for (int i = 0; i < 4; ++i) sum[i] += partial[std::size_t(4 * (b * s.heads + h) + i)];

@@ -34,12 +34,14 @@ struct Shape {
     std::int64_t tokens() const { return grid_h * grid_w; }
 };
 
-// pos_weight [H, 3], gating [H] (before the sigmoid): contiguous. Writes out [B, H, N, D] and lse [B, H, N] (contiguous): the
-// natural logarithm of sum_j exp(scale q_i . k_j). Outputs must overlap neither inputs nor each other. threads >= 1.
+// pos_weight [H, 3], gating [H] (before the sigmoid): contiguous. Both null: plain attention, without position or gate. Writes out
+// [B, H, N, D] and lse [B, H, N] (contiguous): the natural logarithm of sum_j exp(scale q_i . k_j). Outputs must overlap neither inputs
+// nor each other. threads >= 1.
 void gpsa_forward(const Shape& shape, Heads q, Heads k, Heads v, const float* pos_weight, const float* gating, MutableHeads out,
                   float* lse, int threads);
 
-// Gradients of gpsa_forward: dq, dk, dv [B, H, N, D], dpos_weight [H, 3], dgating [H], all of them written whatever B and N.
+// Gradients of gpsa_forward: dq, dk, dv [B, H, N, D], dpos_weight [H, 3], dgating [H], all of them written whatever B and N. Without
+// position dpos_weight and dgating are not touched and may be null.
 void gpsa_backward(const Shape& shape, Heads grad_out, Heads q, Heads k, Heads v, const float* pos_weight, const float* gating,
                    const float* lse, MutableHeads dq, MutableHeads dk, MutableHeads dv, float* dpos_weight, float* dgating, int threads);
 

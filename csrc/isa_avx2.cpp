@@ -16,7 +16,7 @@ namespace {
 #include "kernels.inc.h"
 }  // namespace
 
-const Kernels kernels_avx2 = {"avx2", query_block, forward_scratch, backward_scratch, tables, forward, backward};
+constexpr Kernels kernels_avx2 = all_kernels("avx2");
 
 }  // namespace convit
 

@@ -16,7 +16,7 @@ namespace {
 #include "kernels.inc.h"
 }  // namespace
 
-const Kernels kernels_avx512 = {"avx512", query_block, forward_scratch, backward_scratch, tables, forward, backward};
+constexpr Kernels kernels_avx512 = all_kernels("avx512");
 
 }  // namespace convit
 

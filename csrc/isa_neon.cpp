@@ -10,7 +10,7 @@ namespace {
 #include "kernels.inc.h"
 }  // namespace
 
-const Kernels kernels_neon = {"neon", query_block, forward_scratch, backward_scratch, tables, forward, backward};
+constexpr Kernels kernels_neon = all_kernels("neon");
 
 }  // namespace convit
 #endif

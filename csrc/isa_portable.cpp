@@ -9,6 +9,6 @@ namespace {
 #include "kernels.inc.h"
 }  // namespace
 
-const Kernels kernels_portable = {"portable", query_block, forward_scratch, backward_scratch, tables, forward, backward};
+constexpr Kernels kernels_portable = all_kernels("portable");
 
 }  // namespace convit

@@ -1,4 +1,4 @@
-// What an instruction set's translation unit offers to gpsa.cpp. The sizes of a unit of work and of the scratch memory are decided there.
+// What an instruction set's translation unit offers to gpsa.cpp and layers.cpp. The sizes of a unit of work and of the scratch memory are decided there.
 #pragma once
 
 #include "gpsa.h"
@@ -11,7 +11,7 @@ struct ForwardJob {
     Heads q, k, v;
     MutableHeads out;
     float* lse;                // of this head, [N]
-    const float *px, *py;      // of this head, [gw][gw] and [gh][gh]; py is scaled by g. Null where g is 0
+    const float *px, *py;      // of this head, [gw][gw] and [gh][gh]; py is scaled by g. Null without position
     float content_gate;        // 1 - g
     std::int64_t b, h;
     std::int64_t begin, end;   // queries; begin is a multiple of query_block
@@ -23,7 +23,7 @@ struct BackwardJob {
     Heads grad_out, q, k, v;
     MutableHeads dq, dk, dv;
     const float* lse;
-    const float *px, *py;      // py is not scaled. Null where g is 0
+    const float *px, *py;      // py is not scaled. Null without position
     float gate, content_gate;  // g, 1 - g
     std::int64_t b, h;
     double* partial;           // [4]: dpos_weight / g of this head and batch, then dgating / (g (1 - g))
@@ -38,6 +38,12 @@ struct Kernels {
     void (*tables)(const float* pos_weight, std::int64_t gh, std::int64_t gw, float* px, float* py, float* row);
     void (*forward)(const ForwardJob&);
     void (*backward)(const BackwardJob&);
+    void (*gelu)(const float* x, std::int64_t size, bool tanh_form, float* y);
+    void (*gelu_gradient)(const float* grad, const float* x, std::int64_t size, bool tanh_form, float* dx);
+    void (*norm_rows)(const float* x, const float* gamma, const float* beta, std::int64_t rows, std::int64_t width, float eps, float* y,
+                      float* mean, float* rstd);
+    void (*norm_rows_gradient)(const float* grad, const float* x, const float* gamma, const float* mean, const float* rstd, std::int64_t rows,
+                               std::int64_t width, float* dx, float* sums);  // adds the rows' share of dgamma and dbeta to sums [2][width]
 };
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -48,5 +54,8 @@ extern const Kernels kernels_avx512, kernels_avx2;
 extern const Kernels kernels_neon;
 #endif
 extern const Kernels kernels_portable;
+
+// The one in use. Throws std::invalid_argument, see instruction_set() in gpsa.h: call it before the threads start.
+const Kernels& kernels();
 
 }  // namespace convit

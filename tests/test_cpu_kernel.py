@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from gpsa_cases import Case, check, make_inputs, run
+from gpsa_cases import Case, check, make_inputs, relative_error, run
+from tolerances import allowed_error
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -175,6 +176,31 @@ def test_output_is_laid_out_as_the_projection_reads_it():
     inputs, _ = make_inputs(case)
     out = cpp(*inputs, case.grid)
     assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_plain_attention(dtype):
+    inputs, grad = make_inputs(Case(2, 3, 20, (5, 13)), dtype=dtype)
+
+    def outputs(function, cast):
+        leaves = [x.to(cast).requires_grad_() for x in inputs[:3]]
+        out = function(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, grad.to(cast))
+
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    truth = outputs(lambda *x: sdpa(*x, scale=0.3), torch.float64)
+    peer = outputs(lambda *x: (x[0] @ x[1].mT * 0.3).softmax(-1) @ x[2], dtype)
+    ours = outputs(lambda *x: cpu_cpp.attention(*x, 0.3), dtype)
+    for mine, theirs, exact in zip(ours, peer, truth, strict=True):
+        assert relative_error(mine, exact) <= allowed_error(dtype, 65, relative_error(theirs, exact))
+
+
+def test_thread_counts_below_one_are_refused():
+    x = torch.zeros(1, 1, 4, 4)
+    arguments = [(1, 1, 2, 2, 4), 1.0, False, *[cpu_cpp._strided(x)] * 3, 0, 0, cpu_cpp._strided(torch.zeros_like(x)), 0]
+    for threads in (0, -2):
+        with pytest.raises(ValueError, match=f"threads must be at least 1, got {threads}"):
+            cpu_cpp._C.forward(*arguments, threads)
 
 
 _PEAK = """

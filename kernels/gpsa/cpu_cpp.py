@@ -48,7 +48,7 @@ def _check(q: Tensor, pos_weight: Tensor, gating: Tensor, grid_h: int, grid_w: i
     for name, x in others.items():
         if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name} must be like q, {list(q.shape)} {q.dtype} on {q.device}, got {list(x.shape)} {x.dtype} on {x.device}")
-    heads = q.shape[1]
+    heads = q.shape[1] if pos_weight.numel() or gating.numel() else 0  # no heads here: no position
     for name, x, shape in (("pos_weight", pos_weight, (heads, 3)), ("gating", gating, (heads,))):
         if x.shape != shape or x.dtype != torch.float32 or not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous float32 {list(shape)}, got {x.dtype} {list(x.shape)}")
@@ -151,3 +151,9 @@ def why_not(problem) -> str | None:
 
 
 gpsa = torch_operator.gpsa
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T) v, plain attention: the operator with the position weights and gates of no heads. Returns [B, H, N, D]."""
+    none = q.new_empty(0, dtype=torch.float32)
+    return torch_operator.gpsa(q, k, v, none.view(0, 3), none, (1, q.shape[2]), scale, 0.0)

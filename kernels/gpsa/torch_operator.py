@@ -3,9 +3,9 @@
     out [B, H, N, D], lse [B, H, N] = convit::gpsa(q, k, v, pos_weight [H, 3], gating [H], grid_h, grid_w, scale)
     dq, dk, dv, dpos_weight, dgating = convit::gpsa_backward(grad_out, q, k, v, pos_weight, gating, out, lse, grid_h, grid_w, scale)
 
-q, k, v: one dtype, any strides with unit last stride. pos_weight, gating: contiguous float32. ``lse`` is the float32
-log-sum-exp (natural logarithm) of the scaled content scores. ``out``, and each gradient of q, k and v, is a [B, H, N, D] view of
-memory laid out [B, N, H, D], so that joining the heads copies nothing.
+q, k, v: one dtype, any strides with unit last stride. pos_weight, gating: contiguous float32; on CPU [0, 3] and [0] mean plain attention,
+without position. ``lse`` is the float32 log-sum-exp (natural logarithm) of the scaled content scores. ``out``, and each gradient of q, k
+and v, is a [B, H, N, D] view of memory laid out [B, N, H, D], so that joining the heads copies nothing.
 
 ``cpu_cpp`` and ``gpu_triton`` register themselves with ``register``; this file owns the schema, the shapes the compiler sees and
 autograd. An eager call that nothing but autograd would look at takes the short way past the dispatcher: the operator costs a small

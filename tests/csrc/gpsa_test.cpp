@@ -1,6 +1,7 @@
 // Stand-alone test of csrc/ (no Python): every awkward shape against the definition in float64, on one and on several threads, in
 // buffers of the exact size so that a sanitizer sees the first element read or written beside them. Exit status 0 if all agree.
 #include "gpsa.h"
+#include "layers.h"
 
 #include <algorithm>
 #include <cmath>
@@ -180,6 +181,78 @@ void test(Size s, DType dtype, int threads) {
     expect("dgating", s, DType::bfloat16, {dgating.get(), dgating.get() + s.h}, tdg);
 }
 
+// Plain attention, asked for by null pointers: the bits of gpsa with every gate closed.
+void test_plain(Size s, DType dtype) {
+    std::mt19937 random(5);
+    const i64 n = s.gh * s.gw;
+    const Tensor q(s, dtype, 3, 0, &random), k(s, dtype, 3, 1, &random), v(s, dtype, 3, 2, &random), grad(s, dtype, 1, 0, &random);
+    const Shape shape{s.b, s.h, s.gh, s.gw, s.d, 0.3f, dtype};
+    const std::vector<float> w(std::size_t(3 * s.h), 0.5f), gating(std::size_t(s.h), -INFINITY);
+    std::vector<double> results[2][4];
+    for (int closed : {0, 1}) {
+        Tensor out(s, dtype, 1, 0, nullptr), dq(s, dtype, 1, 0, nullptr), dk(s, dtype, 1, 0, nullptr), dv(s, dtype, 1, 0, nullptr);
+        std::vector<float> lse(std::size_t(s.b * s.h * n)), dw(w.size()), dgating(gating.size());
+        const float *pos_weight = closed ? w.data() : nullptr, *gates = closed ? gating.data() : nullptr;
+        gpsa_forward(shape, q.in(), k.in(), v.in(), pos_weight, gates, out.out(), lse.data(), 2);
+        gpsa_backward(shape, grad.in(), q.in(), k.in(), v.in(), pos_weight, gates, lse.data(), dq.out(), dk.out(), dv.out(),
+                      closed ? dw.data() : nullptr, closed ? dgating.data() : nullptr, 2);
+        const Tensor* outputs[] = {&out, &dq, &dk, &dv};
+        for (int i = 0; i < 4; ++i) results[closed][i] = all(*outputs[i]);
+    }
+    for (int i = 0; i < 4; ++i)
+        if (results[0][i] != results[1][i]) {
+            std::printf("FAIL plain attention, output %d\n", i);
+            ++failures;
+        }
+}
+
+void test_layers(i64 rows, i64 width, int threads) {
+    std::mt19937 random(7);
+    std::normal_distribution<float> normal;
+    const std::size_t size = std::size_t(rows * width), w = std::size_t(width), r = std::size_t(rows);
+    std::vector<float> x(size), grad(size), gamma(w), beta(w), y(size), mean(r), rstd(r), dx(size), dgamma(w), dbeta(w);
+    for (std::vector<float>* values : {&x, &grad, &gamma, &beta})
+        for (float& value : *values) value = 2 * normal(random);
+    layer_norm_forward(x.data(), gamma.data(), beta.data(), rows, width, 1e-5f, y.data(), mean.data(), rstd.data(), threads);
+    layer_norm_backward(grad.data(), x.data(), gamma.data(), mean.data(), rstd.data(), rows, width, dx.data(), dgamma.data(), dbeta.data(), threads);
+    std::vector<double> ty(size), tdx(size), tdgamma(w), tdbeta(w);
+    for (std::size_t i = 0; i < r; ++i) {
+        double sum = 0, squares = 0, sum_g = 0, sum_gx = 0;
+        for (std::size_t c = 0; c < w; ++c) sum += x[i * w + c];
+        for (std::size_t c = 0; c < w; ++c) squares += std::pow(x[i * w + c] - sum / double(w), 2);
+        const double m = sum / double(w), s = 1 / std::sqrt(squares / double(w) + double(1e-5f));
+        for (std::size_t c = 0; c < w; ++c) {
+            sum_g += double(grad[i * w + c]) * gamma[c];
+            sum_gx += double(grad[i * w + c]) * gamma[c] * (x[i * w + c] - m) * s;
+        }
+        for (std::size_t c = 0; c < w; ++c) {
+            const double hat = (x[i * w + c] - m) * s, g = grad[i * w + c];
+            ty[i * w + c] = hat * gamma[c] + beta[c];
+            tdx[i * w + c] = (g * gamma[c] - sum_g / double(w) - hat * sum_gx / double(w)) * s;
+            tdgamma[c] += g * hat;
+            tdbeta[c] += g;
+        }
+    }
+    const Size shape{1, 1, 1, rows, width};
+    expect("layer norm", shape, DType::float32, {y.begin(), y.end()}, ty);
+    expect("layer norm, dx", shape, DType::float32, {dx.begin(), dx.end()}, tdx);
+    expect("layer norm, dgamma", shape, DType::float32, {dgamma.begin(), dgamma.end()}, tdgamma);
+    expect("layer norm, dbeta", shape, DType::float32, {dbeta.begin(), dbeta.end()}, tdbeta);
+    for (bool tanh_form : {false, true}) {
+        gelu_forward(x.data(), i64(size), tanh_form, y.data(), threads);
+        gelu_backward(grad.data(), x.data(), i64(size), tanh_form, dx.data(), threads);
+        const auto gelu = [&](double t) {
+            return 0.5 * t * (1 + (tanh_form ? std::tanh(std::sqrt(2 / M_PI) * (t + 0.044715 * t * t * t)) : std::erf(t / std::sqrt(2.0))));
+        };
+        for (std::size_t i = 0; i < size; ++i) {
+            ty[i] = gelu(x[i]);
+            tdx[i] = grad[i] * (gelu(x[i] + 1e-5) - gelu(x[i] - 1e-5)) / 2e-5;
+        }
+        expect("gelu", shape, DType::float32, {y.begin(), y.end()}, ty);
+        expect("gelu, dx", shape, DType::float32, {dx.begin(), dx.end()}, tdx);
+    }
+}
+
 }  // namespace
 
 int main() try {
@@ -190,6 +263,12 @@ int main() try {
     for (const Size& size : sizes)
         for (DType dtype : {DType::float32, DType::bfloat16})
             for (int threads : {1, 3}) test(size, dtype, threads);
+    for (DType dtype : {DType::float32, DType::bfloat16}) test_plain({2, 3, 5, 7, 24}, dtype);
+    for (int threads : {1, 3}) {
+        test_layers(1, 5, threads);
+        test_layers(3, 37, threads);
+        test_layers(700, 192, threads);
+    }
     // several callers at once, each with threads of its own
     std::vector<std::thread> callers;
     for (int c = 0; c < 2; ++c) callers.emplace_back([] {

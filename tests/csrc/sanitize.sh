@@ -9,7 +9,7 @@ build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 CXX=${CXX:-g++}
 FLAGS="-std=c++17 -g -Wall -Wextra -Werror -fno-omit-frame-pointer -Icsrc"
-SOURCES="csrc/gpsa.cpp csrc/threads.cpp $(echo csrc/isa_*.cpp) tests/csrc/gpsa_test.cpp"
+SOURCES="csrc/gpsa.cpp csrc/instruction_set.cpp csrc/layers.cpp csrc/threads.cpp $(echo csrc/isa_*.cpp) tests/csrc/gpsa_test.cpp"
 
 compile() { # name, flags...
     local name=$1 source objects=()
