@@ -25,7 +25,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from convit.kernels.gpsa import gpu_triton
+from convit.kernels.gpsa.gpu_triton import launch as launcher
+from convit.kernels.gpsa.gpu_triton.configs import Device
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -81,12 +82,11 @@ class Launch(NamedTuple):
 def launches(case: Case, family: str) -> list[Launch]:
     """What a forward and a backward of ``case`` launch on a chip of ``family``."""
     recorded: list[Launch] = []
-    real = gpu_triton._launch, gpu_triton._family
 
     def record(call, *tensors):
         recorded.append(Launch(call.kernel, call.programs, call.config, (*tensors, *call.numbers), call.constants))
 
-    gpu_triton._launch, gpu_triton._family = record, lambda index: family
+    chip = Device("Meta", lambda index: family, lambda: None)
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = case.tf32
     try:
@@ -95,10 +95,10 @@ def launches(case: Case, family: str) -> list[Launch]:
         q, k, v = torch.empty(shape, dtype=getattr(torch, case.dtype), device="meta").permute(2, 0, 3, 1, 4)
         w, gating = torch.empty(case.heads, 3, device="meta"), torch.empty(case.heads, device="meta")
         scale = case.dim**-0.5
-        out, lse = gpu_triton._forward(q, k, v, w, gating, gh, gw, scale)
-        gpu_triton._backward(torch.empty_like(out), q, k, v, w, gating, out, lse, gh, gw, scale)
+        with launcher.trial(through=record, devices={"meta": chip}):
+            out, lse = launcher.forward(q, k, v, w, gating, gh, gw, scale)
+            launcher.backward(torch.empty_like(out), q, k, v, w, gating, out, lse, gh, gw, scale)
     finally:
-        gpu_triton._launch, gpu_triton._family = real
         torch.backends.cuda.matmul.allow_tf32 = allowed
     return recorded
 
@@ -127,19 +127,19 @@ def source(launch: Launch) -> ASTSource:
 def trips(launch: Launch, case: Case) -> tuple[int, int]:
     """How often the kernel's outer loop runs, and the loop inside it."""
     name, c, tokens, fixed = launch.kernel.__name__, launch.config, case.grid[0] * case.grid[1], launch.constants
-    if name == "_dkdv_tile_kernel":
+    if name == "dkdv_tile_kernel":
         return -(-case.grid[0] // (fixed["BM"] // fixed["GWP"])), 1
-    if name == "_dkdv_loop_kernel":
+    if name == "dkdv_loop_kernel":
         return -(-tokens // c.rows), 1
-    if name in ("_fwd_loop_kernel", "_dq_loop_kernel"):
+    if name in ("fwd_loop_kernel", "dq_loop_kernel"):
         return max(tokens // c.keys, 1), 1
-    if name == "_dq_tile_kernel":
+    if name == "dq_tile_kernel":
         pieces = -(-case.grid[0] // (fixed["BN"] // fixed["GWP"]))
         return (fixed["STEPS"], pieces) if fixed["STEPS"] > 1 else (pieces, 1)
     if "LINES" in fixed:
         size, count = case.grid[fixed["X"]], case.grid[not fixed["X"]]
         lines, blocks = min(fixed["LINES"], count), -(-size // c.keys)
-        return (lines, blocks) if name == "_mix_kernel" else (blocks, lines)
+        return (lines, blocks) if name == "mix_kernel" else (blocks, lines)
     return fixed.get("STEPS", 1), 1
 
 
@@ -170,7 +170,7 @@ def instructions(sass: str, repeats: tuple[int, int]) -> collections.Counter:
 
 def compile_launch(launch: Launch, case: Case, chip: str) -> dict:
     """Compile for ``chip`` and return one row of figures; a failure to compile is a row with ``error``."""
-    row = {"chip": chip, "case": str(case), "kernel": launch.kernel.__name__.strip("_").removesuffix("_kernel"),
+    row = {"chip": chip, "case": str(case), "kernel": launch.kernel.__name__.removesuffix("_kernel"),
            "config": list(launch.config), "programs": launch.programs, "triton": triton.__version__}  # fmt: skip
     row["kernel"] += "".join(f" {n}" for n in ("X", "TRANSPOSE") if launch.constants.get(n))
     if launch.constants.get("POSITION") is False:

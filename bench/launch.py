@@ -6,10 +6,11 @@ in C and the CUDA driver (a few microseconds for each kernel), the allocator of 
 autograd runs the backward of a CUDA tensor in. ``bench/gpu.sh`` measures all of it on a machine with a GPU (profile, "host").
 """
 
+import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ from gpsa_cases import Case, make_inputs
 
 import convit
 from convit.dispatch import ORDER
-from convit.kernels.gpsa import gpu_triton, torch_operator
+from convit.kernels.gpsa.gpu_triton import launch
+from convit.kernels.gpsa.gpu_triton.configs import Device
 
 
 class _Driver:
@@ -44,13 +46,14 @@ class _Driver:
     get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
 
 
-def pretend(launched: Callable = lambda *args: None) -> None:
-    """Let the Triton backend take CPU tensors in this process; ``launched`` is called in place of each launch."""
+@contextlib.contextmanager
+def pretend(launched: Callable = lambda *args: None) -> Iterator[None]:
+    """Let the Triton backend take CPU tensors; ``launched`` is called in place of each launch. To be entered once in a process."""
     driver.set_active(_Driver(launched))
-    gpu_triton._family = lambda index: "sm90"
-    gpu_triton.why_not = lambda problem: None
-    torch_operator.register("CPU", gpu_triton._forward, gpu_triton._backward)
     ORDER["torch", "cpu"] = ("triton",)
+    with launch.trial(devices={"cpu": Device("CPU", lambda index: "sm90", lambda: None, direct=True)}):
+        launch.register("cpu")
+        yield
 
 
 def microseconds(call: Callable[[], object], count: int = 200) -> float:
@@ -83,11 +86,11 @@ def _calls(grid: tuple[int, int]) -> dict[str, Callable[[], object]]:
     inputs, grad = make_inputs(Case(1, 4, 16, grid), dtype=torch.bfloat16)
     leaves = [x.detach().requires_grad_() for x in inputs]
     rest = (*grid, 0.25)
-    out, lse = gpu_triton._forward(*inputs, *rest)
-    gradients = gpu_triton._backward(grad, *inputs, out, lse, *rest)
+    out, lse = launch.forward(*inputs, *rest)
+    gradients = launch.backward(grad, *inputs, out, lse, *rest)
     return {
-        "launcher, forward": lambda: gpu_triton._forward(*inputs, *rest),
-        "launcher, backward": lambda: gpu_triton._backward(grad, *inputs, out, lse, *rest),
+        "launcher, forward": lambda: launch.forward(*inputs, *rest),
+        "launcher, backward": lambda: launch.backward(grad, *inputs, out, lse, *rest),
         "operator, forward": lambda: torch.ops.convit.gpsa(*inputs, *rest),
         "convit.gpsa, no gradient": lambda: convit.gpsa(*inputs, grid),
         "convit.gpsa, forward": lambda: convit.gpsa(*leaves, grid),
@@ -97,7 +100,11 @@ def _calls(grid: tuple[int, int]) -> dict[str, Callable[[], object]]:
 
 
 def main() -> None:
-    pretend()
+    with pretend():
+        _report()
+
+
+def _report() -> None:
     print("microseconds of the host for one call, B=1, H=4, D=16, bfloat16; nothing is computed")
     for grid in ((14, 14), (17, 17)):  # one kernel forward and three backward; three and ten
         for name, call in _calls(grid).items():

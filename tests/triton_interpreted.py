@@ -14,6 +14,7 @@ from triton.runtime import interpreter
 
 import convit
 from convit.kernels.gpsa import gpu_triton
+from convit.kernels.gpsa.gpu_triton import configs
 
 # up to 256 keys: whole rows in one tile; beyond: the loop over keys. Grids that pad badly, one row, one column, D that fills no tile.
 TILE = [Case(1, 2, 16, (4, 5)), Case(2, 2, 20, (7, 11)), Case(1, 1, 16, (1, 1)), Case(1, 2, 48, (14, 14)), Case(1, 1, 33, (3, 16))]
@@ -158,7 +159,7 @@ def test_float32_products_follow_torchs_setting_by_either_name(name):
     try:
         for value in (True, False) if name == "allow_tf32" else ("tf32", "ieee"):
             setattr(matmul, name, value)
-            assert gpu_triton._precision(torch.float32) == ("tf32" if value in (True, "tf32") else "ieee")
-            assert gpu_triton._precision(torch.bfloat16) == "ieee"
+            assert configs.precision(torch.float32) == ("tf32" if value in (True, "tf32") else "ieee")
+            assert configs.precision(torch.bfloat16) == "ieee"
     finally:
         setattr(matmul, name, before)

@@ -2,13 +2,13 @@
 
 import sys
 
-import launch  # in bench/, which the test puts on the path
+import launch as bench  # bench/launch.py: the test puts its folder on the path
 import torch
 from gpsa_cases import Case, make_inputs, run
 from triton.runtime import driver
 
 import convit
-from convit.kernels.gpsa import gpu_triton
+from convit.kernels.gpsa.gpu_triton import launch
 
 
 def plain(arguments: tuple) -> tuple:
@@ -17,16 +17,20 @@ def plain(arguments: tuple) -> tuple:
 
 def main() -> None:
     seen: list[tuple] = []
-    launch.pretend(lambda *arguments: seen.append(arguments))
-    real, count, differ = gpu_triton._launch, 0, 0
+    with bench.pretend(lambda *arguments: seen.append(arguments)):
+        compare(seen)
+
+
+def compare(seen: list[tuple]) -> None:
+    count, differ = 0, 0
 
     def twice(call, *tensors):
         nonlocal count, differ
         call.run = None
         driver.active.__class__.stream += 1  # the current stream at the time of the launch, not that of the first
-        real(call, *tensors)
+        launch.launch(call, *tensors)
         driver.active.__class__.stream += 1
-        real(call, *tensors)
+        launch.launch(call, *tensors)
         ours, theirs = seen.pop(), seen.pop()
         assert not seen and not any(isinstance(x, torch.Tensor) for x in ours) and any(isinstance(x, torch.Tensor) for x in theirs)
         assert ours[3] == theirs[3] + 1 == driver.active.stream
@@ -36,11 +40,10 @@ def main() -> None:
             differ += 1
             print(call.kernel, plain(ours), plain(theirs), sep="\n", file=sys.stderr)
 
-    gpu_triton._launch = twice
-    for case in (Case(1, 2, 16, (4, 5)), Case(3, 1, 24, (17, 16)), Case(1, 1, 16, (1, 300))):
-        inputs, grad = make_inputs(case, dtype=torch.bfloat16)
-        run(convit.gpsa, inputs, grad, case.grid)
-    gpu_triton._launch = real
+    with launch.trial(through=twice):
+        for case in (Case(1, 2, 16, (4, 5)), Case(3, 1, 24, (17, 16)), Case(1, 1, 16, (1, 300))):
+            inputs, grad = make_inputs(case, dtype=torch.bfloat16)
+            run(convit.gpsa, inputs, grad, case.grid)
 
     # a tensor that begins between multiples of 16 bytes needs another kernel, and comes back to the first one after it
     case = Case(1, 2, 16, (4, 5))

@@ -34,11 +34,12 @@ _library.define(
 _kernels: dict[str, tuple[Callable, Callable]] = {}  # device type -> forward, backward
 
 
-def register(dispatch_key: str, forward: Callable, backward: Callable) -> None:
-    """Make ``forward`` and ``backward`` the operator's kernels for ``dispatch_key`` ("CPU" or "CUDA")."""
+def register(dispatch_key: str, forward: Callable, backward: Callable, device: str | None = None) -> None:
+    """Make ``forward`` and ``backward`` the operator's kernels for ``dispatch_key`` ("CPU", "CUDA", "PrivateUse1"), whose tensors are
+    on devices of type ``device``: the key in lower case where nothing is said."""
     _library.impl("gpsa", forward, dispatch_key)
     _library.impl("gpsa_backward", backward, dispatch_key)
-    _kernels[dispatch_key.lower()] = forward, backward
+    _kernels[device or dispatch_key.lower()] = forward, backward
 
 
 def empty_heads(like: Tensor) -> Tensor:

@@ -1,0 +1,176 @@
+"""Where the kernels run and in what sizes: the devices, and the tile sizes of each kernel for each family of chips."""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+SLOTS = 256  # the largest padded grid that the tile kernels hold
+ALL = SLOTS // 16  # a tile has 16 query slots at least, so that this many are all of a head
+MANY = 512  # batch times heads from which on one program takes several query blocks, or many lines of an axis
+
+
+# --------------------------------------------------------------------------------------------------------------------- devices
+class Device(NamedTuple):
+    """A type of torch device that Triton launches on. Its streams, current device and guard are ``torch.get_device_module``'s."""
+
+    key: str  # torch's dispatch key, under which the operator is registered
+    family: Callable[[int], str]  # index of a device -> key of the table of tile sizes
+    why_not: Callable[[], str | None]  # why nothing runs there, or None
+    direct: bool = False  # compiled kernels may be called past Triton's launch: nothing but the tensors' alignment chooses between them
+
+
+@functools.cache
+def _gpu_family(index: int) -> str:
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    major, _ = torch.cuda.get_device_capability(index)
+    return f"sm{major}0"
+
+
+@functools.cache
+def _no_gpu() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA or ROCm device is usable (torch.cuda.is_available() is false)"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        major, minor = torch.cuda.get_device_capability()
+        return f"compute capability {major}.{minor} is older than 8.0"
+    return None
+
+
+# before 3.3 a compiled kernel takes other arguments; on AMD more than alignment matters
+_DIRECT = torch.version.hip is None and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+
+# torch device type -> device; Triton's interpreter takes CPU tensors, and no others
+DEVICES: dict[str, Device] = {"cuda": Device("CUDA", _gpu_family, _no_gpu, _DIRECT)}
+if INTERPRET:
+    DEVICES = {"cpu": Device("CPU", lambda index: "interpret", lambda: None)}
+
+
+# ------------------------------------------------------------------------------------------------------------------ tile sizes
+class Config(NamedTuple):
+    rows: int  # BM: query rows of a tile; of mix and moments, the patches of a line that are written
+    keys: int  # BN: keys of a tile; of mix and moments, BK: the patches of a line that are summed over
+    warps: int
+    stages: int
+    steps: int = 1  # tiles of query rows that a program of the tile family takes at most
+
+
+class Row(NamedTuple):
+    """One row of a kernel's table; the first that fits is taken."""
+
+    family: str  # of chips, "" is any
+    arithmetic: str  # "half", "tf32", "ieee", "" is any
+    largest: int  # BD, the head dimension as a power of two, that it serves
+    config: Config
+
+
+def _rows(*rows: tuple[str, str, int, Config]) -> list[Row]:
+    return [Row(*row) for row in rows]
+
+
+# Chosen by compiling (bench/aot.py): no stack, then the fewest instructions. What bench/gpu.sh measures to be faster goes above the
+# general row.
+CONFIGS: dict[str, list[Row]] = {
+    "fwd_tile": _rows(
+        ("sm80", "half", 64, Config(32, SLOTS, 4, 1, steps=8)),
+        ("sm80", "half", 128, Config(64, SLOTS, 8, 1, steps=4)),
+        ("", "half", 128, Config(64, SLOTS, 4, 1, steps=4)),
+    ),
+    "dq_tile": _rows(
+        ("sm80", "half", 64, Config(32, 32, 4, 1, steps=ALL)),
+        ("sm80", "half", 128, Config(64, 64, 8, 1, steps=ALL)),
+        ("sm90", "half", 128, Config(64, 32, 4, 1, steps=ALL)),
+        ("gfx942", "half", 64, Config(64, 32, 4, 1, steps=ALL)),
+        ("", "half", 64, Config(64, 64, 4, 1, steps=ALL)),
+        ("", "half", 128, Config(64, 64, 4, 1, steps=ALL)),
+    ),
+    "dkdv_tile": _rows(
+        ("sm80", "half", 64, Config(32, 128, 8, 1)),
+        ("sm80", "half", 128, Config(32, 64, 4, 1)),
+        ("", "half", 64, Config(32, 256, 8, 1)),
+        ("gfx942", "half", 128, Config(32, 64, 4, 1)),
+        ("sm100", "half", 128, Config(32, 128, 4, 1)),
+        ("", "half", 128, Config(32, 128, 8, 1)),
+    ),
+    "fwd_loop": _rows(
+        ("", "half", 128, Config(128, 64, 8, 2)),
+        ("", "tf32", 128, Config(64, 32, 4, 1)),
+        ("gfx942", "ieee", 128, Config(64, 32, 4, 1)),
+        ("", "ieee", 64, Config(32, 32, 4, 1)),
+        ("", "ieee", 128, Config(32, 32, 8, 1)),
+    ),
+    "dq_loop": _rows(
+        ("sm80", "half", 64, Config(64, 32, 4, 2)),
+        ("", "half", 64, Config(64, 64, 4, 2)),
+        ("sm80", "half", 128, Config(64, 64, 8, 1)),
+        ("sm90", "half", 128, Config(64, 32, 4, 1)),
+        ("", "half", 128, Config(64, 64, 4, 2)),
+        ("", "tf32", 128, Config(32, 32, 4, 1)),
+        ("gfx942", "ieee", 128, Config(32, 32, 4, 1)),
+        ("", "ieee", 64, Config(32, 32, 8, 1)),
+        ("", "ieee", 128, Config(16, 32, 8, 1)),
+    ),
+    "dkdv_loop": _rows(
+        ("sm80", "half", 64, Config(32, 64, 4, 2)),
+        ("gfx942", "half", 128, Config(64, 64, 4, 1)),
+        ("", "half", 64, Config(64, 64, 4, 2)),
+        ("sm90", "half", 128, Config(32, 64, 4, 1)),
+        ("", "half", 128, Config(64, 64, 4, 2)),
+        ("", "tf32", 64, Config(32, 64, 4, 1)),
+        ("", "tf32", 128, Config(32, 32, 4, 1)),
+        ("gfx942", "ieee", 128, Config(32, 64, 4, 1)),
+        ("", "ieee", 64, Config(32, 32, 4, 1)),
+        ("sm80", "ieee", 128, Config(32, 32, 4, 1)),
+        ("", "ieee", 128, Config(32, 32, 8, 1)),
+    ),
+    "mix": _rows(
+        ("", "half", 128, Config(64, 64, 4, 2)),
+        ("gfx942", "", 128, Config(64, 64, 4, 1)),
+        ("", "tf32", 64, Config(64, 64, 4, 1)),
+        ("", "", 128, Config(64, 32, 8, 1)),
+    ),
+    "moments": _rows(
+        ("", "half", 128, Config(64, 64, 8, 2)),
+        ("gfx942", "", 128, Config(64, 64, 8, 1)),
+        ("", "tf32", 64, Config(64, 64, 8, 1)),
+        ("", "tf32", 128, Config(32, 64, 4, 1)),
+        ("", "ieee", 128, Config(32, 32, 4, 1)),
+    ),
+}
+SMALL = Config(64, 64, 4, 1)  # of the two kernels that touch no tensor
+
+
+def choose(kernel: str, family: str, arithmetic: str, block_d: int) -> Config:
+    for row in CONFIGS[kernel]:
+        if row.family in ("", family) and row.arithmetic in ("", arithmetic) and block_d <= row.largest:
+            return row.config
+    raise AssertionError(f"no configuration of {kernel} for {family}, {arithmetic}, D <= {block_d}")
+
+
+def padded_grid(grid: tuple[int, int]) -> tuple[int, int] | None:
+    """The padded key grid of the tile kernels, at least 16 slots; ``None`` if ``grid`` is too large or too awkward for them."""
+    gh, gw = grid
+    columns = power_of_two(gw)
+    rows = max(power_of_two(gh), 16 // columns)
+    return (rows, columns) if rows * columns <= SLOTS and max(rows, columns) <= 64 else None
+
+
+def power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def precision(dtype: torch.dtype) -> str:
+    """``tl.dot``'s input precision: torch's own setting decides whether float32 products may use tf32."""
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    try:
+        allowed = matmul.allow_tf32
+    except RuntimeError:  # torch 2.9 renamed the setting; once a program has used the new name, reading the old one is an error
+        allowed = matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"

@@ -1,0 +1,327 @@
+"""The host's side: what a call launches, worked out once for its shapes and strides, and the operator's forward and backward."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from triton.runtime import driver
+
+from convit.kernels.gpsa import torch_operator
+from convit.kernels.gpsa.gpu_triton import configs
+from convit.kernels.gpsa.gpu_triton.common import LOG2E, reduce_kernel
+from convit.kernels.gpsa.gpu_triton.configs import CONFIGS, DEVICES, MANY, SMALL, Config, Device, Row
+from convit.kernels.gpsa.gpu_triton.loop import dkdv_loop_kernel, dq_loop_kernel, fwd_loop_kernel, mix_kernel, moments_kernel, norm_kernel
+from convit.kernels.gpsa.gpu_triton.tile import dkdv_tile_kernel, dq_tile_kernel, fwd_tile_kernel
+
+Steps: TypeAlias = tuple[int, ...]  # a tensor's strides
+
+
+class Call:
+    """A launch with all but its tensors: made once for a plan."""
+
+    __slots__ = ("kernel", "programs", "config", "numbers", "device", "direct", "constants", "compiled", "run", "tail")
+
+    def __init__(self, kernel: Any, programs: int, config: Config, numbers: tuple, device: int, direct: bool, constants: dict[str, Any]):
+        self.kernel, self.programs, self.config, self.numbers, self.constants = kernel, programs, config, numbers, constants
+        self.device, self.direct = device, direct
+        self.compiled: Any = None  # what Triton launched last
+        self.run: Callable | None = None  # launches it for tensors at multiples of 16 bytes
+        self.tail: tuple = ()  # what it is given after the tensors
+
+
+def launch(call: Call, *tensors: Tensor) -> None:
+    """Triton's own launch binds the arguments and works out anew which kernel they mean: tens of microseconds. Here only the alignment
+    of the tensors is open, so that where a device allows it the compiled kernel is called."""
+    run = call.run
+    if call.direct:
+        addresses, bits = [x.data_ptr() for x in tensors], 0
+        for address in addresses:
+            bits |= address
+        aligned = bits % 16 == 0
+        if run is not None and aligned:
+            run(*addresses, *call.tail, stream=driver.active.get_current_stream(call.device))
+            return
+    options = {"num_warps": call.config.warps, "num_stages": call.config.stages}
+    call.compiled = call.kernel[(call.programs,)](*tensors, *call.numbers, **options, **call.constants)
+    if call.direct and aligned:
+        call.tail = (*call.numbers, *(call.constants[name] for name in call.kernel.arg_names[len(tensors) + len(call.numbers) :]))
+        call.run = call.compiled[(call.programs, 1, 1)]
+
+
+_through: Callable[..., None] = launch  # what every launch goes to
+
+
+@contextlib.contextmanager
+def trial(
+    *,
+    through: Callable[..., None] | None = None,
+    devices: Mapping[str, Device] | None = None,
+    rows: Mapping[str, Sequence[Row]] | None = None,
+) -> Iterator[None]:
+    """For measurements and tests, while the block lasts: launches go to ``through(call, *tensors)`` in place of ``launch``, ``devices``
+    are known too, and each kernel's ``rows`` come before those of its table. It holds for the whole process."""
+    global _through
+    before, known, tables = _through, dict(DEVICES), {kernel: list(table) for kernel, table in CONFIGS.items()}
+    _cached_plan.cache_clear()
+    try:
+        _through = through or before
+        DEVICES.update(devices or {})
+        for kernel, some in (rows or {}).items():
+            CONFIGS[kernel][:0] = some
+        yield
+    finally:
+        _through = before
+        DEVICES.clear()
+        DEVICES.update(known)
+        CONFIGS.update(tables)
+        _cached_plan.cache_clear()
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+class Plan:
+    """What every call with the same shapes and strides launches, worked out once."""
+
+    def __init__(
+        self,
+        shape: torch.Size,
+        half: bool,
+        grid: tuple[int, int],
+        scale: float,
+        strides: tuple[Steps, ...],
+        device: torch.device,
+        precision: str,
+    ):
+        self.batch, self.heads, self.tokens, dim = shape
+        self.grid, self.scale, self.device = grid, scale, device
+        self.index = -1 if device.index is None else device.index
+        self.family, self.direct = DEVICES[device.type].family(self.index), DEVICES[device.type].direct
+        self.strides = tuple(step for x in strides for step in x[:3])
+        # float32 tiles of a whole key row do not fit: it takes the loops at any N
+        self.arithmetic = "half" if half else precision
+        self.padded = configs.padded_grid(grid) if half else None
+        self.block_d = max(16, configs.power_of_two(dim))
+        self.lines = 32 if self.batch * self.heads >= MANY else 4  # of an axis that one program takes: its weights serve them all
+        self.common: dict[str, Any] = {"D": dim, "BD": self.block_d, "PRECISION": precision}
+        if self.padded:
+            self.tile = {"GH": grid[0], "GW": grid[1], "GHP": self.padded[0], "GWP": self.padded[1], **self.common}
+        self.mixes: dict[tuple, Call] = {}
+
+    def config(self, kernel: str) -> Config:
+        return configs.choose(kernel, self.family, self.arithmetic, self.block_d)
+
+    def current(self) -> contextlib.AbstractContextManager[Any]:
+        """Makes this device the current one for a while, which Triton launches on."""
+        if self.index < 0 or self.index == (module := torch.get_device_module(self.device)).current_device():
+            return contextlib.nullcontext()
+        guard: contextlib.AbstractContextManager[Any] = module.device(self.index)
+        return guard
+
+    def launch(self, kernel: Any, programs: int, config: Config, numbers: tuple, constants: dict[str, Any]) -> Call:
+        return Call(kernel, programs, config, numbers, self.index, self.direct, constants)
+
+    def call(self, kernel: Any, blocks: int, config: Config, *numbers: float, **constants: Any) -> Call:
+        """A launch of ``blocks`` programs for each head of each image."""
+        return self.launch(kernel, self.batch * self.heads * blocks, config, numbers, constants)
+
+    def ragged(self, config: Config) -> dict[str, bool]:
+        """How the loops treat a last step that N does not fill: a masked copy of the step behind the loop (TAIL), or, where the
+        products are long code on the CUDA cores, masks in every step."""
+        ragged = self.tokens % config.keys != 0
+        return {"MASK": ragged and self.arithmetic != "half", "TAIL": ragged and self.arithmetic == "half"}
+
+    def tile_rows(self, slots: int) -> int:
+        """``slots`` as whole rows of the padded grid, no more than it has and no less than a matrix instruction takes."""
+        assert self.padded is not None  # only the tile kernels ask
+        rows, columns = self.padded
+        return max(min(slots, rows * columns), columns, 16)
+
+    def query_blocks(self, config: Config) -> tuple[int, int, int]:
+        """Query slots of a step, steps of a program, programs of a head: as few programs as still fill the chip."""
+        assert self.padded is not None
+        slots = self.tile_rows(config.rows)
+        blocks = -(-self.grid[0] // (slots // self.padded[1]))
+        steps = min(blocks, config.steps) if self.batch * self.heads >= MANY else 1
+        return slots, steps, -(-blocks // steps)
+
+    def line_blocks(self, x: bool, rows: int) -> int:
+        """Programs of a head over the lines of one axis, ``rows`` patches of ``lines`` lines each."""
+        count, size = self.grid if x else self.grid[::-1]
+        return -(-count // self.lines) * -(-size // rows)
+
+    @functools.cached_property
+    def fwd_tile(self) -> Call:
+        c = self.config("fwd_tile")
+        rows, steps, blocks = self.query_blocks(c)
+        numbers = *self.strides, self.scale * LOG2E.value, self.heads
+        return self.call(fwd_tile_kernel, blocks, c, *numbers, BM=rows, STEPS=steps, POSITION=True, **self.tile)
+
+    @functools.cached_property
+    def dq_blocks(self) -> int:
+        """Programs of a head in the kernel of dq."""
+        c = self.config("dq_tile" if self.padded else "dq_loop")
+        return self.query_blocks(c)[2] if self.padded else -(-self.tokens // c.rows)
+
+    @functools.cached_property
+    def moment_axes(self) -> list[bool]:
+        return [is_x for is_x in (True, False) if self.grid[is_x] > 1] or [True]
+
+    @functools.cached_property
+    def parts(self) -> int:
+        """Programs of a head that leave a share of the gradients of the gate and the position weights."""
+        rows = self.config("moments").rows
+        return self.dq_blocks + (0 if self.padded else sum(self.line_blocks(is_x, rows) for is_x in self.moment_axes))
+
+    @functools.cached_property
+    def dq_tile(self) -> Call:
+        assert self.padded is not None
+        c = self.config("dq_tile")
+        rows, steps, blocks = self.query_blocks(c)
+        keys = self.tile_rows(c.keys)
+        # the positional part takes all keys at once where that needs no stack
+        part = self.padded[0] * self.padded[1] if self.block_d <= 64 and self.family != "sm100" else keys
+        numbers = *self.strides, self.scale, self.heads, self.batch * self.heads * self.tokens
+        return self.call(dq_tile_kernel, blocks, c, *numbers, BM=rows, BN=keys, BP=part, STEPS=steps, **self.tile)
+
+    @functools.cached_property
+    def dkdv_tile(self) -> Call:
+        c = self.config("dkdv_tile")
+        rows, keys = self.tile_rows(c.rows), self.tile_rows(c.keys)
+        assert self.padded is not None
+        blocks = -(-self.grid[0] // (keys // self.padded[1]))
+        numbers = *self.strides, self.scale, self.heads, self.batch * self.heads * self.tokens
+        return self.call(dkdv_tile_kernel, blocks, c, *numbers, BM=rows, BN=keys, **self.tile)
+
+    @functools.cached_property
+    def fwd_loop(self) -> Call:
+        c = self.config("fwd_loop")
+        numbers = *self.strides, self.scale * LOG2E.value, self.heads, self.tokens
+        constants = {"BM": c.rows, "BN": c.keys, "POSITION": True, **self.ragged(c), **self.common}
+        return self.call(fwd_loop_kernel, -(-self.tokens // c.rows), c, *numbers, **constants)
+
+    @functools.cached_property
+    def dq_loop(self) -> Call:
+        c = self.config("dq_loop")
+        numbers = *self.strides, self.scale, self.heads, self.tokens, self.batch * self.heads * self.tokens, self.parts
+        return self.call(dq_loop_kernel, self.dq_blocks, c, *numbers, BM=c.rows, BN=c.keys, **self.ragged(c), **self.common)
+
+    @functools.cached_property
+    def dkdv_loop(self) -> Call:
+        c = self.config("dkdv_loop")
+        numbers = *self.strides, self.scale, self.heads, self.tokens, self.batch * self.heads * self.tokens
+        return self.call(dkdv_loop_kernel, -(-self.tokens // c.keys), c, *numbers, BM=c.rows, BN=c.keys, **self.common)
+
+    @functools.cached_property
+    def norm(self) -> Call:
+        (gh, gw), c = self.grid, SMALL
+        blocks = -(-gw // c.rows) + -(-gh // c.rows)
+        return self.launch(norm_kernel, self.heads * blocks, c, (gh, gw), {"BM": c.rows, "BK": c.keys})
+
+    @functools.cached_property
+    def moments(self) -> list[tuple[bool, Call]]:
+        """Axis and launch; one axis at least, since the gate goes with the first."""
+        c, part0 = self.config("moments"), self.dq_blocks
+        calls: list[tuple[bool, Call]] = []
+        for is_x in self.moment_axes:
+            numbers = *self.strides[:3], self.heads, *self.grid, self.parts, part0
+            constants = {"X": is_x, "GATE": not calls, "LINES": self.lines, "BM": c.rows, "BK": c.keys, **self.common}
+            blocks = self.line_blocks(is_x, c.rows)
+            calls.append((is_x, self.call(moments_kernel, blocks, c, *numbers, **constants)))
+            part0 += blocks
+        return calls
+
+    @functools.cached_property
+    def reduce(self) -> Call:
+        return self.launch(reduce_kernel, self.heads, SMALL, (self.heads, self.batch, self.parts), {"BLOCK": 256})
+
+    def mix(self, strides: tuple[int, ...], is_x: bool, transpose: bool) -> Call:
+        """Product of a tensor of these strides with one factor or its transpose."""
+        key = strides, is_x, transpose
+        if key not in self.mixes:
+            c = self.config("mix")
+            constants = {"X": is_x, "TRANSPOSE": transpose, "SHORT": self.grid[is_x] <= c.keys, "LINES": self.lines}
+            constants |= {"BM": c.rows, "BK": c.keys, **self.common}
+            blocks = self.line_blocks(is_x, c.rows)
+            self.mixes[key] = self.call(mix_kernel, blocks, c, *strides[:3], self.heads, *self.grid, **constants)
+        return self.mixes[key]
+
+
+_cached_plan = functools.lru_cache(maxsize=1024)(Plan)
+
+
+def _plan(q: Tensor, grid_h: int, grid_w: int, scale: float, *strides: Steps) -> Plan:
+    return _cached_plan(q.shape, q.dtype != torch.float32, (grid_h, grid_w), scale, strides, q.device, configs.precision(q.dtype))
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gating: Tensor, grid_h: int, grid_w: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    q, k, v = _unit(q), _unit(k), _unit(v)
+    out = torch_operator.empty_heads(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    plan = _plan(q, grid_h, grid_w, scale, q.stride(), k.stride(), v.stride())
+    with plan.current():
+        if plan.padded:
+            _through(plan.fwd_tile, q, k, v, pos_weight, gating, out, lse)
+        else:
+            position = _mix(plan, v, pos_weight, None, (True, False))
+            _through(plan.fwd_loop, q, k, v, position, gating, out, lse)
+    return out, lse
+
+
+def _mix(plan: Plan, x: Tensor, pos_weight: Tensor, sums: Tensor | None, axes: tuple[bool, ...]) -> Tensor:
+    """Product of ``x`` [B, H, N, D] with Px (True) and Py (False) in turn, or with their transposes where ``sums`` are given."""
+    for is_x in axes:
+        if plan.grid[is_x] == 1:
+            continue  # one patch along this axis: the factor is 1
+        out = torch_operator.empty_heads(x)
+        _through(plan.mix(x.stride(), is_x, sums is not None), x, pos_weight, pos_weight if sums is None else sums, out)
+        x = out
+    return x if x.transpose(1, 2).is_contiguous() else torch_operator.empty_heads(x).copy_(x)
+
+
+def backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gating: Tensor, out: Tensor, lse: Tensor,
+    grid_h: int, grid_w: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_out, q, k, v = _unit(grad_out), _unit(q), _unit(k), _unit(v)
+    if not out.transpose(1, 2).is_contiguous():  # a compiler may have kept it in a layout of its own
+        out = torch_operator.empty_heads(out).copy_(out)
+    lse = lse.contiguous()
+    dq, dk, dv = torch_operator.empty_heads(q), torch_operator.empty_heads(k), torch_operator.empty_heads(v)
+    if dq.numel() == 0:
+        return dq, dk, dv, torch.zeros_like(pos_weight), torch.zeros_like(gating)
+    plan = _plan(q, grid_h, grid_w, scale, grad_out.stride(), q.stride(), k.stride(), v.stride())
+    stats = lse.new_empty((3, *lse.shape))
+    part = lse.new_empty((plan.batch * plan.heads, plan.parts, 4))
+    dpos_weight, dgating = torch.empty_like(pos_weight), torch.empty_like(gating)
+    with plan.current():
+        if plan.padded:
+            _through(plan.dq_tile, grad_out, q, k, v, pos_weight, gating, lse, dq, stats, part)
+            _through(plan.dkdv_tile, grad_out, q, k, v, pos_weight, gating, stats, dk, dv)
+        else:
+            sums = lse.new_empty((plan.heads, sum(plan.grid)))
+            _through(plan.norm, pos_weight, sums)
+            _through(plan.dq_loop, grad_out, q, k, v, out, gating, lse, dq, stats, part)
+            for is_x, call in plan.moments:
+                _through(call, grad_out, _mix(plan, v, pos_weight, None, (not is_x,)), pos_weight, part)
+            position = _mix(plan, grad_out, pos_weight, sums, (True, False))
+            _through(plan.dkdv_loop, grad_out, q, k, v, position, gating, stats, dk, dv)
+        _through(plan.reduce, part, gating, dpos_weight, dgating)
+    return dq, dk, dv, dpos_weight, dgating
+
+
+def register(device_type: str) -> None:
+    """Make ``forward`` and ``backward`` the operator's kernels for a type of device in the table."""
+    torch_operator.register(DEVICES[device_type].key, forward, backward, device_type)
+
+
+for _device_type in DEVICES:
+    register(_device_type)

@@ -1,0 +1,322 @@
+"""Kernels for any grid and for float32: a loop over blocks of keys, and the positional part one axis at a time ("loop")."""
+
+import triton
+import triton.language as tl
+
+from convit.kernels.gpsa.gpu_triton.common import LN2, LOG2E, addresses, axis_weights, cap, exp, peak, place
+
+
+@triton.jit
+def norm_kernel(w_ptr, sum_ptr, GH, GW, BM: tl.constexpr, BK: tl.constexpr):
+    """Sums of the unnormalised rows of Px, then of Py: [H, GW + GH]. One program: a head, an axis, BM rows."""
+    blocks_x = (GW + BM - 1) // BM
+    blocks = blocks_x + (GH + BM - 1) // BM
+    h = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    is_x = block < blocks_x
+    size = tl.where(is_x, GW, GH)
+    w = tl.load(w_ptr + h * 3 + tl.where(is_x, 0, 1)) * LOG2E
+    w2 = tl.load(w_ptr + h * 3 + 2) * LOG2E
+    i = tl.where(is_x, block, block - blocks_x) * BM + tl.arange(0, BM)
+    total = tl.zeros((BM,), tl.float32)
+    for start in range(0, size, BK):
+        to = (start + tl.arange(0, BK)).to(tl.float32)
+        total += tl.sum(axis_weights(w, w2, i.to(tl.float32)[:, None], to[None, :], size), 1)
+    tl.store(sum_ptr + h * (GW + GH) + tl.where(is_x, 0, GW) + i, total, mask=i < size)
+
+
+@triton.jit
+def _mix_weights(w, w2, sum_ptr, to, t, size, TRANSPOSE: tl.constexpr):
+    """[BM, BK] weights of patches ``t`` of a line for its patches ``to``; the transpose is normalised, the other is not."""
+    if TRANSPOSE:
+        norm = tl.load(sum_ptr + t, mask=t < size, other=float("inf"))
+        return axis_weights(w, w2, t.to(tl.float32)[None, :], to.to(tl.float32)[:, None], size) * (1.0 / norm)[None, :]
+    return axis_weights(w, w2, to.to(tl.float32)[:, None], t.to(tl.float32)[None, :], size)
+
+
+@triton.jit
+def mix_kernel(
+    in_ptr, w_ptr, sum_ptr, out_ptr,  # [B,H,N,D], [H,3], [H,GW+GH] (read if TRANSPOSE), [B,N,H,D]
+    stride_b, stride_h, stride_n, H, GH, GW,
+    X: tl.constexpr, TRANSPOSE: tl.constexpr, SHORT: tl.constexpr, LINES: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Product with Px along x, or with Py along y, or with its transpose. One program: LINES lines of the axis, BM patches each.
+
+    SHORT: a line fits into one tile, and its weights are made once for all lines.
+    """
+    size = GW if X else GH
+    count = GH if X else GW
+    step = 1 if X else GW
+    blocks = (size + BM - 1) // BM
+    block, bh, b, h = place(tl.program_id(0), blocks * ((count + LINES - 1) // LINES), H)
+    to = (block % blocks) * BM + tl.arange(0, BM)
+    d = tl.arange(0, BD)
+    w = tl.load(w_ptr + h * 3 + (0 if X else 1)) * LOG2E
+    w2 = tl.load(w_ptr + h * 3 + 2) * LOG2E
+    in_ptr += b * stride_b + h * stride_h
+    out_ptr += (b * GH * GW * H + h) * D
+    if TRANSPOSE:
+        sum_ptr += h * (GW + GH) + (0 if X else GW)
+    if SHORT:
+        t = tl.arange(0, BK)
+        p = _mix_weights(w, w2, sum_ptr, to, t, size, TRANSPOSE)
+        if not TRANSPOSE:
+            p = p * (1.0 / tl.sum(p, 1))[:, None]
+        p = p.to(in_ptr.dtype.element_ty)
+    for line in range(block // blocks * LINES, tl.minimum(block // blocks * LINES + LINES, count)):
+        first = line * GW if X else line
+        if SHORT:
+            x = tl.load(addresses(in_ptr, first + t * step, stride_n, d), mask=(t < size)[:, None] & (d < D)[None, :], other=0.0)
+            acc = tl.dot(p, x, input_precision=PRECISION)  # [BM, BD]
+        else:
+            acc = tl.zeros((BM, BD), tl.float32)
+            total = tl.zeros((BM,), tl.float32)
+            for start in range(0, size, BK):
+                t = start + tl.arange(0, BK)
+                x = tl.load(addresses(in_ptr, first + t * step, stride_n, d), mask=(t < size)[:, None] & (d < D)[None, :], other=0.0)
+                p = _mix_weights(w, w2, sum_ptr, to, t, size, TRANSPOSE)
+                if not TRANSPOSE:
+                    total += tl.sum(p, 1)
+                acc = tl.dot(p.to(x.dtype), x, acc, input_precision=PRECISION)
+            if not TRANSPOSE:
+                acc = acc * (1.0 / total)[:, None]
+        rows = addresses(out_ptr, first + to * step, H * D, d)
+        tl.store(rows, acc.to(out_ptr.dtype.element_ty), mask=(to < size)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def moments_kernel(
+    do_ptr, u_ptr, w_ptr, part_ptr,  # [B,H,N,D], [B,N,H,D] = product of v with the other axis, [H,3], [B*H,parts,4]
+    stride_b, stride_h, stride_n, H, GH, GW, parts, part0,
+    X: tl.constexpr, GATE: tl.constexpr, LINES: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One axis's share of dpos_weight: moments of P dP, dP = dO u^T summed over LINES lines, never stored. GATE: also sum P dP."""
+    size = GW if X else GH
+    count = GH if X else GW
+    step = 1 if X else GW
+    blocks = (size + BM - 1) // BM
+    block, bh, b, h = place(tl.program_id(0), blocks * ((count + LINES - 1) // LINES), H)
+    i = (block % blocks) * BM + tl.arange(0, BM)
+    d = tl.arange(0, BD)
+    at = i.to(tl.float32)
+    w = tl.load(w_ptr + h * 3 + (0 if X else 1)) * LOG2E
+    w2 = tl.load(w_ptr + h * 3 + 2) * LOG2E
+    q_mask = (i < size)[:, None] & (d < D)[None, :]
+    do_ptr += b * stride_b + h * stride_h
+    u_ptr += (b * GH * GW * H + h) * D
+    # moments of order 0, 1, 2 about the largest weight, of P dP (c) and of P (p)
+    best = peak(w, w2, at, size)
+    p0 = tl.zeros((BM,), tl.float32)
+    p1 = tl.zeros((BM,), tl.float32)
+    p2 = tl.zeros((BM,), tl.float32)
+    c0 = tl.zeros((BM,), tl.float32)
+    c1 = tl.zeros((BM,), tl.float32)
+    c2 = tl.zeros((BM,), tl.float32)
+    for start in range(0, size, BK):
+        t = start + tl.arange(0, BK)
+        kv_mask = (t < size)[:, None] & (d < D)[None, :]
+        dp = tl.zeros((BM, BK), tl.float32)
+        for line in range(block // blocks * LINES, tl.minimum(block // blocks * LINES + LINES, count)):
+            first = line * GW if X else line
+            do = tl.load(addresses(do_ptr, first + i * step, stride_n, d), mask=q_mask, other=0.0)  # [BM, BD]
+            u = tl.load(addresses(u_ptr, first + t * step, H * D, d), mask=kv_mask, other=0.0)  # [BK, BD]
+            dp = tl.dot(do, tl.trans(u), dp, input_precision=PRECISION)
+        p = axis_weights(w, w2, at[:, None], t.to(tl.float32)[None, :], size)  # [BM, BK]
+        r = t.to(tl.float32)[None, :] - best[:, None]
+        p0 += tl.sum(p, 1)
+        c0 += tl.sum(p * dp, 1)
+        p = p * r
+        p1 += tl.sum(p, 1)
+        c1 += tl.sum(p * dp, 1)
+        p = p * r
+        p2 += tl.sum(p, 1)
+        c2 += tl.sum(p * dp, 1)
+    inverse = 1.0 / p0
+    c0 = c0 * inverse  # expectation of dP, then its covariances with r and r^2
+    c1 = (c1 - c0 * p1) * inverse
+    c2 = (c2 - c0 * p2) * inverse
+    part = part_ptr + (bh * parts + part0 + block) * 4
+    tl.store(part, tl.sum(c0, 0) if GATE else 0.0)
+    tl.store(part + 1, tl.sum(c1, 0) if X else 0.0)
+    tl.store(part + 2, 0.0 if X else tl.sum(c1, 0))
+    tl.store(part + 3, tl.sum(c2 + 2.0 * (best - at) * c1, 0))  # the distance is r + best - at
+
+
+@triton.jit
+def _fwd_loop_step(
+    q, k_ptr, v_ptr, j, N, stride_kn, stride_vn, m, total, acc, scale_log2,
+    D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, BD)
+    kv_mask = (d < D)[None, :] & (j < N)[:, None] if MASK else (d < D)[None, :]
+    k = tl.load(addresses(k_ptr, j, stride_kn, d), mask=kv_mask, other=0.0)  # [BN, BD]
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+    if MASK:
+        s = tl.where((j < N)[None, :], s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1))
+    safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    factor = cap(tl.abs(safe), scale_log2)
+    p = tl.exp2(s * factor[:, None] - (safe * factor)[:, None])
+    alpha = tl.exp2((m - safe) * factor)
+    total = total * alpha + tl.sum(p, 1)
+    v = tl.load(addresses(v_ptr, j, stride_vn, d), mask=kv_mask, other=0.0)  # [BN, BD]
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return m_new, total, acc
+
+
+@triton.jit
+def fwd_loop_kernel(
+    q_ptr, k_ptr, v_ptr, position_ptr, gating_ptr,  # [B,H,N,D] x3, P v [B,N,H,D], [H]
+    out_ptr, lse_ptr,  # [B,N,H,D], [B,H,N]
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    scale_log2, H, N,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    POSITION: tl.constexpr,
+):  # fmt: skip
+    block, bh, b, h = place(tl.program_id(0), (N + BM - 1) // BM, H)
+    i = block * BM + tl.arange(0, BM)
+    d = tl.arange(0, BD)
+    q_mask = (i < N)[:, None] & (d < D)[None, :]
+    q = tl.load(addresses(q_ptr + b * stride_qb + h * stride_qh, i, stride_qn, d), mask=q_mask, other=0.0)  # [BM, BD]
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    m = tl.full((BM,), float("-inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, BD), tl.float32)
+    full = N if MASK else N // BN * BN
+    for start in range(0, full, BN):
+        j = start + tl.arange(0, BN)
+        m, total, acc = _fwd_loop_step(q, k_ptr, v_ptr, j, N, stride_kn, stride_vn, m, total, acc, scale_log2, D, BD, PRECISION, MASK)
+    if TAIL:
+        j = full + tl.arange(0, BN)
+        m, total, acc = _fwd_loop_step(q, k_ptr, v_ptr, j, N, stride_kn, stride_vn, m, total, acc, scale_log2, D, BD, PRECISION, True)
+    rows = addresses((b * N * H + h) * D, i, H * D, d)
+    if POSITION:
+        lam = tl.load(gating_ptr + h)
+        o = acc * (1.0 / (total * (1.0 + exp(lam))))[:, None]
+        o += tl.load(position_ptr + rows, mask=q_mask, other=0.0).to(tl.float32) * (1.0 / (1.0 + exp(-lam)))
+    else:
+        o = acc * (1.0 / total)[:, None]
+    tl.store(out_ptr + rows, o.to(q.dtype), mask=q_mask)
+    lse = m * cap(tl.abs(m), scale_log2) + tl.log2(total)
+    tl.store(lse_ptr + bh * N + i, lse * LN2, mask=i < N)
+
+
+@triton.jit
+def _dq_loop_step(
+    q, do, k_ptr, v_ptr, j, N, stride_kn, stride_vn, row_scale, row_shift, centre, excess, acc, mean,
+    D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, BD)
+    kv_mask = (d < D)[None, :] & (j < N)[:, None] if MASK else (d < D)[None, :]
+    k = tl.load(addresses(k_ptr, j, stride_kn, d), mask=kv_mask, other=0.0)  # [BN, BD]
+    v = tl.load(addresses(v_ptr, j, stride_vn, d), mask=kv_mask, other=0.0)  # [BN, BD]
+    p = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+    p = tl.exp2(p * row_scale[:, None] - row_shift[:, None])
+    if MASK:
+        p = tl.where((j < N)[None, :], p, 0.0)
+    da = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BM, BN]
+    ds = p * (da - centre[:, None])
+    excess += tl.sum(ds, 1)
+    acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+    mean = tl.dot(p.to(k.dtype), k, mean, input_precision=PRECISION)
+    return excess, acc, mean
+
+
+@triton.jit
+def dq_loop_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, gating_ptr, lse_ptr,  # [B,H,N,D] x4, [B,N,H,D], [H], [B,H,N]
+    dq_ptr, stats_ptr, part_ptr,  # [B,N,H,D], [3,B,H,N], [B*H,parts,4]
+    stride_ob, stride_oh, stride_on, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    scale, H, N, total, parts,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, the rows' statistics for dk and dv (factor and shift of the exponent, delta = row sum of Pc dA), minus the sum of delta.
+
+    delta is not to be had from the rounded output: with g near 1 what is left after taking out the positional part is rounding.
+    dO . out only centres dA; the exact delta is the centre plus the row sum of what was centred, and dq is corrected by the mean key.
+    """
+    blocks = (N + BM - 1) // BM
+    block, bh, b, h = place(tl.program_id(0), blocks, H)
+    i = block * BM + tl.arange(0, BM)
+    d = tl.arange(0, BD)
+    q_mask = (i < N)[:, None] & (d < D)[None, :]
+    q = tl.load(addresses(q_ptr + b * stride_qb + h * stride_qh, i, stride_qn, d), mask=q_mask, other=0.0)  # [BM, BD]
+    do = tl.load(addresses(do_ptr + b * stride_ob + h * stride_oh, i, stride_on, d), mask=q_mask, other=0.0)  # [BM, BD]
+    rows = addresses((b * N * H + h) * D, i, H * D, d)
+    out = tl.load(out_ptr + rows, mask=q_mask, other=0.0)
+    centre = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+    lse = tl.load(lse_ptr + bh * N + i, mask=i < N, other=1e30)
+    factor = cap(tl.abs(lse), LOG2E)
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    excess = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, BD), tl.float32)
+    mean = tl.zeros((BM, BD), tl.float32)
+    full = N if MASK else N // BN * BN
+    for start in range(0, full, BN):
+        j = start + tl.arange(0, BN)
+        excess, acc, mean = _dq_loop_step(
+            q, do, k_ptr, v_ptr, j, N, stride_kn, stride_vn, scale * factor, lse * factor, centre, excess, acc, mean,
+            D, BD, PRECISION, MASK,
+        )  # fmt: skip
+    if TAIL:
+        j = full + tl.arange(0, BN)
+        excess, acc, mean = _dq_loop_step(
+            q, do, k_ptr, v_ptr, j, N, stride_kn, stride_vn, scale * factor, lse * factor, centre, excess, acc, mean,
+            D, BD, PRECISION, True,
+        )  # fmt: skip
+    delta = centre + excess
+    dq = (acc - excess[:, None] * mean) * (scale / (1.0 + exp(tl.load(gating_ptr + h))))
+    tl.store(dq_ptr + rows, dq.to(q.dtype), mask=q_mask)
+    stats_ptr += bh * N + i
+    tl.store(stats_ptr, scale * factor, mask=i < N)
+    tl.store(stats_ptr + total, lse * factor, mask=i < N)
+    tl.store(stats_ptr + total + total, delta, mask=i < N)
+    part = part_ptr + (bh * parts + block) * 4
+    tl.store(part, -tl.sum(delta, 0))
+    tl.store(part + 1 + tl.arange(0, 2), tl.zeros((2,), tl.float32))
+    tl.store(part + 3, 0.0)
+
+
+@triton.jit
+def dkdv_loop_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, position_ptr, gating_ptr, stats_ptr,  # [B,H,N,D] x4, P^T dO [B,N,H,D], [H], [3,B,H,N]
+    dk_ptr, dv_ptr,  # [B,N,H,D] x2
+    stride_ob, stride_oh, stride_on, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    scale, H, N, total,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of BN keys, over all queries. Tiles are [keys, queries]."""
+    block, bh, b, h = place(tl.program_id(0), (N + BN - 1) // BN, H)
+    j = block * BN + tl.arange(0, BN)
+    d = tl.arange(0, BD)
+    kv_mask = (j < N)[:, None] & (d < D)[None, :]
+    k = tl.load(addresses(k_ptr + b * stride_kb + h * stride_kh, j, stride_kn, d), mask=kv_mask, other=0.0)  # [BN, BD]
+    v = tl.load(addresses(v_ptr + b * stride_vb + h * stride_vh, j, stride_vn, d), mask=kv_mask, other=0.0)  # [BN, BD]
+    do_ptr += b * stride_ob + h * stride_oh
+    q_ptr += b * stride_qb + h * stride_qh
+    stats_ptr += bh * N
+    dk = tl.zeros((BN, BD), tl.float32)
+    dv = tl.zeros((BN, BD), tl.float32)
+    for start in range(0, N, BM):
+        i = start + tl.arange(0, BM)
+        q_mask = (i < N)[:, None] & (d < D)[None, :]
+        q = tl.load(addresses(q_ptr, i, stride_qn, d), mask=q_mask, other=0.0)  # [BM, BD]
+        do = tl.load(addresses(do_ptr, i, stride_on, d), mask=q_mask, other=0.0)  # [BM, BD]
+        row_scale = tl.load(stats_ptr + i, mask=i < N, other=0.0)
+        row_shift = tl.load(stats_ptr + total + i, mask=i < N, other=1e30)
+        delta = tl.load(stats_ptr + total + total + i, mask=i < N, other=0.0)
+        p = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BN, BM]
+        p = tl.exp2(p * row_scale[None, :] - row_shift[None, :])
+        da = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BN, BM]
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        dk = tl.dot((p * (da - delta[None, :])).to(q.dtype), q, dk, input_precision=PRECISION)
+    lam = tl.load(gating_ptr + h)
+    rest = 1.0 / (1.0 + exp(lam))
+    rows = addresses((b * N * H + h) * D, j, H * D, d)
+    dv = dv * rest + tl.load(position_ptr + rows, mask=kv_mask, other=0.0).to(tl.float32) * (1.0 / (1.0 + exp(-lam)))
+    tl.store(dk_ptr + rows, (dk * (scale * rest)).to(k.dtype), mask=kv_mask)
+    tl.store(dv_ptr + rows, dv.to(v.dtype), mask=kv_mask)
