@@ -5,7 +5,7 @@
 #
 # Writes at most eight files to DIR, to $OUT where that is set, else to bench/results/gpu-run; the summary comes last. Each stage is a
 # process with a time limit of its own, so that a failure or a hang takes nothing else along. --rehearse goes through all of them
-# without a GPU: Triton's interpreter, tiny sizes. Stage by stage: bench/gpu.py.
+# without a GPU: Triton's interpreter, tiny sizes. Stage by stage: bench/gpu/.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 out=${OUT:-bench/results/gpu-run} rehearse='' only=''
@@ -33,11 +33,11 @@ for entry in $stages; do
     [ "$limit" -le "$left" ] || limit=$left
     [ "$limit" -ge 5 ] || limit=5
     began=$SECONDS
-    timeout -k 5 "$limit" "$python" bench/gpu.py "$stage" --out "$out" --limit "$limit" $rehearse >>"$out/log.txt" 2>&1
+    timeout -k 5 "$limit" "$python" bench/gpu "$stage" --out "$out" --limit "$limit" $rehearse >>"$out/log.txt" 2>&1
     status=$?
     [ $status = 0 ] || failed=1
-    "$python" -S bench/gpu.py record --out "$out" --ended "$stage:$status:$((SECONDS - began))" || failed=1
+    "$python" -S bench/gpu record --out "$out" --ended "$stage:$status:$((SECONDS - began))" || failed=1
     echo "$stage: status $status, $((SECONDS - began)) s"
 done
-"$python" -S bench/gpu.py summary --out "$out" || failed=1
+"$python" -S bench/gpu summary --out "$out" || failed=1
 exit $failed

@@ -1,6 +1,5 @@
 """``bench/gpu.sh`` without a GPU: every stage runs in Triton's interpreter, and none takes the others along when it fails."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,14 +11,14 @@ import pytest
 for module in ("triton", "timm", "matplotlib"):
     pytest.importorskip(module)
 
-SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "gpu.sh"
+BENCH = Path(__file__).resolve().parent.parent / "bench"
 STAGES = ["environment", "correctness", "roofline", "sweep", "core", "models", "profile", "plots"]
 
 
 def rehearse(out: Path, *arguments: str, **variables: str) -> tuple[subprocess.CompletedProcess, dict]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("CONVIT_", "TRITON_"))}
     environment |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | variables
-    command = ["bash", str(SCRIPT), "--rehearse", "--out", str(out), *arguments]
+    command = ["bash", str(BENCH / "gpu.sh"), "--rehearse", "--out", str(out), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
     return done, json.loads((out / "run.json").read_text())
 
@@ -61,7 +60,7 @@ def test_a_failing_stage_stops_no_other(tmp_path):
 
 
 def test_a_machine_without_tools_is_described(tmp_path):
-    command = [sys.executable, str(SCRIPT.with_suffix(".py")), "environment", "--out", str(tmp_path), "--rehearse"]
+    command = [sys.executable, str(BENCH / "gpu"), "environment", "--out", str(tmp_path), "--rehearse"]
     done = subprocess.run(command, env=os.environ | {"PATH": str(tmp_path)}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "run.json").read_text())["environment"]
@@ -69,17 +68,11 @@ def test_a_machine_without_tools_is_described(tmp_path):
 
 
 def test_a_stage_out_of_time_or_killed_leaves_a_summary(tmp_path):
-    spec = importlib.util.spec_from_file_location("gpu", SCRIPT.with_suffix(".py"))
-    gpu = importlib.util.module_from_spec(spec)
-    before = list(sys.path)
-    try:
-        spec.loader.exec_module(gpu)
-    finally:
-        sys.path[:] = before
-    assert gpu.main(["record", "--out", str(tmp_path), "--ended", "core:124:120"]) == 0
-    stage = gpu.Stage("core", tmp_path, 1.0, True)
-    stage.save(groups=[{"name": f"group {i}", "entries": [], "absent": {"convit triton": "RuntimeError: broken"}} for i in range(60)])
-    assert gpu.main(["summary", "--out", str(tmp_path)]) == 0
+    group = {"entries": [], "absent": {"convit triton": "RuntimeError: broken"}}
+    found = {"core": {"groups": [{"name": f"group {i}", **group} for i in range(60)]}}
+    (tmp_path / "run.json").write_text(json.dumps(found))
+    for arguments in (["record", "--ended", "core:124:120"], ["summary"]):
+        subprocess.run([sys.executable, "-S", str(BENCH / "gpu"), *arguments, "--out", str(tmp_path)], check=True, timeout=60)
     lines = (tmp_path / "summary.txt").read_text().splitlines()
     assert len(lines) <= 40
     assert any("core FAILED(124) 120s" in line for line in lines) and any("ours is missing: RuntimeError: broken" in line for line in lines)

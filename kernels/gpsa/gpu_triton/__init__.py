@@ -17,10 +17,16 @@ no attention dropout; no float64; past 2^24 the exponent of a score is scaled do
 ``configs`` says where and in what sizes; ``common``, ``tile`` and ``loop`` are the device's side; ``launch`` is the host's.
 """
 
-from convit.dispatch import Problem
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from convit.kernels.gpsa import torch_operator
 from convit.kernels.gpsa.gpu_triton import launch  # registers the operator's kernels  # noqa: F401
 from convit.kernels.gpsa.gpu_triton.configs import DEVICES, INTERPRET
+
+if TYPE_CHECKING:
+    from convit.dispatch import Problem
 
 
 def why_not(problem: Problem) -> str | None:

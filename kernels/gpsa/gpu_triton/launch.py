@@ -24,12 +24,14 @@ class Call:
 
     __slots__ = ("kernel", "programs", "config", "numbers", "device", "direct", "constants", "compiled", "run", "tail")
 
-    def __init__(self, kernel: Any, programs: int, config: Config, numbers: tuple, device: int, direct: bool, constants: dict[str, Any]):
+    def __init__(
+        self, kernel: Any, programs: int, config: Config, numbers: tuple[float, ...], device: int, direct: bool, constants: dict[str, Any]
+    ):
         self.kernel, self.programs, self.config, self.numbers, self.constants = kernel, programs, config, numbers, constants
         self.device, self.direct = device, direct
         self.compiled: Any = None  # what Triton launched last
-        self.run: Callable | None = None  # launches it for tensors at multiples of 16 bytes
-        self.tail: tuple = ()  # what it is given after the tensors
+        self.run: Callable[..., Any] | None = None  # launches it for tensors at multiples of 16 bytes
+        self.tail: tuple[Any, ...] = ()  # what it is given after the tensors
 
 
 def launch(call: Call, *tensors: Tensor) -> None:
@@ -110,7 +112,7 @@ class Plan:
         self.common: dict[str, Any] = {"D": dim, "BD": self.block_d, "PRECISION": precision}
         if self.padded:
             self.tile = {"GH": grid[0], "GW": grid[1], "GHP": self.padded[0], "GWP": self.padded[1], **self.common}
-        self.mixes: dict[tuple, Call] = {}
+        self.mixes: dict[tuple[Steps, bool, bool], Call] = {}
 
     def config(self, kernel: str) -> Config:
         return configs.choose(kernel, self.family, self.arithmetic, self.block_d)
@@ -122,7 +124,7 @@ class Plan:
         guard: contextlib.AbstractContextManager[Any] = module.device(self.index)
         return guard
 
-    def launch(self, kernel: Any, programs: int, config: Config, numbers: tuple, constants: dict[str, Any]) -> Call:
+    def launch(self, kernel: Any, programs: int, config: Config, numbers: tuple[float, ...], constants: dict[str, Any]) -> Call:
         return Call(kernel, programs, config, numbers, self.index, self.direct, constants)
 
     def call(self, kernel: Any, blocks: int, config: Config, *numbers: float, **constants: Any) -> Call:

@@ -1,0 +1,116 @@
+"""PNG, and a summary of at most 40 lines, from whatever run.json holds."""
+
+import json
+import math
+from pathlib import Path
+from statistics import median
+
+from stage import STAGES, Stage
+
+
+def _entries(data: dict, names: tuple[str, ...] = ("core", "models")) -> list:
+    from results import Entry
+
+    groups = [g for name in names for g in data.get(name, {}).get("groups", [])]
+    return [Entry(e["group"], e["info"], tuple(e["wall"])) for g in groups for e in g["entries"]]
+
+
+def plots(stage: Stage) -> None:
+    import plots as drawing
+    from results import Run
+
+    data, entries = stage.load(), _entries(stage.load())
+    entries.sort(key=lambda e: e.problem["dtype"] == "bfloat16")  # the plots show the last type
+    record = next((data[name]["record"] for name in ("core", "models") if "record" in data.get(name, {})), None)
+    if record is None:
+        raise RuntimeError("there is nothing to plot: neither benchmark left a result")
+    run = Run.of(entries, record | {"rooflines": {k: v for k, v in data.get("roofline", {}).items() if isinstance(v, dict)}})
+    with drawing.plt.rc_context(drawing.STYLE):
+        for name in ("speed", "roofline"):
+            figure = getattr(drawing, name)(run)
+            figure.savefig(stage.out / f"{name}.png", bbox_inches="tight", metadata={"Software": None})
+            drawing.plt.close(figure)
+
+
+def _short(group: dict) -> str:
+    """One line of the summary: ours, its distance from the roofline, everyone else's time over ours."""
+    by_name = {e["info"]["peer"]: e for e in group["entries"]}
+    mine = next((e for e in group["entries"] if e["info"]["ours"]), None)
+    if mine is None:
+        return f"{group['name']}: ours is missing: " + "; ".join(group["absent"].values())[:80]
+    own, others = median(mine["wall"]), []
+    for name, e in by_name.items():
+        if e is not mine:
+            theirs = dict(zip(e["info"]["rounds"], e["wall"], strict=True))
+            ratio = median([theirs[r] / t for r, t in zip(mine["info"]["rounds"], mine["wall"], strict=True) if r in theirs] or [math.nan])
+            short = {
+                "timm eager": "timm",
+                "timm convit eager": "timm",
+                "SDPA + dense P@v": "dense",
+                "plain SDPA": "SDPA",
+                "convit sdpa": "factored",
+            }
+            short |= {
+                "torch.compile(timm)": "compiled",
+                "FlexAttention x 2": "flex",
+                "timm ViT with SDPA": "ViT",
+                "convit.accelerate(timm)": "accel",
+            }
+            others.append(f"{short.get(name, name)} {ratio:.2f}")
+    floor = f" roof {100 * mine['info']['roofline'] / own:.0f}%" if "roofline" in mine["info"] else ""
+    if "peak" in mine["info"]:
+        floor += f" peak {mine['info']['peak'] / 1e6:.0f} MB"
+    return f"{group['name'].replace(' cuda', '')}: {own * 1e6:.0f} us{floor} | " + ", ".join(others)
+
+
+def summary(out: Path) -> int:
+    """Print and write at most 40 lines, from whatever run.json holds; 1 if a stage failed."""
+    data = json.loads((out / "run.json").read_text()) if (out / "run.json").exists() else {}
+    found, ended = data.get("environment", {}), data.get("stages", {})
+    versions = found.get("versions", {})
+    lines = [
+        f"{found.get('device', 'device unknown')}, torch {versions.get('torch')}, triton {versions.get('triton')}, "
+        f"commit {str(found.get('commit'))[:10]}"
+    ]
+    words = [
+        f"{name} {'ok' if ended[name]['status'] == 0 else 'FAILED(' + str(ended[name]['status']) + ')'} {ended[name]['seconds']}s"
+        for name in STAGES
+        if name in ended
+    ]
+    lines += ["stages: " + ", ".join(words)]
+    for name, end in ended.items():
+        if end["status"] != 0:
+            lines.append(f"  {name}: " + str(data.get(name, {}).get("error", "killed or out of time")).splitlines()[0][:150])
+    judged = data.get("correctness", {})
+    if "checks" in judged:
+        lines.append(f"correct: {judged['passed']} of {judged['checks']}; compute-sanitizer: {judged.get('sanitizer', {}).get('status')}")
+        lines += [f"  {name}: {why.splitlines()[0]}"[:160] for name, why in list(judged["wrong"].items())[:4]]
+    for key, peaks in data.get("roofline", {}).items():
+        if isinstance(peaks, dict):
+            lines.append(f"peak {key.rsplit(' ', 1)[0]}: {peaks['flops'] / 1e12:.4g} TFLOP/s, {peaks['bytes'] / 1e9:.4g} GB/s")
+    rows = [
+        f"{name} {tuple(k['row'][3])} {k['tried'][0]['gain']:.2f}x"
+        for name, k in data.get("sweep", {}).get("kernels", {}).items()
+        if "row" in k
+    ]
+    if "kernels" in data.get("sweep", {}):
+        lines.append(("sweep (configs.txt), used below: " + "; ".join(rows) if rows else "sweep: the table's rows stand")[:400])
+    launch = data.get("profile", {}).get("launch", {})
+    if launch:
+        lines.append(
+            "one small call, host/graph us: "
+            + ", ".join(f"{n} {t['host'] * 1e6:.0f}/{t.get('graph', math.nan) * 1e6:.0f}" for n, t in launch.items())[:380]
+        )
+    groups = [g for name in ("core", "models") for g in data.get(name, {}).get("groups", [])]
+    if groups:
+        lines.append("ours | the others' time over ours, medians of interleaved rounds:")
+    room = 40 - len(lines) - 2
+    models_ = [g for g in groups if g["name"].startswith("convit_")]
+    kept = [g for g in groups if g not in models_][: max(room - len(models_), room // 2)] + models_
+    lines += [_short(g)[:200] for g in kept[:room]]
+    left_out = [x for name in ("core", "models") for x in data.get(name, {}).get("out_of_time", [])]
+    lines.append(f"{len(groups) - len(kept[:room])} further groups in run.json; left out for time: {len(left_out)}")
+    text = "\n".join(lines[:40]) + "\n"
+    (out / "summary.txt").write_text(text)
+    print(text, end="")
+    return 0

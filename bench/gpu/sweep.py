@@ -1,0 +1,173 @@
+"""Configurations of every kernel, timed beside the table's own; and the rows found, put to use."""
+
+import functools
+import math
+import time
+
+from stage import Stage, device_seconds, pooled, workers
+
+
+def _candidates(rehearse: bool) -> dict[str, list[tuple[int, ...]]]:
+    """Kernel -> (rows, keys, warps, stages, steps) to try beside the table's own."""
+    if rehearse:
+        return {kernel: [(16, 16, 4, 1, 16)] for kernel in ("fwd_tile", "dq_tile", "fwd_loop", "mix")}
+
+    def grid(rows, keys, warps, stages, steps=(16,)):
+        return [(r, k, w, s, t) for r in rows for t in steps for k in keys for w in warps for s in stages]
+
+    return {
+        "fwd_tile": grid((32, 64), (256,), (4, 8), (1, 2), (1, 2, 4)) + grid((128,), (256,), (8,), (1,), (1, 2)),
+        "dq_tile": grid((32, 64), (32, 64, 128), (4, 8), (1, 2)) + grid((128,), (32, 64), (8,), (1,)),
+        "dkdv_tile": grid((16, 32, 64), (64, 128, 256), (4, 8), (1,)) + grid((32,), (64, 128), (4, 8), (2,)),
+        "fwd_loop": grid((64, 128), (32, 64, 128), (4, 8), (2, 3)),
+        "dkdv_loop": grid((32, 64, 128), (64, 128), (4, 8), (2, 3)),
+        "dq_loop": grid((64, 128), (32, 64), (4, 8), (2, 3)),
+        "mix": grid((32, 64, 128), (32, 64), (4, 8), (2,)),
+        "moments": grid((32, 64, 128), (32, 64), (4, 8), (2,)),
+    }
+
+
+def _shapes(kernel: str, dim: int, rehearse: bool) -> list:
+    from gpsa_cases import Case
+
+    if rehearse:
+        return [Case(1, 1, 16, (2, 3) if kernel.endswith("tile") else (1, 65))]
+    if kernel.endswith("tile"):
+        return [Case(128, 9, dim, (14, 14)), Case(64, 16, dim, (14, 14))]
+    return [Case(8, 9, dim, (28, 28)), Case(2, 9, dim, (56, 56))]
+
+
+@functools.lru_cache(maxsize=4)
+def _inputs(case, dtype: str, device: str) -> tuple:
+    import torch
+    from gpsa_cases import make_inputs
+
+    return make_inputs(case, dtype=getattr(torch, dtype), device=device)
+
+
+def _captured(kernel: str, case, dtype: str, config: tuple | None, device: str):
+    """Run the operator with ``config`` for ``kernel``; returns its outputs and a call that launches this kernel alone."""
+    from convit.kernels.gpsa.gpu_triton import launch
+    from convit.kernels.gpsa.gpu_triton.configs import Config, Row
+
+    inputs, grad = _inputs(case, dtype, device)
+    launches = []
+
+    def record(call, *tensors):
+        if call.kernel.__name__ == f"{kernel}_kernel":
+            launches.append((call, tensors))
+        launch.launch(call, *tensors)
+
+    with launch.trial(through=record, rows={kernel: [Row("", "", 128, Config(*config))] if config else []}):
+        scale = case.head_dim**-0.5
+        outputs = launch.forward(*inputs, *case.grid, scale)
+        if not kernel.startswith("fwd"):
+            outputs = launch.backward(grad, *inputs, *outputs, *case.grid, scale)
+
+    def replay():
+        for call, tensors in launches:
+            launch.launch(call, *tensors)
+        return launches[0][0].compiled
+
+    return [x.clone() for x in outputs], replay
+
+
+def _compile_one(job: tuple) -> str:
+    try:
+        _captured(*job)
+        return ""
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def sweep(stage: Stage) -> None:
+    import torch
+    from checks import TOLERANCES, relative_error
+
+    from convit.kernels.gpsa.gpu_triton import configs
+
+    family = configs.DEVICES[stage.device].family(0)
+    found, lines = {}, []
+    # (element type, head dim, largest BD of the row): the models first
+    targets = [("float16", 16, 16), ("float32", 16, 16)] if stage.rehearse else [("bfloat16", 48, 64), ("float32", 48, 64)]
+    for number, (dtype, dim, block) in enumerate(targets):
+        share = stage.left() - 8 if number + 1 == len(targets) else 0.72 * stage.left()
+        end = time.monotonic() + share
+        arithmetic = "half" if dtype != "float32" else configs.precision(torch.float32)
+        # the tile kernels are for half precision
+        candidates = {k: c for k, c in _candidates(stage.rehearse).items() if arithmetic == "half" or "tile" not in k}
+        jobs = [
+            (kernel, _shapes(kernel, dim, stage.rehearse)[0], dtype, config, stage.device)
+            for kernel, all_ in candidates.items()
+            for config in all_
+        ]
+        jobs.sort(key=lambda job: candidates[job[0]].index(job[3]))  # every kernel gets its turn before time is up
+        answers = pooled(stage, _compile_one, jobs, workers(stage, len(jobs)), 0.6 * share)
+        usable = {kernel: [] for kernel in candidates}
+        for job, answer in zip(jobs, answers, strict=True):
+            if not answer:
+                usable[job[0]].append(job[3])
+        refused = {f"{job[0]} {job[3]}": answer for job, answer in zip(jobs, answers, strict=True) if answer}
+        for kernel, some in usable.items():
+            if time.monotonic() > end:
+                refused[kernel] = "out of time"
+                continue
+            shapes = _shapes(kernel, dim, stage.rehearse)
+            base, rows = [_captured(kernel, case, dtype, None, stage.device) for case in shapes], []
+            times = [device_seconds(replay, stage.device) for _, replay in base]
+            for config in some:
+                if time.monotonic() > end:
+                    break
+                try:
+                    tries = [_captured(kernel, case, dtype, config, stage.device) for case in shapes]
+                    floor = TOLERANCES.FLOOR[getattr(torch, dtype)]
+                    for (expected, _), (actual, _) in zip(base, tries, strict=True):
+                        for a, b in zip(actual, expected, strict=True):  # parameters' gradients are sums that cancel
+                            error = relative_error(a, b.double())
+                            if not error <= (2 if b.dim() > 2 else 20) * floor:
+                                raise AssertionError(f"differs from the table's row by {error:.2e}")
+                    mine = [device_seconds(replay, stage.device) for _, replay in tries]
+                    compiled = tries[0][1]()
+                except Exception as error:
+                    refused[f"{kernel} {config}"] = f"{type(error).__name__}: {str(error)[:200]}"
+                    if "CUDA error" in str(error):
+                        raise
+                    continue
+                gain = math.prod(t / m for t, m in zip(times, mine, strict=True)) ** (1 / len(mine))
+                rows.append(
+                    {
+                        "config": config,
+                        "gain": gain,
+                        "seconds": mine,
+                        "registers": getattr(compiled, "n_regs", None),
+                        "spills": getattr(compiled, "n_spills", None),
+                    }
+                )
+            rows.sort(key=lambda row: -row["gain"])
+            table = configs.choose(kernel, family, arithmetic, block)
+            found[f"{kernel} {dtype}"] = {"cases": [str(c) for c in shapes], "table": table, "table_seconds": times, "tried": rows}
+            if rows and rows[0]["gain"] > 1.03:
+                config = rows[0]["config"]
+                found[f"{kernel} {dtype}"]["row"] = (family, arithmetic, block, config)
+                faster = f"{rows[0]['gain']:.2f} x as fast as {tuple(table)}"
+                lines.append(f'    "{kernel}": ("{family}", "{arithmetic}", {block}, Config{config}),  # {faster}')
+            stage.save(family=family, kernels=found, refused=refused)
+    text = "\n".join(["# rows for CONFIGS in kernels/gpsa/gpu_triton/configs.py, each ahead of its kernel's others", *lines, ""])
+    (stage.out / "configs.txt").write_text(text)
+    if not found:
+        raise RuntimeError("no kernel was timed")
+
+
+def prepare(stage: Stage) -> list[str]:
+    """Let this process run Triton with the rows that the sweep found; returns them."""
+    from convit.dispatch import ORDER
+    from convit.kernels.gpsa.gpu_triton.configs import CONFIGS, Config, Row
+
+    ORDER["torch", stage.device] = ("triton", "sdpa")  # "sdpa" is the peer of SDPA with the factored position
+    used = []
+    for name, kernel in stage.load().get("sweep", {}).get("kernels", {}).items():
+        if "row" in kernel:
+            family, arithmetic, largest, config = kernel["row"]
+            CONFIGS[name.split()[0]].insert(0, Row(family, arithmetic, largest, Config(*config)))
+            used.append(f"{name}: {tuple(config)}")
+    return used
