@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test test-torch test-mindspore sanitize ascend-check aot dev check bench clean
+.PHONY: mutate demo test test-torch test-mindspore sanitize ascend-check aot dev check bench clean
 
 demo: .venv/ready
 	$(BIN)/convit demo
@@ -28,6 +28,11 @@ test-mindspore: .venv-mindspore/ready
 # the C++ core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 sanitize:
 	bash tests/csrc/sanitize.sh
+
+# small mistakes planted in a copy of the tree, to see which the tests do not notice; MUTATE takes options, such as MUTATE="--count 300"
+mutate: .venv/ready
+	$(BIN)/pip install -q cosmic-ray
+	$(BIN)/python tests/mutate.py $(MUTATE)
 
 # what can be shown of the Ascend kernels without an Ascend machine; makes its own environments under build/ascend
 ascend-check:
