@@ -266,42 +266,6 @@ def _picture(image: Any) -> np.ndarray:
     return np.asarray((array[:, :, :3] - low) / max(high - low, 1e-12))
 
 
-def load_image(path: str | os.PathLike[str], size: tuple[int, int], channels: int, mean: Sequence[float], std: Sequence[float]) -> Any:
-    """``load_array`` as a torch tensor."""
-    import torch
-
-    return torch.from_numpy(load_array(path, size, channels, mean, std))
-
-
-def load_array(
-    path: str | os.PathLike[str], size: tuple[int, int], channels: int, mean: Sequence[float], std: Sequence[float]
-) -> np.ndarray:
-    """An image file, normalised, [channels, *size] float32: scaled to cover the size, then cropped in the middle.
-
-    Args:
-        path: Any file that Pillow reads.
-        size: (height, width).
-        channels: 1 or 3.
-        mean, std: Per channel, in 0..1.
-
-    Raises:
-        ValueError: The file is no image.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("L" if channels == 1 else "RGB")
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not an image that can be read: {error}") from error
-    image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
-    array = np.asarray(image, dtype=np.float32).reshape(*size, channels) / 255
-    array = (array - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
-    return np.ascontiguousarray(array.transpose(2, 0, 1))
-
-
 class _figure:
     """A figure in our style that becomes ``path`` when the block ends well; nothing is left of it otherwise."""
 

@@ -141,14 +141,3 @@ def test_attention_picture(tmp_path):
     with pytest.raises(ValueError, match="same layers"):
         figures.plot_gates([[0.5]], [[0.5, 0.5]], tmp_path / "b.png")
     assert not (tmp_path / "b.png").exists()
-
-
-def test_load_image(tmp_path):
-    pillow = pytest.importorskip("PIL.Image")
-    pillow.new("RGB", (40, 20), (255, 0, 0)).save(tmp_path / "red.png")
-    image = figures.load_image(tmp_path / "red.png", (8, 12), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.25))
-    assert image.shape == (3, 8, 12) and image[:, 0, 0].tolist() == [1.0, -1.0, -2.0]
-    assert figures.load_image(tmp_path / "red.png", (8, 12), 1, (0.0,), (1.0,)).shape == (1, 8, 12)
-    (tmp_path / "bad.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="bad.png is not an image"):
-        figures.load_image(tmp_path / "bad.png", (8, 8), 3, (0.5,) * 3, (0.5,) * 3)

@@ -22,14 +22,15 @@ torch = pytest.importorskip("torch")
 from PIL import Image  # noqa: E402
 
 from convit import cli  # noqa: E402
+from convit.engine import run as run_module  # noqa: E402
+from convit.engine.folder import Log, Progress, writing  # noqa: E402
 from convit.engine.pytorch import data as data_module  # noqa: E402
-from convit.engine.pytorch import train as train_module  # noqa: E402
 from convit.engine.pytorch.checkpoint import load, save  # noqa: E402
-from convit.engine.pytorch.data import TrainData, choose_samples, open_source, timm_policy  # noqa: E402
-from convit.engine.pytorch.distributed import World, find_world, first_host  # noqa: E402
-from convit.engine.pytorch.train import train  # noqa: E402
+from convit.engine.pytorch.data import TrainData, timm_policy  # noqa: E402
+from convit.engine.pytorch.train import TorchRun, train  # noqa: E402
 from convit.engine.recipe import load_recipe  # noqa: E402
-from convit.engine.run import Log, Progress, write_atomic  # noqa: E402
+from convit.engine.sources import choose_samples, open_source, read_sample  # noqa: E402
+from convit.engine.world import World, find_world, first_host, rendezvous  # noqa: E402
 
 # a model and a schedule that take about a second: 3 epochs of 11 steps
 SMALL = {"embed_dim": 16, "depth": 2, "num_heads": 2, "local_up_to_layer": 1, "patch_size": 8, "batch_size": 32, "num_samples": 352}
@@ -116,26 +117,26 @@ class Killed(BaseException):
 def test_resume_is_bit_exact_wherever_it_stops(whole, tmp_path, monkeypatch, moment):
     """Stop the loop without any clean-up between any two of its writes; the resumed run equals the whole one in every bit."""
     count = {"apply": 0, "save": 0}
-    apply, write = train_module._Run._apply, train_module.save
+    apply, write = TorchRun.apply, TorchRun.save
 
-    def dying_apply(self, loss):
+    def dying_apply(self):
         count["apply"] += 1
         if moment == "step" and count["apply"] == 17:
             raise Killed
-        apply(self, loss)
+        apply(self)
         if moment == "after step" and count["apply"] == 18:
             raise Killed
 
-    def dying_save(path, state):
+    def dying_save(path, tensors, facts):
         kind = path.stem.split("_")[0]
-        inside = kind == "last" and state["progress"]["step"] > 0
+        inside = kind == "last" and facts["progress"]["step"] > 0
         if moment == ("mid-epoch save" if inside else kind) and count["apply"] >= 11:
             raise Killed
-        write(path, state)
+        write(path, tensors, facts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module._Run, "_apply", dying_apply)
-        patch.setattr(train_module, "save", dying_save)
+        patch.setattr(TorchRun, "apply", dying_apply)
+        patch.setattr(TorchRun, "save", staticmethod(dying_save))
         with pytest.raises(Killed):
             train(small(**WHOLE), tmp_path / "run", progress=False)
     assert load(tmp_path / "run" / "last.pth")["progress"]["updates"] < 33
@@ -165,15 +166,15 @@ def test_resume_after_sigkill_is_bit_exact(whole, tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_exit(whole, tmp_path, signum, monkeypatch):
-    apply, seen = train_module._Run._apply, []
+    apply, seen = TorchRun.apply, []
 
-    def signalling_apply(self, loss):
-        apply(self, loss)
+    def signalling_apply(self):
+        apply(self)
         seen.append(1)
         if len(seen) == 15:
             os.kill(os.getpid(), signum)
 
-    monkeypatch.setattr(train_module._Run, "_apply", signalling_apply)
+    monkeypatch.setattr(TorchRun, "apply", signalling_apply)
     before = signal.getsignal(signum)
     words = command(tmp_path / "run", "-q", **WHOLE)[3:]
     assert cli.main(words) == 128 + signum
@@ -325,24 +326,26 @@ LAUNCHED = {
         "OMPI_COMM_WORLD_LOCAL_SIZE": "8",
     },
     "MPICH": {"PMI_RANK": "3", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "8"},
+    "msrun": {"RANK_ID": "3", "MS_WORKER_NUM": "8", "DEVICE_ID": "1"},
     "srun": {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[03-05,9],login"},
 }
-ADDRESSES = {"torchrun": "node0", "Open MPI": "127.0.0.1", "MPICH": "127.0.0.1", "srun": "gpu03"}
+ADDRESSES = {"torchrun": "node0", "Open MPI": "127.0.0.1", "MPICH": "127.0.0.1", "msrun": "127.0.0.1", "srun": "gpu03"}
 
 
 @pytest.mark.parametrize("launcher", LAUNCHED)
 def test_the_variables_of_every_launcher(launcher):
     world = find_world(LAUNCHED[launcher])
-    assert (world.rank, world.size, world.local_rank, world.launcher) == (3, 8, 1, launcher)
-    assert world.address == ADDRESSES[launcher]
-    assert world.port == (1234 if launcher == "torchrun" else world.port) and 1024 < world.port < 65536
+    assert world == (3, 8, 1, launcher)
+    address, port = rendezvous(world, LAUNCHED[launcher])
+    assert address == ADDRESSES[launcher]
+    assert port == (1234 if launcher == "torchrun" else port) and 1024 < port < 65536
 
 
 def test_worlds_without_or_with_a_confused_launcher():
     assert find_world({}) == World()
     assert find_world({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == World()  # inside sbatch, without srun
     with pytest.raises(ValueError, match="set MASTER_ADDR"):
-        find_world({**LAUNCHED["Open MPI"], "OMPI_COMM_WORLD_LOCAL_SIZE": "4"})
+        rendezvous(World(3, 8, 1, "Open MPI"), {**LAUNCHED["Open MPI"], "OMPI_COMM_WORLD_LOCAL_SIZE": "4"})
     with pytest.raises(ValueError, match="must be whole numbers"):
         find_world({"RANK": "a", "WORLD_SIZE": "2"})
 
@@ -373,20 +376,17 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(whole, tmp_path, capfd):
     message = capfd.readouterr().err
     assert "cannot write" in message and "go on with --resume" in message and "Traceback" not in message
     assert (output / "last.pth").read_bytes() == before
-    assert not list(output.glob(".*.tmp"))
+    assert not list(output.glob(".*"))
     assert train(small(**WHOLE | {"epoch_size": 4}), output, resume=True, progress=False).epochs == 4
 
 
-def test_write_atomic_keeps_the_old_file(tmp_path):
+def test_a_file_that_cannot_be_written_is_as_it_was(tmp_path):
     path = tmp_path / "file"
-    write_atomic(path, lambda file: file.write(b"old"))
-
-    def half(file):
+    with writing(path) as file:
+        file.write(b"old")
+    with pytest.raises(OSError, match=r"No space left on device; the file written before is intact"), writing(path) as file:
         file.write(b"ne")
         raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match=r"No space left on device; the file written before is intact"):
-        write_atomic(path, half)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
 
@@ -497,7 +497,7 @@ def test_a_corrupt_image_is_replaced_and_counted(folder, tmp_path, caplog):
 def test_a_dead_worker_is_replaced_and_changes_nothing(folder, tmp_path, monkeypatch, caplog):
     expected = train(pictures(folder, num_parallel_workers=1), tmp_path / "whole", progress=False)
     mark = tmp_path / "mark"
-    read = data_module.read_image
+    read = data_module.read_sample
 
     def dying_read(source, index, mode):
         if torch.utils.data.get_worker_info() is not None and not mark.exists() and index == 7:
@@ -505,7 +505,7 @@ def test_a_dead_worker_is_replaced_and_changes_nothing(folder, tmp_path, monkeyp
             os.kill(os.getpid(), signal.SIGKILL)
         return read(source, index, mode)
 
-    monkeypatch.setattr(data_module, "read_image", dying_read)
+    monkeypatch.setattr(data_module, "read_sample", dying_read)
     train(pictures(folder, num_parallel_workers=1), tmp_path / "run", progress=False)
     assert mark.exists() and "a data-loading worker died" in caplog.text
     assert_same_state(tmp_path / "whole", tmp_path / "run")
@@ -513,7 +513,7 @@ def test_a_dead_worker_is_replaced_and_changes_nothing(folder, tmp_path, monkeyp
 
 
 def test_workers_that_always_die_stop_the_run(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_module, "read_image", lambda *a: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(data_module, "read_sample", lambda *a: os.kill(os.getpid(), signal.SIGKILL))
     monkeypatch.setattr(data_module, "WORKER_RESTARTS", 0)
     with pytest.raises(RuntimeError, match="data-loading workers died 1 times"):
         train(pictures(folder, num_parallel_workers=1), tmp_path / "run", progress=False)
@@ -553,8 +553,8 @@ def test_hugging_face_files_hold_the_images_of_the_folder(folder, tmp_path, save
         data.to_parquet(str(root / "train-00000.parquet"))
     source = open_source(pictures(root), train=True)
     assert type(source).__name__ == "HfSource" and source.targets == tree.targets and source.classes == ["blue", "red"]
-    image = data_module.read_image(source, 5, "RGB")
-    assert image.tobytes() == data_module.read_image(tree, 5, "RGB").tobytes()
+    image = read_sample(source, 5, 3)
+    assert image.tobytes() == read_sample(tree, 5, 3).tobytes()
 
 
 @pytest.mark.parametrize(
@@ -677,7 +677,7 @@ def test_the_best_checkpoints_are_kept(tmp_path):
 
 def test_epochs_go_to_weights_and_biases(tmp_path, monkeypatch):
     """Without the package a message and no run folder; with it, here a stand-in that keeps what it is given, each epoch's numbers."""
-    monkeypatch.setattr(train_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(run_module, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install wandb"):
         train(small(wandb="digits"), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
@@ -702,7 +702,7 @@ def test_log_drops_what_a_kill_left_behind(tmp_path):
 
 
 def test_checkpoints_load_without_running_code(tmp_path):
-    save(tmp_path / "last.pth", {"progress": {}, "code": threading.Event})
+    save(tmp_path / "last.pth", {"code": threading.Event}, {"progress": {}})
     with pytest.raises(ValueError, match="damaged or no checkpoint"):
         load(tmp_path / "last.pth")
 

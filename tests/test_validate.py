@@ -14,11 +14,13 @@ from PIL import Image  # noqa: E402
 
 import convit  # noqa: E402
 from convit import cli  # noqa: E402
+from convit.engine.images import find_images, load_array, read_image  # noqa: E402
+from convit.engine.pytorch.build import build_model  # noqa: E402
 from convit.engine.pytorch.data import EvalData  # noqa: E402
-from convit.engine.pytorch.distributed import World  # noqa: E402
-from convit.engine.pytorch.train import build_model, train  # noqa: E402
+from convit.engine.pytorch.train import train  # noqa: E402
 from convit.engine.pytorch.validate import evaluate, validate  # noqa: E402
 from convit.engine.recipe import load_recipe  # noqa: E402
+from convit.engine.world import World  # noqa: E402
 from convit.weights.load import save_checkpoint  # noqa: E402
 
 
@@ -192,3 +194,54 @@ def test_infer_names_imagenet_and_survives_a_broken_image(folder, tmp_path, caps
 def test_infer_says_what_is_missing(words, message, capsys):
     assert cli.main(["infer", *words]) == 1
     assert message in capsys.readouterr().err
+
+
+# --- reading images ---
+
+
+def test_one_reader_for_every_kind_of_image(tmp_path):
+    """The same picture, upright and in colour, whatever the file: orientation, palette, 16 bit, CMYK, grey with transparency."""
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    pixels[:4, :, 0], pixels[4:, :, 2] = 255, 255  # red above blue
+    image = Image.fromarray(pixels)
+    turned = Image.Exif()
+    turned[0x0112] = 3  # upside down
+    image.rotate(180).save(tmp_path / "turned.png", exif=turned)
+    image.save(tmp_path / "plain.webp", lossless=True)
+    image.save(tmp_path / "plain.tif")
+    image.save(tmp_path / "plain.bmp")
+    image.convert("P").save(tmp_path / "palette.png")
+    image.convert("P").save(tmp_path / "transparent.gif", transparency=0)
+    image.convert("CMYK").save(tmp_path / "cmyk.tif")
+    for path in sorted(tmp_path.iterdir()):
+        read = read_image(path)
+        assert read.mode == "RGB" and np.array_equal(np.asarray(read), pixels), path.name
+    assert [path.name for path in find_images([str(tmp_path)])] == sorted(path.name for path in tmp_path.iterdir())
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    assert np.abs(np.asarray(read_image(tmp_path / "cmyk.jpg")).astype(int) - pixels).max() < 12
+    grey = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    assert np.array_equal(np.asarray(read_image(tmp_path / "deep.png", 1)), grey // 257)
+    assert np.array_equal(np.asarray(read_image(tmp_path / "deep.png"))[..., 2], grey // 257)
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(ValueError, match="expected 8 or 16 bit"):
+        read_image(tmp_path / "float.tif")
+
+
+def test_an_image_as_an_array(tmp_path):
+    Image.new("RGB", (40, 20), (255, 0, 0)).save(tmp_path / "red.png")
+    image = load_array(tmp_path / "red.png", (8, 12), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.25))
+    assert image.shape == (3, 8, 12) and image[:, 0, 0].tolist() == [1.0, -1.0, -2.0]
+    assert load_array(tmp_path / "red.png", (8, 12), 1, (0.0,), (1.0,)).shape == (1, 8, 12)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="bad.png is not an image"):
+        load_array(tmp_path / "bad.png", (8, 8), 3, (0.5,) * 3, (0.5,) * 3)
+
+
+def test_links_are_followed_and_circles_end(tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "photos" / "a.png")
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "linked").symlink_to(tmp_path / "photos")
+    (tmp_path / "all" / "round").symlink_to(tmp_path / "all")
+    assert [path.name for path in find_images([str(tmp_path / "all")])] == ["a.png"]

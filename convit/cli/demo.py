@@ -214,7 +214,8 @@ def digits(output: Path) -> None:
     """Train on the digits, save, read back, validate; draw curves and gates."""
     import torch
 
-    from convit.engine.pytorch.train import build_model, train
+    from convit.engine.pytorch.build import build_model
+    from convit.engine.pytorch.train import train
     from convit.engine.pytorch.validate import validate
     from convit.engine.recipe import load_recipe
     from convit.figures import plot_gates, plot_history

@@ -37,10 +37,13 @@ def run(args: argparse.Namespace) -> None:
     if any(record.get("distance") for record in records):
         drawn.append(figures.plot_locality(records, path("locality")))
     if args.image is not None:
+        import torch
+
+        from convit.engine.images import load_array
         from convit.engine.pytorch.trained import trained_model
 
         model, recipe = trained_model(args.folder)
-        image = figures.load_image(args.image, model.patch_embed.img_size, recipe.in_channels, recipe.mean, recipe.std)
+        image = torch.from_numpy(load_array(args.image, model.patch_embed.img_size, recipe.in_channels, recipe.mean, recipe.std))
         drawn.append(figures.plot_attention(model, image, path("attention"), query=args.query))
     for one in drawn:
         print(one)

@@ -5,7 +5,9 @@ import logging
 import sys
 from pathlib import Path
 
+from convit.cli.validate import engine
 from convit.engine.recipe import Recipe, add_recipe_arguments, dump_recipe, load_recipe, recipe_overrides
+from convit.engine.run import Interrupted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,12 +29,10 @@ def run(args: argparse.Namespace) -> int | None:
         print(dump_recipe(recipe), end="")
         return None
     _show_messages(args.quiet)
-    if recipe.framework == "mindspore":
-        from convit.engine.mindspore.train import Interrupted, train
-    else:
-        from convit.engine.pytorch.train import Interrupted, train  # type: ignore[assignment]
     try:
-        result = train(recipe, recipe.ckpt_save_dir, resume=args.resume is not None, overwrite=args.overwrite, progress=not args.quiet)
+        result = engine(recipe.framework, "train").train(
+            recipe, recipe.ckpt_save_dir, resume=args.resume is not None, overwrite=args.overwrite, progress=not args.quiet
+        )
     except Interrupted as stopped:
         print(f"convit train: {stopped}", file=sys.stderr)
         return 128 + stopped.signum

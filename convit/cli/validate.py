@@ -3,11 +3,11 @@
 import argparse
 import importlib
 import json
-import os
 import sys
 from typing import Any
 
 from convit.engine.recipe import Recipe, add_recipe_arguments, dump_recipe, load_recipe, recipe_from, recipe_overrides
+from convit.engine.world import find_world
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int | None:
         print(dump_recipe(recipe), end="")
         return None
     result = engine(recipe.framework, "validate").validate(recipe, progress=not args.quiet and sys.stderr.isatty())
-    if int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0"))):
+    if find_world().rank:
         return None
     if args.json:
         print(json.dumps(result))
@@ -47,7 +47,7 @@ def evaluation_recipe(args: argparse.Namespace) -> Recipe:
     overrides = recipe_overrides(args)
     path = overrides.get("ckpt_path")
     if args.config is None and path:
-        saved = engine(overrides.get("framework", "pytorch"), "validate").saved_recipe(path)
-        if saved:
-            return recipe_from({**saved, "pretrained": False, **overrides}, source=path)
+        facts = engine(overrides.get("framework", "pytorch"), "checkpoint").facts_of(path)
+        if facts:
+            return recipe_from({**facts["recipe"], "pretrained": False, **overrides}, source=path)
     return load_recipe(args.config or overrides.get("model", "convit_tiny"), overrides)

@@ -1,26 +1,102 @@
-"""What the engines share in classifying image files. Imports no framework."""
+"""Image files: which there are, how one is read, everywhere in the same way, and what its classes are called. Imports no framework."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
 
 from convit.engine.recipe import Recipe
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff")
+# what Pillow opens only with a program or library of its own, or what holds no picture
+_OTHERS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
-def need_weights(recipe: Recipe) -> None:
-    """Raise ``ValueError`` for a recipe without weights to infer with."""
-    if not recipe.ckpt_path and not recipe.pretrained:
-        raise ValueError("infer needs weights: --ckpt_path FILE, or --pretrained for the published ones")
+class BadImage(NamedTuple):
+    """An image that could not be read."""
+
+    name: str
+    reason: str
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Of the formats that Pillow reads, in lower case, with the dot."""
+    known = Image.registered_extensions().items()
+    return frozenset(suffix.lower() for suffix, kind in known if kind in Image.OPEN and kind not in _OTHERS)
+
+
+def read_image(file: str | os.PathLike[str] | BinaryIO, channels: int = 3) -> Image.Image:
+    """Read an image in full: upright as its EXIF orientation says, 8 bit, "L" for one channel and "RGB" for more.
+
+    16-bit grey is scaled to 8 bit; palettes and CMYK become colours; transparency is dropped, as timm and torchvision do.
+
+    Args:
+        file: A path, or an open file.
+        channels: 1 for grey, else colour.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no image, is damaged, or its values have no stated range.
+    """
+    try:
+        with Image.open(file) as opened:
+            image: Image.Image = opened
+            image.load()
+            with suppress(Exception):  # orientation that cannot be read is none
+                image = ImageOps.exif_transpose(image)
+            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+                image = _from_16_bit(image)
+            if image.mode == "P":
+                image = image.convert("RGBA")  # a palette may be transparent
+            return image.convert("L" if channels == 1 else "RGB")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # the many ways in which Pillow and its libraries refuse a file
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"{image.mode} pixels from {values.min()} to {values.max()}: expected 8 or 16 bit")
+    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+
+
+def load_array(
+    path: str | os.PathLike[str], size: tuple[int, int], channels: int, mean: Sequence[float], std: Sequence[float]
+) -> np.ndarray:
+    """An image file, normalised, [channels, *size] float32: scaled to cover the size, then cropped in the middle.
+
+    Args:
+        path: Any file that ``read_image`` reads.
+        size: (height, width).
+        channels: 1 or 3.
+        mean, std: Per channel, in 0..1.
+
+    Raises:
+        ValueError: The file is no image.
+    """
+    try:
+        image = read_image(path, channels)
+    except ValueError as error:
+        raise ValueError(f"{path} is not an image that can be read: {error}") from error
+    image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
+    array = np.asarray(image, dtype=np.float32).reshape(*size, channels) / 255
+    array = (array - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    return np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
 def find_images(places: list[str]) -> list[Path]:
-    """The files in ``places``, and the images in the folders among them, in order of name."""
+    """The files in ``places``, and the images in the folders among them, in order of name; links to folders are followed."""
     found: list[Path] = []
     for place in map(Path, places):
         if place.is_dir():
-            inside = sorted(path for path in place.rglob("*") if path.suffix[1:].lower() in IMAGE_SUFFIXES)
+            inside = sorted(images_below(place))
             if not inside:
                 raise FileNotFoundError(f"no image in the folder {place}")
             found += inside
@@ -31,19 +107,67 @@ def find_images(places: list[str]) -> list[Path]:
     return found
 
 
-def imagenet_names() -> list[str]:
-    """Descriptions of ImageNet-1K's classes; their numbers without timm, which knows them."""
-    try:
-        from timm.data import ImageNetInfo
-    except ImportError:
-        return [str(i) for i in range(1000)]
-    info = ImageNetInfo()
-    return [info.index_to_description(i) for i in range(1000)]
+def images_below(folder: Path) -> Iterator[Path]:
+    """The image files in ``folder`` and below; hidden ones are left out, and links to folders followed, each folder once."""
+    seen = set()
+    for at, folders, files in os.walk(folder, followlinks=True):
+        about = os.stat(at)
+        if (about.st_dev, about.st_ino) in seen:  # a link to where we have been
+            folders.clear()
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in files:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in image_suffixes():
+                yield Path(at, name)
 
 
-def shown(results: Iterator[Any], total: int) -> Iterator[Any]:
-    """``results``, with a progress bar on stderr."""
-    from rich.console import Console
-    from rich.progress import track
+def need_weights(recipe: Recipe) -> None:
+    """Raise ``ValueError`` for a recipe without weights to infer with."""
+    if not recipe.ckpt_path and not recipe.pretrained:
+        raise ValueError("infer needs weights: --ckpt_path FILE, or --pretrained for the published ones")
 
-    return iter(track(results, "inferring", total=total, console=Console(stderr=True)))
+
+def class_names(recorded: list[str], num_classes: int) -> list[str]:
+    """Those that a checkpoint or data set gives, if it gives as many; ImageNet's for a head of 1000, if timm is there; else numbers."""
+    if len(recorded) == num_classes:
+        return recorded
+    if num_classes == 1000:
+        try:
+            from timm.data import ImageNetInfo
+        except ImportError:
+            pass
+        else:
+            info = ImageNetInfo()
+            return [info.index_to_description(i) for i in range(1000)]
+    return [str(i) for i in range(num_classes)]
+
+
+def classify(
+    paths: list[Path], channels: int, predict: Callable[[Image.Image], np.ndarray], names: list[str], topk: int, progress: bool
+) -> Iterator[dict[str, Any]]:
+    """Yield, per image, {image, classes: [{index, name, probability}, ...]} or {image, error}.
+
+    Args:
+        paths: The files.
+        channels: Of the model.
+        predict: From an image to the probabilities [classes].
+        names: Of the classes.
+        topk: How many of them to give, the most probable ones.
+        progress: Show a bar on stderr.
+    """
+    if progress:
+        from rich.console import Console
+        from rich.progress import track
+
+        paths = track(paths, "inferring", console=Console(stderr=True))  # type: ignore[assignment]
+    for path in paths:
+        try:
+            image = read_image(path, channels)
+        except (OSError, ValueError) as error:
+            yield {"image": str(path), "error": str(error)}
+            continue
+        probabilities = predict(image)
+        top = np.argsort(-probabilities, kind="stable")[:topk]
+        rows = [{"index": int(i), "name": names[i], "probability": float(probabilities[i])} for i in top]
+        yield {"image": str(path), "classes": rows}

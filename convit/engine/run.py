@@ -1,98 +1,29 @@
-"""What every engine does around a run: files that are whole or not there, the log, where the run stands, signals. Imports no framework."""
+"""One training run, whatever the framework: its folder, recipe, log, checkpoints to keep, resumption, faults, signals and progress.
+
+An engine derives from ``Run`` and supplies what computes: devices, data and model, one step, the state to save, evaluation.
+Everything random follows from the seed and ``Progress``, so a run that is killed at any moment and resumed from its last
+checkpoint repeats what the unbroken run does. Imports no framework.
+"""
 
 import dataclasses
-import json
-import os
+import logging
+import math
 import signal
+import sys
 import threading
-from collections.abc import Callable
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, ClassVar, NamedTuple
 
+from convit.engine.folder import Log, Progress, last_epoch, writing
+from convit.engine.recipe import FIELDS, FREE, Recipe, changed_keys, dump_recipe
+from convit.engine.world import World, find_world
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Let ``write`` fill ``path``, through a temporary file that is synced and renamed: a reader sees the old file or the new one.
-
-    Raises:
-        OSError: It cannot be written; ``path`` is as it was, and the temporary file is gone.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
-        intact = f"; the {path.name} written before is intact" if path.exists() else ""
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise OSError(f"cannot write {path}: {reason}{intact}. Free some space and go on with --resume") from error
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where a run stands between two optimiser steps. Everything random follows from it and the seed."""
-
-    epoch: int = 0  # current epoch
-    step: int = 0  # steps done in it
-    updates: int = 0  # steps done in all
-    ema_updates: int = 0  # of them, those that changed the weights
-    loss_sum: float = 0.0  # over the steps of this epoch that counted
-    loss_steps: int = 0
-    skipped: int = 0  # steps of this epoch skipped for their loss
-    skipped_in_row: int = 0
-    bad_images: int = 0  # in this epoch
-    best: float = -1.0  # top-1, percent
-    best_epoch: int = -1
-    kept: list[list[Any]] = dataclasses.field(default_factory=list)  # [file name, top-1] of the checkpoints kept beside last and best
-
-
-class Log:
-    """``log.jsonl``: one record per line, flushed and synced with each epoch."""
-
-    def __init__(self, path: Path, progress: Progress) -> None:
-        """Open for appending, without the records that a resumed run will write again."""
-        self.path = path
-        if path.exists():
-            kept = [line for line in path.read_bytes().splitlines(keepends=True) if _is_past(line, progress)]
-            write_atomic(path, lambda file: file.writelines(kept))
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-
-    def write(self, record: dict[str, Any], sync: bool = False) -> None:
-        try:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
-            if sync:
-                os.fsync(self.file.fileno())
-        except OSError as error:
-            raise OSError(
-                f"cannot write {self.path}: {error}. The checkpoints are intact: free some space and go on with --resume"
-            ) from error
-
-    def close(self) -> None:
-        self.file.close()
-
-
-def _is_past(line: bytes, progress: Progress) -> bool:
-    try:
-        record = json.loads(line)
-    except ValueError:  # the line that a kill cut short
-        return False
-    if record.get("kind") == "step":
-        return record["update"] <= progress.updates
-    return record.get("epoch", -1) < progress.epoch
-
-
-def last_epoch(path: Path) -> dict[str, Any]:
-    """The last epoch record of a log: what a run that was complete already gives."""
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return next((record for record in reversed(records) if record["kind"] == "epoch"), {})
+logger = logging.getLogger("convit")
 
 
 class Interrupted(Exception):
@@ -123,3 +54,400 @@ class StopSignals:
         if self.noted:
             raise KeyboardInterrupt
         self.noted = signum
+
+
+@dataclasses.dataclass
+class Result:
+    """What a finished run gives: the trained model (the moving average if the recipe keeps one), scores in percent, the epoch records."""
+
+    model: Any
+    output: Path
+    top1: float
+    top5: float
+    val_loss: float
+    best_top1: float
+    best_epoch: int
+    train_loss: float
+    epochs: int
+    seconds: float
+    history: list[dict[str, Any]]
+
+
+class Plan(NamedTuple):
+    """What an engine has built: the names of the classes, images, steps and global batch of an epoch, the learning rate, and a line about
+    device and precision."""
+
+    classes: list[str]
+    samples: int
+    steps: int
+    global_batch: int
+    lr: float
+    about: str
+
+
+class Run(ABC):
+    """One training run on this process."""
+
+    suffix: ClassVar[str]  # of checkpoints
+    hint: ClassVar[str]  # what helps against losses that are not finite
+    sharded = False
+    whole_epochs = False  # a run that can only be resumed between two epochs
+    model: Any
+
+    def __init__(self, recipe: Recipe, output: Path, resume: bool, overwrite: bool, progress: bool) -> None:
+        self.recipe, self.output, self.resume, self.overwrite, self.show = recipe, output, resume, overwrite, progress
+        self.last = output / f"last{self.suffix}"
+        self.progress, self.history = Progress(), list[dict[str, Any]]()
+        self.log: Log | None = None
+        self.boards: _Boards | None = None
+        self.bar = _Bar(False, 0, 0)
+        self.signals = StopSignals()
+
+    # --- what an engine supplies ---
+
+    @abstractmethod
+    def join(self) -> None:
+        """Take the device and meet the other processes of ``world``."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Leave the other processes, if ``join`` has met them."""
+
+    @abstractmethod
+    def build(self) -> Plan:
+        """Data, ``model``, optimiser, loss."""
+
+    @abstractmethod
+    def batches(self, epoch: int, step: int) -> Iterator[Any]:
+        """Start training at this point: the batches that ``gradients`` takes."""
+
+    @abstractmethod
+    def gradients(self, batches: Iterator[Any]) -> tuple[float, int, float]:
+        """Compute the gradients of one step; this process's share of its loss, the unreadable images met, the seconds waited for data."""
+
+    @abstractmethod
+    def apply(self) -> None:
+        """Step the optimiser with the gradients, and the moving average."""
+
+    @abstractmethod
+    def skip(self) -> None:
+        """Drop the gradients; the schedule goes on."""
+
+    @abstractmethod
+    def rate(self) -> float:
+        """The learning rate of the step at ``progress``."""
+
+    @abstractmethod
+    def total(self, values: list[float]) -> list[float]:
+        """Sum each of ``values`` over the processes; the same on every process."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """val_loss, top1 and top5 (percent) of ``model``, or of its moving average."""
+
+    @abstractmethod
+    def diagnose(self) -> dict[str, Any]:
+        """What an epoch's record says about the model."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, Any]:
+        """What best.* and epoch_N.* hold. Every process calls it."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """What last.* holds: all that ``restore`` needs. Every process calls it."""
+
+    @abstractmethod
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Set ``state`` from what ``load`` has read."""
+
+    @staticmethod
+    @abstractmethod
+    def save(path: Path, tensors: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Write a checkpoint, whole or not at all: what ``weights`` or ``state`` gave, and plain values."""
+
+    @staticmethod
+    @abstractmethod
+    def load(path: Path) -> dict[str, Any]:
+        """Read what ``save`` wrote; ``ValueError`` for a file that is damaged or no run's."""
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, ``model`` holds the weights that are evaluated and kept."""
+        return nullcontext()
+
+    # --- set-up ---
+
+    @property
+    def chief(self) -> bool:
+        return self.world.rank == 0
+
+    def say(self, text: str) -> None:
+        if self.chief:
+            logger.info(text)
+
+    def _prepare(self) -> None:
+        recipe, output = self.recipe, self.output
+        if recipe.wandb and find_spec("wandb") is None:
+            raise ImportError("the recipe's key wandb needs Weights & Biases: pip install wandb, or --wandb '' to go without")
+        self.world = World() if recipe.distribute is False else find_world()
+        if recipe.distribute and self.world.size == 1:
+            logger.info("distribute is set, but one process was started: torchrun, mpirun, srun or msrun start more")
+        if self.last.exists() and not (self.resume or self.overwrite):
+            raise FileExistsError(f"{output} already holds a run: --resume continues it, --overwrite starts over")
+        self.join()
+        saved = self.load(self.last) if self.resume and self.last.exists() else None
+        self.plan = self.build()
+        if saved:
+            self._resume(saved)
+        elif self.resume:
+            self.say(f"nothing to resume in {output}: starting")
+        if self.chief:
+            output.mkdir(parents=True, exist_ok=True)
+            if not saved:
+                for old in [*output.glob(f"epoch_*{self.suffix}"), output / f"best{self.suffix}", output / "log.jsonl", self.last]:
+                    old.unlink(missing_ok=True)
+            with writing(output / "recipe.yaml") as file:
+                file.write(dump_recipe(recipe).encode())
+            self.log = Log(output / "log.jsonl", self.progress)
+            self.boards = _Boards(recipe, output, self.progress.epoch)
+        self.bar = _Bar(self.show and self.chief, recipe.epoch_size * self.plan.steps, self.progress.updates)
+        several = f"{self.world.size} processes ({self.world.launcher}{', FSDP' if self.sharded else ''})"
+        self.say(
+            f"{recipe.model}, {len(self.plan.classes)} classes; {self.plan.samples} training samples, "
+            f"{recipe.epoch_size} epochs of {self.plan.steps} steps\n"
+            f"{self.plan.about}, {several if self.world.size > 1 else '1 process'}; "
+            f"global batch {self.plan.global_batch}; learning rate {self.plan.lr:g}"
+        )
+
+    def _resume(self, saved: dict[str, Any]) -> None:
+        old = Recipe(**{name: value for name, value in saved["recipe"].items() if name in FIELDS})
+        changed = {name: pair for name, pair in changed_keys(old, self.recipe).items() if name not in FREE}
+        if changed:
+            keys = ", ".join(f"{name} {before!r} -> {after!r}" for name, (before, after) in changed.items())
+            self.say(f"resuming with other keys: {keys}")
+        at = self.progress = Progress(**saved["progress"])
+        if at.step and (self.whole_epochs or saved["global_batch"] != self.plan.global_batch):
+            raise ValueError(
+                f"{self.last} stands inside an epoch with a global batch of {saved['global_batch']}, and this run has "
+                f"{self.plan.global_batch}{' and dataset_sink_mode' * self.whole_epochs}: "
+                "start as many processes as before, or change batch_size or gradient_accumulation_steps to match"
+            )
+        try:
+            self.restore(saved)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.last} holds another model or optimiser than the recipe: {str(error).splitlines()[0]}") from None
+        self.say(f"resumed {self.last}: epoch {at.epoch}, step {at.step} of {self.plan.steps}")
+
+    # --- loop ---
+
+    def train(self) -> Result:
+        """Train to the end. What the run holds open is closed in any case."""
+        try:
+            self._prepare()
+            self.signals.catch()
+            began = time.perf_counter()
+            self.loop()
+            record = self.history[-1] if self.history else last_epoch(self.output / "log.jsonl")
+            scores = {name: record.get(name, math.nan) for name in ("top1", "top5", "val_loss", "train_loss")}
+            at, seconds = self.progress, time.perf_counter() - began
+            return Result(
+                self.finished(), self.output, **scores, best_top1=at.best, best_epoch=at.best_epoch, epochs=at.epoch, seconds=seconds,
+                history=self.history,
+            )  # fmt: skip
+        finally:
+            self.signals.release()
+            self.bar.close()
+            if self.log:
+                self.log.close()
+            if self.boards:
+                self.boards.close()
+            self.leave()
+
+    def finished(self) -> Any:
+        """The model of the result."""
+        return self.model
+
+    def loop(self) -> None:
+        while self.progress.epoch < self.recipe.epoch_size:
+            self._epoch()
+
+    def _epoch(self) -> None:
+        at, recipe, steps = self.progress, self.recipe, self.plan.steps
+        began, waited, first, lr = time.perf_counter(), 0.0, at.step, self.plan.lr
+        batches = self.batches(at.epoch, at.step)
+        while at.step < steps:
+            loss, seconds = self._step(batches)
+            lr = self.rate()
+            waited += seconds
+            at.step += 1
+            at.updates += 1
+            if (at.updates % recipe.log_interval == 0 or at.step == steps) and self.log:
+                self.log.write({"kind": "step", "epoch": at.epoch, "update": at.updates, "loss": loss, "lr": lr})
+            self.bar.update(at.updates, at.epoch, loss)
+            if self.signals.noted:
+                self.save_last()
+                raise Interrupted(self.signals.noted, self.last)
+            if recipe.ckpt_save_steps and at.step % recipe.ckpt_save_steps == 0 and at.step < steps:
+                self.save_last()
+        getattr(batches, "close", lambda: None)()
+        self.finish_epoch(at.step - first, time.perf_counter() - began, lr=lr, data_seconds=round(waited, 3))
+
+    def _step(self, batches: Iterator[Any]) -> tuple[float, float]:
+        """One optimiser step, skipped and counted if its loss is not finite: its loss, the seconds waited for data."""
+        at, recipe = self.progress, self.recipe
+        loss, bad, waited = self.gradients(batches)
+        loss, stop, bad_total = self.total([loss, float(self.signals.noted), float(bad)])
+        if stop and not self.signals.noted:
+            self.signals.noted = signal.SIGTERM
+        at.bad_images += int(bad_total)
+        if at.bad_images > recipe.max_bad_images:
+            raise ValueError(f"{at.bad_images} unreadable images in epoch {at.epoch}; max_bad_images allows {recipe.max_bad_images}")
+        if math.isfinite(loss):
+            at.skipped_in_row = 0
+            at.loss_sum += loss
+            at.loss_steps += 1
+            self.apply()
+            return loss, waited
+        at.skipped += 1
+        at.skipped_in_row += 1
+        self.skip()
+        logger.warning("epoch %d, step %d: the loss is %s; skipped this step", at.epoch, at.step, loss)
+        if at.skipped_in_row > recipe.max_skipped_steps:
+            raise FloatingPointError(
+                f"the loss was not finite in {at.skipped_in_row} steps in a row (epoch {at.epoch}, step {at.step}); "
+                f"{self.last} is from before. Lower lr, clip the gradient (--clip_grad), or {self.hint}"
+            )
+        return loss, waited
+
+    # --- end of an epoch ---
+
+    def finish_epoch(self, steps: int, seconds: float, **more: Any) -> None:
+        """Validate, log, then best and kept weights, then last.*: a kill in between repeats the epoch and writes the same again."""
+        at, recipe = self.progress, self.recipe
+        record: dict[str, Any] = {
+            "kind": "epoch",
+            "epoch": at.epoch,
+            "update": at.updates,
+            "train_loss": at.loss_sum / max(at.loss_steps, 1),
+            "skipped_steps": at.skipped,
+            "bad_images": at.bad_images,
+            "images_per_second": round(steps * self.plan.global_batch / seconds, 2),
+            "seconds": round(seconds, 3),
+            **more,
+        }
+        due = (at.epoch + 1) % recipe.val_interval == 0 or at.epoch + 1 == recipe.epoch_size
+        with self.averaged():
+            if recipe.val_while_train and due:
+                record |= self.evaluate()
+            record |= self.diagnose()
+            self.history.append(record)
+            self.bar.epoch(record, recipe.epoch_size)
+            if self.log:
+                self.log.write(record, sync=True)
+            if self.boards:
+                self.boards.write(record)
+            dropped = self._keep(record)
+        at.epoch += 1
+        at.step = at.loss_steps = at.skipped = at.bad_images = 0
+        at.loss_sum = 0.0
+        self.save_last()
+        for name in dropped if self.chief else ():
+            (self.output / name).unlink(missing_ok=True)
+
+    def _keep(self, record: dict[str, Any]) -> list[str]:
+        """Write best.* and epoch_N.* where they are due; the names of those that are no longer kept."""
+        at, recipe = self.progress, self.recipe
+        better = record.get("top1", -1.0) > at.best
+        keep = recipe.keep_checkpoint_max > 0 and (at.epoch + 1) % recipe.ckpt_save_interval == 0
+        if better:
+            at.best, at.best_epoch = record["top1"], at.epoch
+        if not (better or keep):
+            return []
+        name = f"epoch_{at.epoch + 1}{self.suffix}"
+        tensors, facts = self.weights(), self._facts() | {"epoch": at.epoch, "top1": record.get("top1", math.nan)}
+        for file in [f"best{self.suffix}"] * better + [name] * keep if self.chief else ():
+            self.save(self.output / file, tensors, facts)
+        if not keep:
+            return []
+        at.kept = [one for one in at.kept if one[0] != name] + [[name, record.get("top1", -1.0)]]
+        if recipe.ckpt_save_policy == "top_k":
+            at.kept.sort(key=lambda one: one[1])  # stable: of equals the older goes first
+        dropped = [one[0] for one in at.kept[: -recipe.keep_checkpoint_max]]
+        at.kept = at.kept[-recipe.keep_checkpoint_max :]
+        return dropped
+
+    def save_last(self) -> None:
+        tensors = self.state()
+        if self.chief:
+            more = {"progress": dataclasses.asdict(self.progress), "global_batch": self.plan.global_batch}
+            self.save(self.last, tensors, self._facts() | more)
+
+    def _facts(self) -> dict[str, Any]:
+        return {"recipe": dataclasses.asdict(self.recipe), "classes": list(self.plan.classes)}
+
+
+class _Boards:
+    """TensorBoard and Weights & Biases, as far as the recipe asks for them."""
+
+    def __init__(self, recipe: Recipe, output: Path, epoch: int) -> None:
+        self.events = self.wandb = None
+        if recipe.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(str(output / "tensorboard"), purge_step=epoch)
+        if recipe.wandb:
+            import wandb
+
+            about = {"project": recipe.wandb, "name": output.name, "dir": str(output), "config": dataclasses.asdict(recipe)}
+            self.wandb = wandb.init(**about, resume="auto")
+
+    def write(self, record: dict[str, Any]) -> None:
+        if self.events:
+            for name in ("train_loss", "val_loss", "top1", "top5", "lr", "images_per_second"):
+                if name in record:
+                    self.events.add_scalar(name, record[name], record["epoch"])
+            self.events.flush()
+        if self.wandb:
+            numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
+            self.wandb.log(numbers, step=record["update"])
+
+    def close(self) -> None:
+        if self.events:
+            self.events.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+class _Bar:
+    """A progress bar on a terminal, a line per epoch elsewhere."""
+
+    def __init__(self, show: bool, steps: int, done: int) -> None:
+        self.show, self.bar = show, None
+        if show and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, console=Console(stderr=True))
+            self.task = self.bar.add_task("training", total=steps, completed=done)
+            self.bar.start()
+
+    def update(self, done: int, epoch: int, loss: float) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=done, description=f"epoch {epoch + 1}, loss {loss:.4f}")
+
+    def epoch(self, record: dict[str, Any], epochs: int) -> None:
+        if self.show:
+            scores = f"  top-1 {record['top1']:.2f} %  val loss {record['val_loss']:.4f}" if "top1" in record else ""
+            line = (
+                f"epoch {record['epoch'] + 1}/{epochs}  loss {record['train_loss']:.4f}{scores}  {record['images_per_second']:.0f} images/s"
+            )
+            if self.bar:
+                self.bar.console.print(line, highlight=False)
+            else:
+                print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None

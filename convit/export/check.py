@@ -83,7 +83,7 @@ def check_images(
         ImportError: No files are given and scikit-learn is not installed.
         ValueError: A file is no image.
     """
-    from convit.figures import load_array
+    from convit.engine.images import load_array
 
     if files is None:
         try:

@@ -16,8 +16,9 @@ Image = pytest.importorskip("PIL.Image")
 
 from convit import cli  # noqa: E402
 from convit.engine.mindspore import train as train_module  # noqa: E402
-from convit.engine.mindspore.train import train  # noqa: E402
+from convit.engine.mindspore.train import MindSporeRun, train  # noqa: E402
 from convit.engine.recipe import load_recipe  # noqa: E402
+from convit.engine.run import Interrupted  # noqa: E402
 
 # MindCV's recipe for convit_tiny, made small
 SMALL = {"image_resize": 32, "embed_dim": 16, "num_heads": 4, "depth": 2, "local_up_to_layer": 1, "batch_size": 4, "num_classes": 2}
@@ -158,26 +159,27 @@ class Killed(BaseException):
 @pytest.mark.parametrize("moment", ["step", "after step", "best", "epoch", "last", "mid-epoch save"])
 def test_resume_is_bit_exact_wherever_it_stops(whole, folder, tmp_path, monkeypatch, moment):
     """Stop the loop without any clean-up between any two of its writes; the resumed run equals the whole one in every bit."""
-    count, step, write = [], train_module._Run._step, train_module.save
+    count, step, write = [], MindSporeRun._step, MindSporeRun.save
 
-    def dying_step(self, parts):
+    def dying_step(self, batches):
         count.append(1)
         if moment == "step" and len(count) == 6:
             raise Killed
-        step(self, parts)
+        done = step(self, batches)
         if moment == "after step" and len(count) == 6:
             raise Killed
+        return done
 
-    def dying_save(path, parameters, state=None):
+    def dying_save(path, tensors, facts):
         kind = path.stem.split("_")[0]
-        inside = kind == "last" and json.loads(state["convit_run"])["progress"]["step"] > 0
+        inside = kind == "last" and facts["progress"]["step"] > 0
         if moment == ("mid-epoch save" if inside else kind) and len(count) >= (7 if inside else 4):
             raise Killed
-        write(path, parameters, state)
+        write(path, tensors, facts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module._Run, "_step", dying_step)
-        patch.setattr(train_module, "save", dying_save)
+        patch.setattr(MindSporeRun, "_step", dying_step)
+        patch.setattr(MindSporeRun, "save", staticmethod(dying_save))
         with pytest.raises(Killed):
             train(recipe(folder, **WHOLE), tmp_path / "run", progress=False)
     train(recipe(folder, **WHOLE), tmp_path / "run", resume=True, progress=False)
@@ -206,17 +208,18 @@ def test_resume_after_sigkill_is_bit_exact(folder, tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_exit(whole, folder, tmp_path, signum, monkeypatch):
-    step, seen = train_module._Run._step, []
+    step, seen = MindSporeRun._step, []
 
-    def signalling_step(self, parts):
-        step(self, parts)
+    def signalling_step(self, batches):
+        done = step(self, batches)
         seen.append(1)
         if len(seen) == 6:
             signal.raise_signal(signum)
+        return done
 
     before = signal.getsignal(signum)
     with monkeypatch.context() as patch:
-        patch.setattr(train_module._Run, "_step", signalling_step)
+        patch.setattr(MindSporeRun, "_step", signalling_step)
         words = [word for name, value in {**SMALL, **WHOLE, "data_dir": folder}.items() for word in (f"--{name}", str(value))]
         command = ["train", "--framework", "mindspore", "-c", "convit_tiny", "-q", "--output", str(tmp_path / "run"), *words]
         assert cli.main(command) == 128 + signal.SIGTERM  # MindSpore's pipelines catch SIGINT themselves, and send SIGTERM
@@ -228,13 +231,13 @@ def test_signals_save_and_exit(whole, folder, tmp_path, signum, monkeypatch):
 
 
 def test_a_nan_loss_skips_the_step_and_stops_after_too_many(folder, tmp_path, monkeypatch):
-    step, calls = train_module._Run._step, []
+    gradients, calls = MindSporeRun.gradients, []
 
-    def poisoned(self, parts):
+    def poisoned(self, batches):
         calls.append(1)
-        step(self, [(images * float("nan"), targets) for images, targets in parts] if len(calls) in bad else parts)
+        return gradients(self, ((images * float("nan"), targets) for images, targets in batches) if len(calls) in bad else batches)
 
-    monkeypatch.setattr(train_module._Run, "_step", poisoned)
+    monkeypatch.setattr(MindSporeRun, "gradients", poisoned)
     bad = {2, 3, 6}
     result = train(recipe(folder, max_skipped_steps=2, mode=1), tmp_path / "some", progress=False)
     assert [record["skipped_steps"] for record in result.history] == [2, 1]
@@ -274,15 +277,16 @@ def test_an_unreadable_image_stops_the_run_and_is_named(folder, tmp_path):
 
 
 def test_resuming_inside_an_epoch_needs_the_same_batch(folder, tmp_path, monkeypatch, caplog):
-    step = train_module._Run._step
+    step = MindSporeRun._step
 
-    def signalling_step(self, parts):
-        step(self, parts)
+    def signalling_step(self, batches):
+        done = step(self, batches)
         signal.raise_signal(signal.SIGTERM)
+        return done
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module._Run, "_step", signalling_step)
-        with pytest.raises(train_module.Interrupted, match="stopped by SIGTERM; saved"):
+        patch.setattr(MindSporeRun, "_step", signalling_step)
+        with pytest.raises(Interrupted, match="stopped by SIGTERM; saved"):
             train(recipe(folder, mode=1), tmp_path / "run", progress=False)
     with pytest.raises(ValueError, match="stands inside an epoch with a global batch of 4, and this run has 2"):
         train(recipe(folder, batch_size=2, mode=1), tmp_path / "run", resume=True, progress=False)

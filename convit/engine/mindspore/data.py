@@ -16,27 +16,21 @@ import mindspore.dataset as ds
 import numpy as np
 
 from convit.engine.recipe import Recipe
+from convit.engine.sources import DigitsSource
 
 
 class _Digits:
     """scikit-learn's digits for a GeneratorDataset, the split of the PyTorch engine: ([1, s, s] float32, label)."""
 
     def __init__(self, recipe: Recipe, train: bool) -> None:
-        try:
-            from sklearn.datasets import load_digits
-            from sklearn.model_selection import train_test_split
-        except ImportError:
-            raise ImportError("the digits need scikit-learn: pip install scikit-learn") from None
         from PIL import Image
 
-        pixels, labels = load_digits(return_X_y=True)
-        parts = train_test_split(pixels, labels, test_size=0.2, stratify=labels, random_state=0)
+        source = DigitsSource(train)
         size = recipe.image_resize
         mean, std = (value[0] / 255 for value in normalisation(recipe))
-        small = (parts[0] if train else parts[1]).reshape(-1, 8, 8).astype(np.float32) / 16
-        large = [np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)) for image in small]
+        large = [np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)) for image in source.pixels]
         self.images = (np.stack(large)[:, None] - mean) / std
-        self.labels = (parts[2] if train else parts[3]).astype(np.int32)
+        self.labels = np.array(source.targets, np.int32)
         self.blank, self.reach = -mean / std, recipe.shift if train else 0
         self.seed, self.epoch = recipe.seed, 0
 
@@ -56,7 +50,7 @@ class _Digits:
 class Data:
     """A split of the recipe's data set: ``pipeline`` gives batches of (images, targets).
 
-    ``classes``, ``samples`` and ``steps`` count classes, images over all processes, and batches of an epoch on this one.
+    ``classes`` are their names; ``samples`` and ``steps`` count images over all processes and batches of an epoch on this one.
 
     Raises:
         ValueError: ``data_dir`` is missing, or the split holds less than one batch.
@@ -70,7 +64,7 @@ class Data:
         self.workers = min(asked, multiprocessing.cpu_count())  # MindSpore refuses more
         if recipe.dataset == "digits":
             self.digits = _Digits(recipe, train)
-            self.classes, self.samples = 10, len(self.digits)
+            self.classes, self.samples = DigitsSource.classes, len(self.digits)
         else:
             split = recipe.train_split if train else recipe.val_split
             if not recipe.data_dir:
@@ -79,7 +73,7 @@ class Data:
             if not (self.root / split).is_dir():
                 option = "train" if train else "val"
                 raise FileNotFoundError(f"data_dir {self.root} has no folder {split!r}; --{option}_split names another")
-            self.classes = sum(entry.is_dir() for entry in (self.root / split).iterdir())
+            self.classes = sorted(entry.name for entry in (self.root / split).iterdir() if entry.is_dir())
             self.samples = self._images().get_dataset_size() * size
         self.steps = self.pipeline(0).get_dataset_size()
         if not self.steps:
@@ -155,7 +149,7 @@ class Data:
             cutmix_alpha=recipe.cutmix,
             prob=recipe.cutmix_prob,
             label_smoothing=0.0,  # the loss smooths
-            num_classes=recipe.num_classes or self.classes,
+            num_classes=recipe.num_classes or len(self.classes),
         )
         return loader.map(
             _Seeded(mixup, (recipe.seed, epoch, len(transforms))), input_columns=["image", "label"], num_parallel_workers=self.workers

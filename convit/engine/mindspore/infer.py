@@ -1,7 +1,6 @@
 """Classify image files in MindSpore; the same results as ``convit.engine.pytorch.infer``."""
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -9,9 +8,10 @@ from mindspore import Tensor
 from mindspore.dataset.transforms import Compose
 from PIL import Image
 
-from convit.engine.images import find_images, imagenet_names, need_weights, shown
+from convit.engine.images import class_names, classify, find_images, need_weights
+from convit.engine.mindspore.build import build_model, check_recipe, start
+from convit.engine.mindspore.checkpoint import facts_of
 from convit.engine.mindspore.data import eval_transforms, normalisation
-from convit.engine.mindspore.train import build_model, check_recipe, start
 from convit.engine.recipe import Recipe
 
 
@@ -27,50 +27,29 @@ def infer(recipe: Recipe, images: list[str], topk: int = 5, progress: bool = Fal
     check_recipe(recipe)
     paths = find_images(images)
     start(recipe)
-    num_classes = recipe.num_classes or 1000
+    recorded = list(facts_of(recipe.ckpt_path).get("classes", [])) if recipe.ckpt_path else []
+    num_classes = recipe.num_classes or len(recorded) or 1000
     model = build_model(recipe, num_classes).set_train(False)
-    names, prepare = class_names(recipe, num_classes), _preparation(recipe)
+    prepare = _preparation(recipe)
 
-    def results() -> Iterator[dict[str, Any]]:
-        for path in paths:
-            try:
-                image = prepare(path)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                yield {"image": str(path), "error": f"{type(error).__name__}: {error}"}
-                continue
-            logits = model(Tensor(image[None])).asnumpy()[0].astype(np.float64)
-            exponentials = np.exp(logits - logits.max())
-            top = np.argsort(-logits, kind="stable")[:topk]
-            rows = [{"index": int(i), "name": names[i], "probability": float(exponentials[i] / exponentials.sum())} for i in top]
-            yield {"image": str(path), "classes": rows}
+    def predict(image: Image.Image) -> np.ndarray:
+        logits = model(Tensor(prepare(image)[None])).asnumpy()[0].astype(np.float64)
+        exponentials = np.exp(logits - logits.max())
+        return exponentials / exponentials.sum()
 
-    return shown(results(), len(paths)) if progress else results()
+    return classify(paths, recipe.in_channels, predict, class_names(recorded, num_classes), topk, progress)
 
 
-def _preparation(recipe: Recipe) -> Any:
-    """A function from a file to what the model takes, [C, size, size] float32: as in validation, of images and of digits."""
+def _preparation(recipe: Recipe) -> Callable[[Image.Image], np.ndarray]:
+    """A function from an image to what the model takes, [C, size, size] float32: as in validation, of images and of digits."""
+    side = recipe.image_resize
     if recipe.in_channels == 1:
-        size = (recipe.image_resize, recipe.image_resize)
         mean, std = (value[0] for value in normalisation(recipe))
 
-        def grey(path: Path) -> np.ndarray:
-            image = Image.open(path).convert("L").resize(size, Image.Resampling.BILINEAR)
-            return ((np.asarray(image, np.float32)[None] - mean) / std).astype(np.float32)
+        def grey(image: Image.Image) -> np.ndarray:
+            small = image.resize((side, side), Image.Resampling.BILINEAR)
+            return ((np.asarray(small, np.float32)[None] - mean) / std).astype(np.float32)
 
         return grey
-    transforms = Compose(eval_transforms(recipe)[1:])  # without the decoding: Pillow reads more, and says what it cannot read
-
-    def colour(path: Path) -> np.ndarray:
-        return np.asarray(transforms(np.asarray(Image.open(path).convert("RGB")))).reshape(3, recipe.image_resize, recipe.image_resize)
-
-    return colour
-
-
-def class_names(recipe: Recipe, num_classes: int) -> list[str]:
-    """Names of the classes: the folders that the model was trained on if they are there, ImageNet's for a head of 1000, else numbers."""
-    folder = Path(recipe.data_dir).expanduser() / recipe.train_split
-    if recipe.data_dir and folder.is_dir():
-        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-        if len(names) == num_classes:
-            return names
-    return imagenet_names() if num_classes == 1000 else [str(i) for i in range(num_classes)]
+    transforms = Compose(eval_transforms(recipe)[1:])  # without the decoding
+    return lambda image: np.asarray(transforms(np.asarray(image))).reshape(3, side, side)

@@ -1,39 +1,27 @@
 """Evaluation in MindSpore; the same results as ``convit.engine.pytorch.validate``."""
 
-import dataclasses
-import re
 import time
-from pathlib import Path
 from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
+from convit.engine.mindspore.build import build_model, check_recipe, start
 from convit.engine.mindspore.data import Data
-from convit.engine.recipe import Recipe, load_recipe
-
-
-def saved_recipe(path: str) -> dict[str, Any] | None:
-    """The recipe beside a checkpoint of a training run; ``None`` for any other file."""
-    recipe = Path(path).with_name("recipe.yaml")
-    if not re.fullmatch(r"(best|epoch_\d+)\.ckpt", Path(path).name) or not recipe.exists():
-        return None
-    return dataclasses.asdict(load_recipe(recipe))
+from convit.engine.recipe import Recipe
 
 
 def validate(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
     """Measure the model and checkpoint of ``recipe`` on its validation split; result and errors as the PyTorch engine's."""
-    from convit.engine.mindspore.train import build_model, check_recipe, start
-
     check_recipe(recipe)
-    rank, size = start(recipe)
-    data = Data(recipe, False, rank, size)
-    model = build_model(recipe, recipe.num_classes or data.classes)
+    world = start(recipe)
+    data = Data(recipe, False, world.rank, world.size)
+    model = build_model(recipe, recipe.num_classes or len(data.classes))
     if recipe.amp_level != "O0" and ms.get_context("device_target") != "CPU":
         model = ms.amp.auto_mixed_precision(model, recipe.amp_level)
     began = time.perf_counter()
-    scores = evaluate(model, data.pipeline(0), size)
+    scores = evaluate(model, data.pipeline(0), world.size)
     return {
         "model": recipe.model,
         "checkpoint": recipe.ckpt_path or ("published" if recipe.pretrained else None),

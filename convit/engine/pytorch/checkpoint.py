@@ -1,17 +1,19 @@
 """Checkpoints of a run: what a resumed one needs to continue as if it had never stopped."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from convit.engine.run import write_atomic
+from convit.engine.folder import writing
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """``torch.save``, atomically."""
-    write_atomic(path, lambda file: torch.save(state, file))
+def save(path: Path, tensors: dict[str, Any], facts: dict[str, Any]) -> None:
+    """``torch.save`` of both, atomically."""
+    with writing(path) as file:
+        torch.save(tensors | facts, file)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -30,6 +32,23 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or "progress" not in state:
         raise ValueError(f"{path} is no checkpoint of a training run (last.pth is); to start from its weights use --ckpt_path")
     return state
+
+
+def facts_of(path: str) -> dict[str, Any]:
+    """The plain values that a run stored beside its weights, such as ``recipe`` and ``classes``; empty for any other file.
+
+    Raises:
+        OSError: The file cannot be opened.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # the weights stay where they are
+    except OSError:
+        raise
+    except Exception:  # of another kind, or damaged: load_checkpoint will say which
+        return {}
+    return state if isinstance(state, dict) and isinstance(state.get("recipe"), dict) else {}
 
 
 class States:

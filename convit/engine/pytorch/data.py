@@ -2,44 +2,33 @@
 
 The order of an epoch is a function of (seed, epoch) and the random part of a sample one of (seed, epoch, position in the epoch),
 whatever the number of processes or workers. So a resumed run sees exactly what it would have seen, a dead worker costs nothing but
-time, and N processes see the images that one process with an N-fold batch sees. timm supplies readers, transforms and mixing;
+time, and N processes see the images that one process with an N-fold batch sees. timm supplies transforms and mixing;
 its loaders are not used, because they can only start at the beginning of an epoch.
 """
 
 import hashlib
-import io
 import logging
 import random
 import signal
 import struct
-import tarfile
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from convit.engine.images import IMAGE_SUFFIXES
-from convit.engine.pytorch.distributed import World
+from convit.engine.images import BadImage
 from convit.engine.recipe import Recipe
+from convit.engine.sources import DigitsSource, Source, choose_samples, open_source, read_sample
+from convit.engine.world import World
 
 logger = logging.getLogger("convit")
 
-SPLITS = {"val": ("val", "validation", "valid", "test"), "validation": ("validation", "val", "valid"), "train": ("train", "training")}
 WORKER_RESTARTS = 3
-
-
-class BadImage(NamedTuple):
-    """An image that could not be read."""
-
-    name: str
-    reason: str
 
 
 class Batch(NamedTuple):
@@ -70,176 +59,6 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-
-
-# --- sources: len(), targets, classes, name(i), open(i) ---
-
-
-class FolderSource:
-    """A tree of image folders, one per class, read as timm reads it."""
-
-    def __init__(self, root: Path) -> None:
-        from timm.data.readers.reader_image_folder import ReaderImageFolder
-
-        try:
-            self.reader = ReaderImageFolder(str(root))
-        except RuntimeError as error:
-            raise ValueError(str(error)) from None
-        self.targets = [target for _, target in self.reader.samples]
-        self.classes = [str(name) for name in self.reader.class_to_idx]
-
-    def name(self, index: int) -> str:
-        return self.reader.samples[index][0]
-
-    def open(self, index: int) -> Any:
-        return open(self.reader.samples[index][0], "rb")
-
-
-class TarSource:
-    """Tar shards in webdataset's layout: ``key.jpg`` beside ``key.cls``. Indexed, not streamed, so that any sample can be reached."""
-
-    def __init__(self, shards: list[Path]) -> None:
-        self.samples: list[tuple[str, str, int, int]] = []  # shard, key, offset and size of the image
-        self.targets: list[int] = []
-        for shard in shards:
-            self._index(str(shard))
-        if not self.samples:
-            raise ValueError(f"no image with a .cls label in {len(shards)} tar shards, the first of which is {shards[0]}")
-        self.classes = [str(i) for i in range(max(self.targets) + 1)]
-
-    def _index(self, shard: str) -> None:
-        images, labels = {}, {}
-        try:
-            with tarfile.open(shard, "r:") as tar:
-                for member in tar:
-                    folder, _, base = member.name.rpartition("/")
-                    stem, _, suffix = base.partition(".")
-                    key = f"{folder}/{stem}"
-                    if suffix.lower() in IMAGE_SUFFIXES:
-                        images[key] = (member.offset_data, member.size)
-                    elif suffix == "cls":
-                        labels[key] = int(tar.extractfile(member).read())  # type: ignore[union-attr]
-        except (tarfile.TarError, ValueError, EOFError) as error:
-            raise ValueError(f"{shard} is not an uncompressed tar of key.jpg and key.cls files: {error}") from None
-        for key, (offset, size) in images.items():
-            if key in labels:
-                self.samples.append((shard, key, offset, size))
-                self.targets.append(labels[key])
-
-    def name(self, index: int) -> str:
-        shard, key, _, _ = self.samples[index]
-        return f"{shard}:{key.lstrip('/')}"
-
-    def open(self, index: int) -> Any:
-        shard, _, offset, size = self.samples[index]
-        with open(shard, "rb") as file:
-            file.seek(offset)
-            return io.BytesIO(file.read(size))
-
-
-class HfSource:
-    """A split of a Hugging Face data set on disk: parquet or arrow files, an image folder with metadata, or a ``save_to_disk`` folder."""
-
-    def __init__(self, root: Path, splits: tuple[str, ...]) -> None:
-        try:
-            import datasets
-        except ImportError:
-            raise ImportError("Hugging Face data needs the package datasets: pip install 'convit[train]'") from None
-        if (root / "dataset_dict.json").exists() or (root / "state.json").exists():
-            data = datasets.load_from_disk(str(root))
-        else:
-            data = datasets.load_dataset(str(root))
-        if isinstance(data, dict):
-            found = next((name for name in splits if name in data), None)
-            if found is None:
-                raise ValueError(f"{root} has the splits {', '.join(data)}, none of {', '.join(splits)}")
-            data = data[found]
-        kinds = {name: type(feature).__name__ for name, feature in data.features.items()}
-        self.image = next((name for name, kind in kinds.items() if kind == "Image"), None)
-        self.label = next((name for name, kind in kinds.items() if kind == "ClassLabel"), "label" if "label" in kinds else None)
-        if self.image is None or self.label is None:
-            raise ValueError(f"{root} needs an image column and a label column, it has {kinds}")
-        self.targets = [int(label) for label in data[self.label]]
-        self.classes = getattr(data.features[self.label], "names", None) or [str(i) for i in range(max(self.targets) + 1)]
-        self.data = data.cast_column(self.image, datasets.Image(decode=False))
-
-    def name(self, index: int) -> str:
-        return f"row {index}"
-
-    def open(self, index: int) -> Any:
-        image = self.data[index][self.image]
-        return io.BytesIO(image["bytes"]) if image["bytes"] else open(image["path"], "rb")
-
-
-class DigitsSource:
-    """scikit-learn's digits: [n, 1, s, s] float32 in 0 to 1 (8 x 8 pixels resized to s), a fixed stratified fifth kept for testing."""
-
-    classes = [str(digit) for digit in range(10)]
-
-    def __init__(self, train: bool, size: int) -> None:
-        try:
-            from sklearn.datasets import load_digits
-            from sklearn.model_selection import train_test_split
-        except ImportError:
-            raise ImportError("the digits need scikit-learn: pip install 'convit[train]'") from None
-        images, targets = load_digits(return_X_y=True)
-        parts = train_test_split(images, targets, test_size=0.2, stratify=targets, random_state=0)
-        pixels, labels = (parts[0], parts[2]) if train else (parts[1], parts[3])
-        small = torch.tensor(pixels, dtype=torch.float32).div(16).reshape(-1, 1, 8, 8)
-        self.images = torch.nn.functional.interpolate(small, size=(size, size), mode="bilinear", align_corners=False)
-        self.targets = [int(label) for label in labels]
-
-
-Source = FolderSource | TarSource | HfSource | DigitsSource
-
-
-def open_source(recipe: Recipe, train: bool) -> Source:
-    """The split that ``recipe`` names.
-
-    Raises:
-        ValueError: ``data_dir`` is not set or holds no such data.
-        FileNotFoundError: ``data_dir`` or the split does not exist.
-    """
-    if recipe.dataset == "digits":
-        return DigitsSource(train, recipe.image_resize)
-    if not recipe.data_dir:
-        raise ValueError(f"data_dir must name the folder of the data set ({recipe.dataset}); --config digits needs none")
-    root = Path(recipe.data_dir).expanduser()
-    if not root.is_dir():
-        raise FileNotFoundError(f"data_dir {root} is no folder")
-    split = recipe.train_split if train else recipe.val_split
-    names = SPLITS.get(split, (split,))
-    shards = next((found for name in names if (found := sorted([*root.glob(f"{name}*.tar"), *root.glob(f"{name}/*.tar")]))), [])
-    kind = recipe.dataset
-    if kind == "imagenet":
-        saved = any((root / name).exists() for name in ("dataset_dict.json", "state.json", "dataset_info.json"))
-        columns = any(next(root.glob(pattern), None) for pattern in ("*.parquet", "data/*.parquet", "*/*.parquet", "*.arrow"))
-        kind = "wds" if shards else "hfds" if saved or columns else "folder"
-    if kind == "hfds":
-        return HfSource(root, names)
-    if kind == "wds":
-        if not shards:
-            raise FileNotFoundError(f"no tar shards {split}*.tar or {split}/*.tar in {root}")
-        return TarSource(shards)
-    folder = next((root / name for name in names if (root / name).is_dir()), None)
-    if folder is None:
-        raise FileNotFoundError(f"data_dir {root} has no folder {split!r}; --{'train' if train else 'val'}_split names another")
-    return FolderSource(folder)
-
-
-def choose_samples(targets: list[int], num_classes: int | None, sampling_ratio: float = 1.0, num_samples: int | None = None) -> list[int]:
-    """Indices of the first ``num_classes`` classes, of each the first ``sampling_ratio`` share (rounded down, as FAIR does), at most
-    ``num_samples`` in all."""
-    labels = np.asarray(targets)
-    keep = np.ones(len(labels), bool) if num_classes is None else labels < num_classes
-    if sampling_ratio < 1.0:
-        for label in np.unique(labels):
-            where = np.flatnonzero(labels == label)
-            keep[where[int(len(where) * sampling_ratio) :]] = False
-    chosen = np.flatnonzero(keep)[:num_samples].tolist()
-    if not chosen:
-        raise ValueError(f"no sample left of {len(targets)} with num_classes={num_classes}, sampling_ratio={sampling_ratio}")
-    return chosen
 
 
 # --- transforms ---
@@ -296,14 +115,22 @@ def timm_policy(policy: str | None) -> str | None:
     return {"autoaug": "original", "autoaugr": "originalr", "randaug": "rand"}.get(head, head) + dash + rest
 
 
+def _digits(source: DigitsSource, recipe: Recipe) -> tuple[Tensor, Tensor, float]:
+    """Normalised images [n, 1, s, s], targets [n], and what the edge of an image is filled with."""
+    (mean, *_), (std, *_) = normalisation(recipe)
+    size = (recipe.image_resize, recipe.image_resize)
+    large = torch.nn.functional.interpolate(torch.from_numpy(source.pixels)[:, None], size=size, mode="bilinear", align_corners=False)
+    return (large - mean) / std, torch.tensor(source.targets), -mean / std
+
+
 # --- training ---
 
 
 class _Samples(Dataset):
     """Maps (epoch, position, index) to (image, target, bad). An unreadable image is replaced by the next readable one."""
 
-    def __init__(self, source: Source, chosen: list[int], transform: Any, mode: str, seed: int) -> None:
-        self.source, self.chosen, self.transform, self.mode, self.seed = source, chosen, transform, mode, seed
+    def __init__(self, source: Source, chosen: list[int], transform: Any, channels: int, seed: int) -> None:
+        self.source, self.chosen, self.transform, self.channels, self.seed = source, chosen, transform, channels, seed
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int, list[BadImage]]:
         epoch, position, which = key
@@ -311,21 +138,12 @@ class _Samples(Dataset):
         with seeded(mix_seed(self.seed, epoch, position)):
             for step in range(min(100, len(self.chosen))):
                 index = self.chosen[(which + step) % len(self.chosen)]
-                image = read_image(self.source, index, self.mode)
+                image = read_sample(self.source, index, self.channels)
                 if isinstance(image, BadImage):
                     bad.append(image)
                     continue
                 return self.transform(image), self.source.targets[index], bad
         raise ValueError(f"{len(bad)} images in a row cannot be read, from {bad[0].name} ({bad[0].reason})")
-
-
-def read_image(source: Any, index: int, mode: str) -> Image.Image | BadImage:
-    """Decode sample ``index`` in full. Every way in which Pillow refuses a file comes back as a ``BadImage``."""
-    try:
-        with source.open(index) as file:
-            return Image.open(file).convert(mode)
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        return BadImage(source.name(index), f"{type(error).__name__}: {error}")
 
 
 def _collate(samples: list[tuple[Tensor, int, list[BadImage]]]) -> tuple[Tensor, Tensor, list[BadImage]]:
@@ -360,6 +178,7 @@ class TrainData:
         self.source = open_source(recipe, train=True)
         self.chosen = choose_samples(self.source.targets, recipe.num_classes, recipe.sampling_ratio, recipe.num_samples)
         self.num_classes = recipe.num_classes or len(self.source.classes)
+        self.classes = self.source.classes
         self.accumulation = recipe.gradient_accumulation_steps
         self.shares = self.accumulation * world.size
         self.global_batch = recipe.batch_size * self.shares
@@ -372,10 +191,7 @@ class TrainData:
         self.worker_deaths = 0
         self._loader: DataLoader | None = None
         if isinstance(self.source, DigitsSource):
-            mean, std = normalisation(recipe)
-            self._images = (self.source.images - mean[0]) / std[0]
-            self._targets = torch.tensor(self.source.targets)
-            self._blank = -mean[0] / std[0]
+            self._images, self._targets, self._blank = _digits(self.source, recipe)
 
     def order(self, epoch: int) -> np.ndarray:
         """Indices into ``chosen`` in the order of ``epoch``: [samples_per_epoch]."""
@@ -445,9 +261,8 @@ class TrainData:
     def _make_loader(self) -> DataLoader:
         if self._loader is None:
             recipe = self.recipe
-            mode = "L" if recipe.in_channels == 1 else "RGB"
             self._loader = DataLoader(
-                _Samples(self.source, self.chosen, train_transform(recipe), mode, recipe.seed),
+                _Samples(self.source, self.chosen, train_transform(recipe), recipe.in_channels, recipe.seed),
                 batch_sampler=_Order(self),
                 num_workers=recipe.num_parallel_workers,
                 collate_fn=_collate,
@@ -473,15 +288,15 @@ def _quiet_child_signals() -> None:
 
 
 class _EvalSamples(Dataset):
-    def __init__(self, source: Source, chosen: list[int], transform: Any, mode: str) -> None:
-        self.source, self.chosen, self.transform, self.mode = source, chosen, transform, mode
+    def __init__(self, source: Source, chosen: list[int], transform: Any, channels: int) -> None:
+        self.source, self.chosen, self.transform, self.channels = source, chosen, transform, channels
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __getitem__(self, which: int) -> tuple[Tensor, int] | BadImage:
         index = self.chosen[which]
-        image = read_image(self.source, index, self.mode)
+        image = read_sample(self.source, index, self.channels)
         return image if isinstance(image, BadImage) else (self.transform(image), self.source.targets[index])
 
 
@@ -505,12 +320,10 @@ class EvalData:
         self.bad: list[BadImage] = []
         self._loader: DataLoader | None = None
         if isinstance(self.source, DigitsSource):
-            mean, std = normalisation(recipe)
-            self._images, self._targets = (self.source.images - mean[0]) / std[0], torch.tensor(self.source.targets)
+            self._images, self._targets, _ = _digits(self.source, recipe)
         else:
-            mode = "L" if recipe.in_channels == 1 else "RGB"
             self._loader = DataLoader(
-                _EvalSamples(self.source, self.chosen, eval_transform(recipe), mode),
+                _EvalSamples(self.source, self.chosen, eval_transform(recipe), recipe.in_channels),
                 recipe.batch_size,
                 num_workers=recipe.num_parallel_workers,
                 collate_fn=_collate_eval,

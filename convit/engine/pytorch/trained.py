@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from convit.engine.pytorch.build import build_model
 from convit.engine.recipe import Recipe, load_recipe
+from convit.weights.load import load_checkpoint, read
 
 
 def trained_model(run: Path) -> tuple[Any, Recipe]:
@@ -12,9 +14,6 @@ def trained_model(run: Path) -> tuple[Any, Recipe]:
     Raises:
         FileNotFoundError: ``run`` has no recipe.yaml, or neither best.pth nor last.pth.
     """
-    from convit.engine.pytorch.train import build_model
-    from convit.weights.load import load_checkpoint, read
-
     weights = next((run / name for name in ("best.pth", "last.pth") if (run / name).exists()), None)
     if weights is None or not (run / "recipe.yaml").exists():
         raise FileNotFoundError(f"{run} must hold recipe.yaml and best.pth or last.pth of a PyTorch training run")

@@ -8,9 +8,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from convit.engine.pytorch.data import BadImage, EvalData
-from convit.engine.pytorch.distributed import World, choose_device, find_world, start, total
+from convit.engine.images import BadImage
+from convit.engine.pytorch.build import amp_dtype, build_model
+from convit.engine.pytorch.data import EvalData
+from convit.engine.pytorch.distributed import choose_device, start, total
 from convit.engine.recipe import Recipe
+from convit.engine.world import World, find_world
 
 
 class Scores(NamedTuple):
@@ -59,17 +62,6 @@ def evaluate(
     return Scores(int(count), 100 * top1 / count, 100 * top5 / count, loss / count, count / seconds, data.bad)
 
 
-def saved_recipe(path: str) -> dict[str, Any] | None:
-    """The recipe inside a checkpoint of a training run; ``None`` for any other file."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception:  # of another kind, or damaged: load_checkpoint will say which
-        return None
-    return state.get("recipe") if isinstance(state, dict) else None
-
-
 def validate(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
     """Measure the model and checkpoint of ``recipe`` on its validation split.
 
@@ -80,8 +72,6 @@ def validate(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
         ValueError: Model, checkpoint and data do not fit together.
         OSError: Checkpoint or data cannot be read.
     """
-    from convit.engine.pytorch.train import amp_dtype, build_model
-
     world = find_world()
     device = choose_device(recipe.device, world)
     start(world, device)

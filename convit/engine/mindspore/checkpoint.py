@@ -1,0 +1,59 @@
+"""Checkpoints of a run in MindSpore's format: parameters, and as one JSON string what else a resumed run or a reader needs."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+
+from convit.engine.folder import writing
+
+FACTS = "convit_run"  # the name of the string
+
+
+def save(path: Path, tensors: dict[str, Any], facts: dict[str, Any]) -> None:
+    """``mindspore.save_checkpoint``, atomically."""
+    with writing(path) as file:
+        made = Path(f"{file.name}.ckpt")  # MindSpore opens the file itself, and wants this suffix
+        try:
+            parameters = [{"name": name, "data": value} for name, value in tensors.items()]
+            ms.save_checkpoint(parameters, str(made), append_dict={FACTS: json.dumps(facts)})
+            with open(made, "rb+") as written:
+                os.fsync(written.fileno())
+            os.replace(made, file.name)
+        except ValueError as error:  # MindSpore's, for a full disk
+            raise OSError(error) from error
+        finally:
+            for part in (made, made.with_suffix(".tmp")):  # the second is MindSpore's own
+                part.unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read what ``save`` wrote for last.ckpt: the facts, and the parameters under "parameters".
+
+    Raises:
+        ValueError: The file is no such checkpoint.
+    """
+    try:
+        saved = ms.load_checkpoint(str(path))
+        facts = json.loads(str(saved.pop(FACTS)))
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or no checkpoint of a training run: {str(error).splitlines()[0]}") from None
+    if "progress" not in facts:
+        raise ValueError(f"{path} is no checkpoint of a training run (last.ckpt is); to start from its weights use --ckpt_path")
+    return facts | {"parameters": saved}
+
+
+def facts_of(path: str) -> dict[str, Any]:
+    """The plain values that a run stored beside its weights, such as ``recipe`` and ``classes``; empty for any other file.
+
+    Raises:
+        OSError: The file cannot be opened.
+    """
+    open(path, "rb").close()
+    try:
+        facts = json.loads(str(ms.load_checkpoint(path)[FACTS]))
+    except (RuntimeError, ValueError, KeyError, TypeError):  # of another kind, or damaged: load_checkpoint will say which
+        return {}
+    return facts if isinstance(facts, dict) and isinstance(facts.get("recipe"), dict) else {}

@@ -1,0 +1,116 @@
+"""What a recipe describes, in PyTorch: the model, its precision, and from timm the optimiser, schedule, mixing and loss."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from convit.engine.recipe import Recipe
+
+
+def build_model(recipe: Recipe, num_classes: int, strict_head: bool = True) -> nn.Module:
+    """The model that ``recipe`` describes, with ``num_classes`` outputs, on CPU, its weights drawn from the seed or loaded.
+
+    ``strict_head`` False keeps a fresh classifier where the weights have another number of classes: to fine-tune.
+
+    Raises:
+        ValueError: Unknown name, keys that do not fit together, or weights that do not fit the model.
+    """
+    import convit
+
+    names = ("patch_size", "embed_dim", "depth", "num_heads", "local_up_to_layer", "locality_strength")
+    given = {name: value for name in names if (value := getattr(recipe, name)) is not None}
+    given |= {
+        "img_size": recipe.image_resize,
+        "in_chans": recipe.in_channels,
+        "num_classes": num_classes,
+        "drop_rate": recipe.drop_rate,
+        "drop_path_rate": recipe.drop_path_rate,
+    }
+    torch.manual_seed(recipe.seed)
+    if recipe.model == "convit":
+        if recipe.pretrained:
+            raise ValueError("pretrained needs the name of a variant in model, not 'convit'")
+        model = convit.ConViT(**given)
+    else:
+        model = convit.create_model(recipe.model, pretrained=recipe.pretrained, **given)
+    if recipe.ckpt_path:
+        convit.load_checkpoint(model, recipe.ckpt_path, strict_head=strict_head)
+    return model
+
+
+def amp_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
+    """The type of mixed precision on ``device``; ``None`` for float32."""
+    if recipe.amp_level == "O0":
+        return None
+    if recipe.amp_dtype != "auto":
+        return getattr(torch, recipe.amp_dtype)
+    if device.type == "cpu":
+        return None
+    return torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported() else torch.float16
+
+
+def build_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """timm's optimiser, with its groups for weight decay and layer decay."""
+    from timm.optim import create_optimizer_v2
+
+    opt = {"sgd": "sgd" if recipe.use_nesterov else "momentum", "momentum": "sgd" if recipe.use_nesterov else "momentum"}
+    more: dict[str, Any] = {} if recipe.opt in opt else {"eps": recipe.eps}
+    return create_optimizer_v2(
+        model,
+        opt.get(recipe.opt, recipe.opt),
+        lr=lr,
+        weight_decay=recipe.weight_decay,
+        momentum=recipe.momentum,
+        filter_bias_and_bn=recipe.filter_bias_and_bn,
+        layer_decay=recipe.layer_decay,
+        **more,
+    )
+
+
+def build_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, lr: float, steps: int) -> Any:
+    """timm's schedule for MindCV's words. Called once per step, or once per epoch with ``lr_epoch_stair``."""
+    from timm.scheduler import create_scheduler_v2
+
+    names = {
+        "constant": "constant",
+        "cosine_decay": "cosine",
+        "warmup_cosine_decay": "cosine",
+        "step_decay": "step",
+        "multi_step_decay": "multistep",
+        "exponential_decay": "step",
+        "polynomial_decay": "poly",
+    }
+    decay_rate, decay_epochs, units = recipe.decay_rate, float(recipe.decay_epochs), 1 if recipe.lr_epoch_stair else steps
+    if recipe.scheduler == "exponential_decay":  # a small step in every unit
+        decay_rate, decay_epochs = recipe.decay_rate ** (1 / (recipe.decay_epochs * units)), 1 / units
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        names[recipe.scheduler],
+        num_epochs=recipe.decay_epochs,
+        decay_epochs=decay_epochs,
+        decay_milestones=recipe.multi_step_decay_milestones,
+        decay_rate=decay_rate,
+        min_lr=recipe.min_lr,
+        warmup_lr=lr * recipe.warmup_factor,
+        warmup_epochs=recipe.warmup_epochs,
+        warmup_prefix=recipe.warmup_prefix and names[recipe.scheduler] in ("cosine", "poly"),
+        cycle_limit=recipe.num_cycles,
+        cycle_decay=recipe.cycle_decay,
+        step_on_epochs=recipe.lr_epoch_stair,
+        updates_per_epoch=steps,
+    )
+    return scheduler
+
+
+def build_loss(recipe: Recipe, num_classes: int) -> tuple[Any, nn.Module]:
+    """timm's mixing of images and targets, ``None`` without it, and the loss that takes its targets."""
+    from timm.data import Mixup
+    from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
+
+    mixup, smoothing = None, recipe.label_smoothing
+    if recipe.mixup > 0 or recipe.cutmix > 0:
+        mixup = Mixup(recipe.mixup, recipe.cutmix, prob=recipe.cutmix_prob, label_smoothing=smoothing, num_classes=num_classes)
+    if recipe.loss == "BCE":
+        return mixup, BinaryCrossEntropy(0.0 if mixup else smoothing)
+    return mixup, SoftTargetCrossEntropy() if mixup else nn.CrossEntropyLoss(label_smoothing=smoothing)

@@ -1,0 +1,202 @@
+"""Where images with labels come from: folders, tar shards, Hugging Face files, scikit-learn's digits. Imports no framework."""
+
+import io
+import re
+import tarfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from convit.engine.images import BadImage, image_suffixes, images_below, read_image
+from convit.engine.recipe import Recipe
+
+SPLITS = {"val": ("val", "validation", "valid", "test"), "validation": ("validation", "val", "valid"), "train": ("train", "training")}
+
+
+# a source has: targets, classes, name(index), open(index)
+
+
+class FolderSource:
+    """A folder of image folders, one per class, in the order in which timm reads them; images may lie deeper."""
+
+    def __init__(self, root: Path) -> None:
+        folders = sorted(
+            (entry for entry in root.iterdir() if entry.is_dir() and entry.name[:1] != "."), key=lambda entry: _natural(entry.name)
+        )
+        images = [(str(path), folder.name) for folder in folders for path in images_below(folder)]
+        if not images:
+            raise ValueError(f"{root} holds no folders of images, one per class")
+        images.sort(key=lambda image: _natural(image[0]))
+        present = {name for _, name in images}
+        self.classes = [folder.name for folder in folders if folder.name in present]
+        number = {name: target for target, name in enumerate(self.classes)}
+        self.paths = [path for path, _ in images]
+        self.targets = [number[name] for _, name in images]
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+    def open(self, index: int) -> BinaryIO:
+        return open(self.paths[index], "rb")
+
+
+def _natural(name: str) -> list[Any]:
+    """A key that sorts 2 before 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
+
+
+class TarSource:
+    """Tar shards in webdataset's layout: ``key.jpg`` beside ``key.cls``. Indexed, not streamed, so that any sample can be reached."""
+
+    def __init__(self, shards: list[Path]) -> None:
+        self.samples: list[tuple[str, str, int, int]] = []  # shard, key, offset and size of the image
+        self.targets: list[int] = []
+        for shard in shards:
+            self._index(str(shard))
+        if not self.samples:
+            raise ValueError(f"no image with a .cls label in {len(shards)} tar shards, the first of which is {shards[0]}")
+        self.classes = [str(i) for i in range(max(self.targets) + 1)]
+
+    def _index(self, shard: str) -> None:
+        images, labels = {}, {}
+        try:
+            with tarfile.open(shard, "r:") as tar:
+                for member in tar:
+                    folder, _, base = member.name.rpartition("/")
+                    stem, _, suffix = base.partition(".")
+                    key = f"{folder}/{stem}"
+                    if f".{suffix.lower()}" in image_suffixes():
+                        images[key] = (member.offset_data, member.size)
+                    elif suffix == "cls":
+                        labels[key] = int(tar.extractfile(member).read())  # type: ignore[union-attr]
+        except (tarfile.TarError, ValueError, EOFError) as error:
+            raise ValueError(f"{shard} is not an uncompressed tar of key.jpg and key.cls files: {error}") from None
+        for key, (offset, size) in images.items():
+            if key in labels:
+                self.samples.append((shard, key, offset, size))
+                self.targets.append(labels[key])
+
+    def name(self, index: int) -> str:
+        shard, key, _, _ = self.samples[index]
+        return f"{shard}:{key.lstrip('/')}"
+
+    def open(self, index: int) -> Any:
+        shard, _, offset, size = self.samples[index]
+        with open(shard, "rb") as file:
+            file.seek(offset)
+            return io.BytesIO(file.read(size))
+
+
+class HfSource:
+    """A split of a Hugging Face data set on disk: parquet or arrow files, an image folder with metadata, or a ``save_to_disk`` folder."""
+
+    def __init__(self, root: Path, splits: tuple[str, ...]) -> None:
+        try:
+            import datasets
+        except ImportError:
+            raise ImportError("Hugging Face data needs the package datasets: pip install 'convit[train]'") from None
+        if (root / "dataset_dict.json").exists() or (root / "state.json").exists():
+            data = datasets.load_from_disk(str(root))
+        else:
+            data = datasets.load_dataset(str(root))
+        if isinstance(data, dict):
+            found = next((name for name in splits if name in data), None)
+            if found is None:
+                raise ValueError(f"{root} has the splits {', '.join(data)}, none of {', '.join(splits)}")
+            data = data[found]
+        kinds = {name: type(feature).__name__ for name, feature in data.features.items()}
+        self.image = next((name for name, kind in kinds.items() if kind == "Image"), None)
+        self.label = next((name for name, kind in kinds.items() if kind == "ClassLabel"), "label" if "label" in kinds else None)
+        if self.image is None or self.label is None:
+            raise ValueError(f"{root} needs an image column and a label column, it has {kinds}")
+        self.targets = [int(label) for label in data[self.label]]
+        self.classes = getattr(data.features[self.label], "names", None) or [str(i) for i in range(max(self.targets) + 1)]
+        self.data = data.cast_column(self.image, datasets.Image(decode=False))
+
+    def name(self, index: int) -> str:
+        return f"row {index}"
+
+    def open(self, index: int) -> Any:
+        image = self.data[index][self.image]
+        return io.BytesIO(image["bytes"]) if image["bytes"] else open(image["path"], "rb")
+
+
+class DigitsSource:
+    """scikit-learn's digits: ``pixels`` [n, 8, 8] float32 in 0 to 1, a fixed stratified fifth kept for testing."""
+
+    classes = [str(digit) for digit in range(10)]
+
+    def __init__(self, train: bool) -> None:
+        try:
+            from sklearn.datasets import load_digits
+            from sklearn.model_selection import train_test_split
+        except ImportError:
+            raise ImportError("the digits need scikit-learn: pip install 'convit[train]'") from None
+        images, targets = load_digits(return_X_y=True)
+        parts = train_test_split(images, targets, test_size=0.2, stratify=targets, random_state=0)
+        pixels, labels = (parts[0], parts[2]) if train else (parts[1], parts[3])
+        self.pixels = pixels.reshape(-1, 8, 8).astype(np.float32) / 16
+        self.targets = [int(label) for label in labels]
+
+
+Source = FolderSource | TarSource | HfSource | DigitsSource
+
+
+def open_source(recipe: Recipe, train: bool) -> Source:
+    """The split that ``recipe`` names.
+
+    Raises:
+        ValueError: ``data_dir`` is not set or holds no such data.
+        FileNotFoundError: ``data_dir`` or the split does not exist.
+    """
+    if recipe.dataset == "digits":
+        return DigitsSource(train)
+    if not recipe.data_dir:
+        raise ValueError(f"data_dir must name the folder of the data set ({recipe.dataset}); --config digits needs none")
+    root = Path(recipe.data_dir).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"data_dir {root} is no folder")
+    split = recipe.train_split if train else recipe.val_split
+    names = SPLITS.get(split, (split,))
+    shards = next((found for name in names if (found := sorted([*root.glob(f"{name}*.tar"), *root.glob(f"{name}/*.tar")]))), [])
+    kind = recipe.dataset
+    if kind == "imagenet":
+        saved = any((root / name).exists() for name in ("dataset_dict.json", "state.json", "dataset_info.json"))
+        columns = any(next(root.glob(pattern), None) for pattern in ("*.parquet", "data/*.parquet", "*/*.parquet", "*.arrow"))
+        kind = "wds" if shards else "hfds" if saved or columns else "folder"
+    if kind == "hfds":
+        return HfSource(root, names)
+    if kind == "wds":
+        if not shards:
+            raise FileNotFoundError(f"no tar shards {split}*.tar or {split}/*.tar in {root}")
+        return TarSource(shards)
+    folder = next((root / name for name in names if (root / name).is_dir()), None)
+    if folder is None:
+        raise FileNotFoundError(f"data_dir {root} has no folder {split!r}; --{'train' if train else 'val'}_split names another")
+    return FolderSource(folder)
+
+
+def choose_samples(targets: list[int], num_classes: int | None, sampling_ratio: float = 1.0, num_samples: int | None = None) -> list[int]:
+    """Indices of the first ``num_classes`` classes, of each the first ``sampling_ratio`` share (rounded down, as FAIR does), at most
+    ``num_samples`` in all."""
+    labels = np.asarray(targets)
+    keep = np.ones(len(labels), bool) if num_classes is None else labels < num_classes
+    if sampling_ratio < 1.0:
+        for label in np.unique(labels):
+            where = np.flatnonzero(labels == label)
+            keep[where[int(len(where) * sampling_ratio) :]] = False
+    chosen = np.flatnonzero(keep)[:num_samples].tolist()
+    if not chosen:
+        raise ValueError(f"no sample left of {len(targets)} with num_classes={num_classes}, sampling_ratio={sampling_ratio}")
+    return chosen
+
+
+def read_sample(source: FolderSource | TarSource | HfSource, index: int, channels: int) -> Image.Image | BadImage:
+    """Image ``index``, decoded in full, or why it cannot be."""
+    try:
+        with source.open(index) as file:
+            return read_image(file, channels)
+    except (OSError, ValueError) as error:
+        return BadImage(source.name(index), str(error))
