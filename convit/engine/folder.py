@@ -78,8 +78,8 @@ def _is_past(line: bytes, progress: Progress) -> bool:
     except ValueError:  # the line that a kill cut short
         return False
     if record.get("kind") == "step":
-        return record["update"] <= progress.updates
-    return record.get("epoch", -1) < progress.epoch
+        return bool(record["update"] <= progress.updates)
+    return bool(record.get("epoch", -1) < progress.epoch)
 
 
 def last_epoch(path: Path) -> dict[str, Any]:

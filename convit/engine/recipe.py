@@ -31,7 +31,7 @@ def parse_bool(value: Any) -> bool:
     raise ValueError(f"expected a boolean ({'/'.join(TRUE)} or {'/'.join(FALSE)}), got {value!r}")
 
 
-def key(default: Any, help: str, *, choices: tuple = (), low: float | None = None, high: float | None = None) -> Any:
+def key(default: Any, help: str, *, choices: tuple[Any, ...] = (), low: float | None = None, high: float | None = None) -> Any:
     """One recipe key: its default, its help, and what values it may take (``low`` and ``high`` are inclusive)."""
     metadata = {"help": help, "choices": choices, "low": low, "high": high}
     if isinstance(default, list):
@@ -206,7 +206,7 @@ def packaged_recipes() -> list[str]:
     return sorted(f.name[:-5] for f in resources.files("convit.engine.recipes").iterdir() if f.name.endswith(".yaml"))
 
 
-def load_recipe(config: str | os.PathLike | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
+def load_recipe(config: str | os.PathLike[str] | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
     """A checked recipe.
 
     Args:
@@ -279,7 +279,7 @@ def recipe_overrides(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in FIELDS if (value := getattr(args, f"key_{name}", None)) is not None}
 
 
-def _read(config: str | os.PathLike) -> dict[str, Any]:
+def _read(config: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         import yaml
     except ImportError:
@@ -301,7 +301,7 @@ def _read(config: str | os.PathLike) -> dict[str, Any]:
     return values
 
 
-def _kinds(annotation: Any) -> tuple:
+def _kinds(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
 
 
@@ -321,7 +321,7 @@ def _coerce(annotation: Any, value: Any) -> Any:
     return _scalar(kind, value)
 
 
-def _list(kind: type, value: Any) -> list:
+def _list(kind: type, value: Any) -> list[Any]:
     if isinstance(value, str):
         value = [part for part in value.strip().strip("[]()").split(",") if part.strip()]
     if not isinstance(value, (list, tuple)):

@@ -187,13 +187,13 @@ def choose_samples(targets: list[int], num_classes: int | None, sampling_ratio: 
         for label in np.unique(labels):
             where = np.flatnonzero(labels == label)
             keep[where[int(len(where) * sampling_ratio) :]] = False
-    chosen = np.flatnonzero(keep)[:num_samples].tolist()
+    chosen: list[int] = np.flatnonzero(keep)[:num_samples].tolist()
     if not chosen:
         raise ValueError(f"no sample left of {len(targets)} with num_classes={num_classes}, sampling_ratio={sampling_ratio}")
     return chosen
 
 
-def read_sample(source: FolderSource | TarSource | HfSource, index: int, channels: int) -> Image.Image | BadImage:
+def read_sample(source: Any, index: int, channels: int) -> Image.Image | BadImage:
     """Image ``index``, decoded in full, or why it cannot be."""
     try:
         with source.open(index) as file:

@@ -81,7 +81,7 @@ def build_schedule(recipe: Recipe, lr: float, steps: int) -> list[float]:
     """MindCV's learning rate of every step."""
     from mindcv.scheduler import create_scheduler
 
-    return create_scheduler(
+    rates: list[float] = create_scheduler(
         steps,
         scheduler=recipe.scheduler.replace("warmup_", ""),
         lr=lr,
@@ -96,6 +96,7 @@ def build_schedule(recipe: Recipe, lr: float, steps: int) -> list[float]:
         cycle_decay=recipe.cycle_decay,
         lr_epoch_stair=recipe.lr_epoch_stair,
     )
+    return rates
 
 
 def build_trainer(recipe: Recipe, model: nn.Cell, schedule: list[float], sink: bool) -> Any:

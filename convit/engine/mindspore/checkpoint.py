@@ -42,18 +42,13 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged or no checkpoint of a training run: {str(error).splitlines()[0]}") from None
     if "progress" not in facts:
         raise ValueError(f"{path} is no checkpoint of a training run (last.ckpt is); to start from its weights use --ckpt_path")
-    return facts | {"parameters": saved}
+    return {**facts, "parameters": saved}
 
 
 def facts_of(path: str) -> dict[str, Any]:
-    """The plain values that a run stored beside its weights, such as ``recipe`` and ``classes``; empty for any other file.
-
-    Raises:
-        OSError: The file cannot be opened.
-    """
-    open(path, "rb").close()
+    """The plain values that a run stored beside its weights, such as ``recipe`` and ``classes``; empty for any other file."""
     try:
         facts = json.loads(str(ms.load_checkpoint(path)[FACTS]))
-    except (RuntimeError, ValueError, KeyError, TypeError):  # of another kind, or damaged: load_checkpoint will say which
+    except (RuntimeError, ValueError, KeyError, TypeError):  # missing, damaged or of another kind: load_checkpoint will say which
         return {}
     return facts if isinstance(facts, dict) and isinstance(facts.get("recipe"), dict) else {}

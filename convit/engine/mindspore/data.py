@@ -184,7 +184,8 @@ def eval_transforms(recipe: Recipe) -> list[Any]:
     """MindCV's evaluation transforms: decode, resize, centre crop, normalise, channels first."""
     from mindcv.data import create_transforms
 
-    return create_transforms("imagenet", is_training=False, crop_pct=recipe.crop_pct, **_size_and_scale(recipe))
+    transforms: list[Any] = create_transforms("imagenet", is_training=False, crop_pct=recipe.crop_pct, **_size_and_scale(recipe))
+    return transforms
 
 
 def _size_and_scale(recipe: Recipe) -> dict[str, Any]:

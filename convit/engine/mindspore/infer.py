@@ -35,7 +35,7 @@ def infer(recipe: Recipe, images: list[str], topk: int = 5, progress: bool = Fal
     def predict(image: Image.Image) -> np.ndarray:
         logits = model(Tensor(prepare(image)[None])).asnumpy()[0].astype(np.float64)
         exponentials = np.exp(logits - logits.max())
-        return exponentials / exponentials.sum()
+        return np.asarray(exponentials / exponentials.sum())
 
     return classify(paths, recipe.in_channels, predict, class_names(recorded, num_classes), topk, progress)
 

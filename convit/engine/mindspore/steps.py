@@ -13,7 +13,7 @@ class Gradients(nn.Cell):
         super().__init__(auto_prefix=False)
         self.network, self.grad, self.weights, self.scale = step.network, step.grad, step.weights, scale
 
-    def construct(self, images: Tensor, targets: Tensor) -> tuple:
+    def construct(self, images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         loss = self.network(images, targets)
         gradients = self.grad(self.network, self.weights)(images, targets, ops.ones_like(loss) * self.scale)
         if self.scale != 1.0:
@@ -27,9 +27,9 @@ class Gradients(nn.Cell):
 class Sum(nn.Cell):
     """Gradients of one batch, then of another, to their sums."""
 
-    def construct(self, *gradients: Tensor) -> tuple:
+    def construct(self, *gradients: Tensor) -> tuple[Tensor, ...]:
         half = len(gradients) // 2
-        sums: tuple = ()
+        sums: tuple[Tensor, ...] = ()
         for i in range(half):
             sums = sums + (gradients[i] + gradients[half + i],)
         return sums
@@ -72,8 +72,8 @@ class Average(nn.Cell):
             ops.assign(average, Tensor(mine))
 
 
-def _times(gradients: tuple, factor: float) -> tuple:
-    scaled: tuple = ()
+def _times(gradients: tuple[Tensor, ...], factor: float) -> tuple[Tensor, ...]:
+    scaled: tuple[Tensor, ...] = ()
     for gradient in gradients:
         scaled = scaled + (gradient * factor,)
     return scaled

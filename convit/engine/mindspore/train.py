@@ -136,7 +136,8 @@ class MindSporeRun(Run):
         asked = time.perf_counter()
         parts = [next(batches) for _ in range(count)]
         waited = time.perf_counter() - asked
-        value, self.summed = 0.0, None
+        value = 0.0
+        self.summed: Any = None
         for part, (images, targets) in enumerate(parts):
             draws = np.random.default_rng([self.recipe.seed, at.epoch, at.step, self.world.rank, part])
             for cell in self.paths:

@@ -44,7 +44,7 @@ def amp_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
     if recipe.amp_level == "O0":
         return None
     if recipe.amp_dtype != "auto":
-        return getattr(torch, recipe.amp_dtype)
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}[recipe.amp_dtype]
     if device.type == "cpu":
         return None
     return torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported() else torch.float16

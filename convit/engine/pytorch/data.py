@@ -126,7 +126,7 @@ def _digits(source: DigitsSource, recipe: Recipe) -> tuple[Tensor, Tensor, float
 # --- training ---
 
 
-class _Samples(Dataset):
+class _Samples(Dataset[Any]):
     """Maps (epoch, position, index) to (image, target, bad). An unreadable image is replaced by the next readable one."""
 
     def __init__(self, source: Source, chosen: list[int], transform: Any, channels: int, seed: int) -> None:
@@ -189,7 +189,7 @@ class TrainData:
         if not self.steps_per_epoch:
             raise ValueError(f"the global batch of {self.global_batch} exceeds the {self.samples_per_epoch} samples of an epoch")
         self.worker_deaths = 0
-        self._loader: DataLoader | None = None
+        self._loader: DataLoader[Any] | None = None
         if isinstance(self.source, DigitsSource):
             self._images, self._targets, self._blank = _digits(self.source, recipe)
 
@@ -258,7 +258,7 @@ class TrainData:
                     raise RuntimeError(f"data-loading workers died {self.worker_deaths} times; the last: {error}") from None
                 logger.warning("a data-loading worker died (%s); started new ones, no sample is lost", error or type(error).__name__)
 
-    def _make_loader(self) -> DataLoader:
+    def _make_loader(self) -> DataLoader[Any]:
         if self._loader is None:
             recipe = self.recipe
             self._loader = DataLoader(
@@ -287,7 +287,7 @@ def _quiet_child_signals() -> None:
 # --- evaluation ---
 
 
-class _EvalSamples(Dataset):
+class _EvalSamples(Dataset[Any]):
     def __init__(self, source: Source, chosen: list[int], transform: Any, channels: int) -> None:
         self.source, self.chosen, self.transform, self.channels = source, chosen, transform, channels
 
@@ -300,7 +300,7 @@ class _EvalSamples(Dataset):
         return image if isinstance(image, BadImage) else (self.transform(image), self.source.targets[index])
 
 
-def _collate_eval(samples: list) -> tuple[Tensor | None, Tensor | None, list[BadImage]]:
+def _collate_eval(samples: list[Any]) -> tuple[Tensor | None, Tensor | None, list[BadImage]]:
     good = [sample for sample in samples if not isinstance(sample, BadImage)]
     bad = [sample for sample in samples if isinstance(sample, BadImage)]
     if not good:
@@ -318,7 +318,7 @@ class EvalData:
         self.size = len(chosen)
         self.chosen = np.array_split(chosen, world.size)[world.rank].tolist()
         self.bad: list[BadImage] = []
-        self._loader: DataLoader | None = None
+        self._loader: DataLoader[Any] | None = None
         if isinstance(self.source, DigitsSource):
             self._images, self._targets, _ = _digits(self.source, recipe)
         else:

@@ -33,6 +33,6 @@ def infer(recipe: Recipe, images: list[str], topk: int = 5, progress: bool = Fal
 
     def predict(image: Image.Image) -> np.ndarray:
         with torch.inference_mode():
-            return model(transform(image)[None].to(device))[0].float().softmax(dim=0).cpu().numpy()
+            return np.asarray(model(transform(image)[None].to(device))[0].float().softmax(dim=0).cpu())
 
     return classify(paths, recipe.in_channels, predict, class_names(recorded, num_classes), topk, progress)

@@ -147,7 +147,7 @@ class TorchRun(Run):
         return self.data.batches(epoch, step)
 
     def rate(self) -> float:
-        return max(group["lr"] for group in self.optimizer.param_groups)
+        return float(max(group["lr"] for group in self.optimizer.param_groups))
 
     def total(self, values: list[float]) -> list[float]:
         return total(values, self.world, self.device)
@@ -202,9 +202,10 @@ class TorchRun(Run):
         if len(images) % 2:  # pairs are mixed; an odd rest of the data stays as it is
             return images, mixup_target(targets, self.data.num_classes, 1.0, recipe.label_smoothing)
         with seeded(mix_seed(recipe.seed, at.epoch, at.step, self.world.rank, part, 3)):
-            return self.mixup(images, targets)
+            mixed: tuple[Tensor, Tensor] = self.mixup(images, targets)
+        return mixed
 
-    def _last_part(self, last: bool) -> AbstractContextManager[None]:
+    def _last_part(self, last: bool) -> AbstractContextManager[Any]:
         """Exchange gradients only in the last forward pass of a step."""
         if self.sharded:
             self.model.set_requires_gradient_sync(last)
