@@ -10,6 +10,8 @@
 
 namespace py = pybind11;
 
+void bind_infer(py::module_&);
+
 namespace {
 
 using i64 = std::int64_t;
@@ -58,5 +60,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("backward", &backward);
     m.def("instruction_set", &convit::instruction_set, "The instruction set in use.");
     m.def("instruction_sets", &convit::instruction_sets, "Those that this machine can run, widest first.");
+    bind_infer(m);
     m.def("thread_runtime", &convit::thread_runtime, "Who runs the threads.");
 }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from convit import ops
-from convit.kernels.linear.cpu_packed import Packed
+from convit.kernels.linear import cpu_infer, cpu_packed
 from convit.pytorch.model import ConViT
 from convit.pytorch.network import Network, Plain, Shape, forward
 
@@ -58,7 +58,9 @@ class Optimized(nn.Module):
         self.dtype = dtype
         self.pretrained_cfg = pretrained_cfg
         self.num_classes, self.in_chans = shape.classes, shape.channels
-        self._network = _pack(shape, tensors, dtype)
+        own = cpu_infer.why_not(dtype) is None and ops.forced_backend(None) in (None, "cpp")
+        self._network = _pack(shape, tensors, dtype, cpu_infer.Product if own else cpu_packed.Packed)
+        self._inference = cpu_infer.Inference(self._network, dtype) if own else None
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] to logits [B, num_classes], float32."""
@@ -69,6 +71,8 @@ class Optimized(nn.Module):
         if images.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("a snapshot of convit.optimize has no gradient: differentiate the model that it was made from")
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            if self._inference is not None:
+                return self._inference(self._network, images)
             return forward(self._network, images, self.dtype)
 
     def train(self, mode: bool = True) -> "Optimized":
@@ -88,8 +92,8 @@ class Optimized(nn.Module):
 
     def extra_repr(self) -> str:
         shape = self._network.shape
-        size = "any" if shape.dynamic else shape.image
-        return f"{str(self.dtype)[6:]}, dim={shape.dim}, depth={shape.depth}, img_size={size}, engine=PyTorch"
+        size, products = "any" if shape.dynamic else shape.image, "PyTorch" if self._inference is None else "own"
+        return f"{str(self.dtype)[6:]}, dim={shape.dim}, depth={shape.depth}, img_size={size}, products={products}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Optimized":
         moved = fn(torch.empty(0))
@@ -120,13 +124,13 @@ def _multiplies_bfloat16() -> bool:
 # ---- weights in and out ---------------------------------------------------------------------------------------------------------
 
 
-def _pack(shape: Shape, tensors: dict[str, Tensor], dtype: torch.dtype) -> Network:
+def _pack(shape: Shape, tensors: dict[str, Tensor], dtype: torch.dtype, product: Callable[..., Any]) -> Network:
     rows = shape.grid[0] * shape.grid[1]
     products, packed = {}, set()
     for key, layers in shape.products():
         weight = torch.cat([tensors[f"{layer}.weight"].flatten(1).to("cpu", torch.float32) for layer in layers])
         biases = [tensors[f"{layer}.bias"].to("cpu", torch.float32) for layer in layers if f"{layer}.bias" in tensors]
-        products[key] = Packed(weight, torch.cat(biases) if biases else None, dtype, rows if key != "head" else 1)
+        products[key] = product(weight, torch.cat(biases) if biases else None, dtype, rows if key != "head" else 1)
         packed.update(f"{layer}.{part}" for layer in layers for part in ("weight", "bias"))
     others = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in tensors.items() if name not in packed}
     return Network(shape, products, others)
