@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import convit
 from convit.dispatch import Problem
-from convit.weights.load import to_mindcv
+from convit.weights.names import to_mindcv
 
 IMAGE = 224
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from convit.pytorch.model import list_models as list_models
     from convit.pytorch.optimize import optimize as optimize
     from convit.weights.load import load_checkpoint as load_checkpoint
+    from convit.weights.load import load_pretrained as load_pretrained
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ _HOMES = {
     "list_models": "convit.pytorch.model",
     "optimize": "convit.pytorch.optimize",
     "load_checkpoint": "convit.weights.load",
+    "load_pretrained": "convit.weights.load",
 }
 
 __all__ = [*_HOMES, "Problem", "backends", "use_backend", "why_not"]

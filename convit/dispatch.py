@@ -7,7 +7,7 @@ automatic choice moves on to the next, and it logs why once. Nothing is imported
 import importlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from difflib import get_close_matches
@@ -69,9 +69,13 @@ def check_name(name: str) -> str:
     """Return ``name`` if it is a backend's; raise ``ValueError`` with the nearest one otherwise."""
     if name in MODULES:
         return name
-    near = get_close_matches(name, MODULES, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown backend {name!r}{hint} Known: {', '.join(MODULES)}")
+    raise ValueError(f"unknown backend {name!r}{nearest(name, MODULES)} (known: {', '.join(MODULES)})")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` for an unknown ``name`` that is close to a known one, else nothing."""
+    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _module(name: str, framework: str) -> ModuleType | str:

@@ -17,8 +17,9 @@ import pytest
 import tolerances
 
 from convit.weights import files, load, published
-from convit.weights.files import BFLOAT16, read_file, write_file
-from convit.weights.load import Checkpoint, fit, from_mindcv, load_checkpoint, read, resample, to_mindcv, write
+from convit.weights.files import BFLOAT16
+from convit.weights.load import Checkpoint, fit, load_checkpoint, read, read_file, resample, write, write_file
+from convit.weights.names import from_mindcv, to_mindcv
 
 DATA = Path(__file__).parent / "data"
 FORMATS = ("a.pth", "a.safetensors", "a.ckpt")
@@ -501,7 +502,7 @@ def test_offline_says_what_to_do(monkeypatch, tmp_path):
 
 def test_load_pretrained(monkeypatch):
     asked = []
-    monkeypatch.setattr(load, "fetch", lambda name: asked.append(name) or DATA / "mindcv_tiny.ckpt")
+    monkeypatch.setattr(load, "fetch", lambda name, source: asked.append(name) or DATA / "mindcv_tiny.ckpt")
     weight = torch.tensor(read(DATA / "mindcv_tiny.ckpt").tensors["patch_embed.proj.weight"])
     model = load.load_pretrained(randomised(num_classes=3, in_chans=1), "convit_tiny", strict_head=False)
     torch.testing.assert_close(model.patch_embed.proj.weight.detach(), weight.sum(1, keepdim=True))

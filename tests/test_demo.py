@@ -17,7 +17,6 @@ def test_demo(quick, tmp_path, monkeypatch, capsys):
         raise OSError("no network in this test. Pass a file")
 
     monkeypatch.setattr(load, "fetch", offline)
-    monkeypatch.setattr(load, "load_pretrained", offline)
     monkeypatch.setattr(demo, "ROUNDS", 1)
     monkeypatch.setattr(demo, "_contestants", lambda device: ["timm, eager", "sdpa"])
     monkeypatch.setattr(demo, "DIGITS_EPOCHS", 6)

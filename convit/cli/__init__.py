@@ -8,9 +8,9 @@ import argparse
 import importlib
 import os
 import sys
-from difflib import get_close_matches
 
 import convit
+from convit.dispatch import nearest
 
 COMMANDS = {
     "train": ("train a model from a recipe", "convit.cli.train"),
@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
             chosen = command
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        near = get_close_matches(unknown[0].split("=")[0], chosen._option_string_actions, n=1)
-        chosen.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        hint = nearest(unknown[0].split("=")[0], chosen._option_string_actions)
+        chosen.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:

@@ -8,11 +8,12 @@ import argparse
 import dataclasses
 import os
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
+
+from convit.dispatch import nearest
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -254,12 +255,6 @@ def changed_keys(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
     return {name: (getattr(old, name), getattr(new, name)) for name in FIELDS if getattr(old, name) != getattr(new, name)}
 
 
-def nearest(name: str, known: Any) -> str:
-    """``; did you mean 'x'?`` for an unknown ``name``, or nothing."""
-    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """``-c/--config``, ``--print-config`` and one ``--key`` per recipe key (dashes work as well as underscores)."""
     parser.add_argument("-c", "--config", metavar="RECIPE", help=f"packaged recipe or yaml file ({', '.join(packaged_recipes())})")
@@ -291,7 +286,7 @@ def _read(config: str | os.PathLike[str]) -> dict[str, Any]:
     elif name in packaged_recipes():
         text = (resources.files("convit.engine.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
     else:
-        raise ValueError(f"unknown recipe {name!r}{nearest(name, packaged_recipes())} Packaged: {', '.join(packaged_recipes())}")
+        raise ValueError(f"unknown recipe {name!r}{nearest(name, packaged_recipes())} (packaged: {', '.join(packaged_recipes())})")
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from convit.architecture import bicubic
 from convit.kernels.gpsa.reference import position_tables
 
 
@@ -160,8 +161,4 @@ class Deployed(nn.Module):
         scale = old / (index[-1:] + 1)
         centres = (index + 0.5) * scale
         source = torch.arange(old, device=self.pos_embed.device, dtype=torch.float32) + 0.5
-        x = (source[None, :] - centres[:, None]).abs() / scale.clamp(min=1.0)
-        near = (1.5 * x - 2.5) * x * x + 1
-        far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-        cubic = torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
-        return cubic / cubic.sum(dim=1, keepdim=True)
+        return bicubic(centres, source, scale.clamp(min=1.0))

@@ -1,6 +1,5 @@
 """The ConViT model and its six variants for MindSpore, with MindCV's arguments, defaults and parameter names."""
 
-from difflib import get_close_matches
 from os import PathLike
 from typing import Any
 
@@ -8,18 +7,11 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import TruncatedNormal, initializer
 
+import convit
+from convit.architecture import VARIANTS
+from convit.dispatch import nearest
 from convit.mindspore.attention import GPSA, MHSA
-from convit.mindspore.layers import GELU, Dense, DropPath, LayerNorm, Mlp, PatchEmbed, Size
-from convit.weights import load
-
-VARIANTS: dict[str, dict[str, int]] = {
-    "convit_tiny": {"embed_dim": 192, "num_heads": 4},
-    "convit_tiny_plus": {"embed_dim": 256, "num_heads": 4},
-    "convit_small": {"embed_dim": 432, "num_heads": 9},
-    "convit_small_plus": {"embed_dim": 576, "num_heads": 9},
-    "convit_base": {"embed_dim": 768, "num_heads": 16},
-    "convit_base_plus": {"embed_dim": 1024, "num_heads": 16},
-}
+from convit.mindspore.layers import Dense, DropPath, LayerNorm, Mlp, PatchEmbed, Size
 
 
 class Block(nn.Cell):
@@ -182,25 +174,7 @@ def load_checkpoint(model: ConViT, path: str | PathLike, *, strict_head: bool = 
         OSError: The file cannot be opened.
         ValueError: The file cannot be read or does not fit the model; the first differing names and shapes are listed.
     """
-    checkpoint = load.read(path)
-    own = model.parameters_dict()
-    fitted = load.fit(
-        load.to_mindcv(checkpoint.tensors),
-        {name: tuple(parameter.shape) for name, parameter in own.items()},
-        grid=model.grid,
-        source_grid=checkpoint.grid,
-        strict_head=strict_head,
-        what=str(path),
-    )
-    for name, array in fitted.items():
-        own[name].set_data(Tensor(load.to_float32(array), own[name].dtype))
-    for _, cell in model.cells_and_names():
-        if isinstance(cell, GELU):
-            cell.approximate = checkpoint.act == "gelu_tanh"
-        elif isinstance(cell, LayerNorm):
-            cell.set_epsilon(checkpoint.norm_eps)
-    model.compile_cache.clear()  # graphs that were compiled before have the old settings
-    return model
+    return convit.load_checkpoint(model, path, strict_head=strict_head)
 
 
 def list_models() -> list[str]:
@@ -222,11 +196,8 @@ def create_model(name: str, pretrained: bool | str | PathLike = False, **kwargs:
         OSError: The weights cannot be read or fetched.
     """
     if name not in VARIANTS:
-        near = get_close_matches(name, VARIANTS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"unknown model {name!r}{hint} Known: {', '.join(VARIANTS)}")
+        raise ValueError(f"unknown model {name!r}{nearest(name, VARIANTS)} (known: {', '.join(VARIANTS)})")
     model = ConViT(**{**VARIANTS[name], **kwargs})
     if pretrained is not False:
-        path = load.fetch(name, "mindcv") if pretrained is True else pretrained
-        load_checkpoint(model, path, strict_head=False)
+        convit.load_pretrained(model, name if pretrained is True else pretrained, strict_head=False)
     return model

@@ -1,7 +1,6 @@
 """The ConViT model and its six variants, with timm's state dict and the interface of timm's VisionTransformer."""
 
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -11,19 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import convit
 from convit import ops
+from convit.architecture import VARIANTS
+from convit.dispatch import nearest
 from convit.pytorch.gpsa import GPSA, MHSA
 
 Size = int | tuple[int, int]
-
-VARIANTS: dict[str, dict[str, int]] = {
-    "convit_tiny": {"embed_dim": 192, "num_heads": 4},
-    "convit_tiny_plus": {"embed_dim": 256, "num_heads": 4},
-    "convit_small": {"embed_dim": 432, "num_heads": 9},
-    "convit_small_plus": {"embed_dim": 576, "num_heads": 9},
-    "convit_base": {"embed_dim": 768, "num_heads": 16},
-    "convit_base_plus": {"embed_dim": 1024, "num_heads": 16},
-}
 
 
 def _pair(size: Size) -> tuple[int, int]:
@@ -424,9 +417,7 @@ def create_model(name: str, pretrained: bool | str | PathLike = False, **kwargs:
         OSError: The weights cannot be read or fetched.
     """
     if name not in VARIANTS:
-        near = get_close_matches(name, VARIANTS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"unknown model {name!r}{hint} Known: {', '.join(VARIANTS)}")
+        raise ValueError(f"unknown model {name!r}{nearest(name, VARIANTS)} (known: {', '.join(VARIANTS)})")
     model = ConViT(**{**VARIANTS[name], **kwargs})
     # what timm's resolve_data_config reads: how the published weights were evaluated
     model.pretrained_cfg = {
@@ -440,7 +431,5 @@ def create_model(name: str, pretrained: bool | str | PathLike = False, **kwargs:
         "classifier": "head",
     }
     if pretrained is not False:
-        from convit.weights import load
-
-        load.load_pretrained(model, name if pretrained is True else pretrained, strict_head="num_classes" not in kwargs)
+        convit.load_pretrained(model, name if pretrained is True else pretrained, strict_head="num_classes" not in kwargs)
     return model

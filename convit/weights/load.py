@@ -17,6 +17,7 @@ loads it. Nothing here needs MindSpore, and only ``.pth`` files and models of Py
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,22 @@ from typing import Any
 
 import numpy as np
 
-from convit.weights.files import BFLOAT16, Settings, Tensors, from_torch, read_file, to_torch, write_file
+from convit.architecture import bicubic
+from convit.weights import mindspore_file
+from convit.weights.files import (
+    BFLOAT16,
+    SUFFIXES,
+    Settings,
+    Tensors,
+    from_torch,
+    read_safetensors,
+    read_torch,
+    replacing,
+    to_torch,
+    write_safetensors,
+    write_torch,
+)
+from convit.weights.names import TRAINING_STATE, from_mindcv, strip, to_mindcv
 from convit.weights.published import fetch, variants
 
 __all__ = [
@@ -35,26 +51,19 @@ __all__ = [
     "load_checkpoint",
     "load_pretrained",
     "read",
+    "read_file",
     "resample",
     "save_checkpoint",
     "settings_of",
     "to_float32",
     "to_mindcv",
     "write",
+    "write_file",
 ]
 
 # how each family computes where no setting is recorded
 _FAMILY = {"timm": ("gelu", 1e-6), "mindcv": ("gelu_tanh", 1e-7)}
 _APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
-# wrappers of training loops put these before every name
-_PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "ema.")
-# what a training loop of MindSpore stores beside the weights
-_TRAINING_STATE = re.compile(
-    r"(moments?[12v]?|exp_avg(_sq)?|accum|accu_grads|grad_sum|ema|stat|mean_grad|mean_square)\..*"
-    r"|global_step|epoch_num|step_num|learning_rate|beta[12]_power|scale_sense|current_iterator_step|last_overflow_iterator_step"
-)
-_NORM = re.compile(r"((?:.*\.)?norm\d*)\.(weight|bias|gamma|beta)")
-_ATTENTION = re.compile(r"(blocks\.\d+\.attn)\.(qkv|qk|q|k|v)\.(weight|bias)")
 _HEADS = ("head.", "classifier.")
 
 
@@ -82,6 +91,73 @@ class Checkpoint:
         return settings | ({"grid": list(self.grid)} if self.grid else {})
 
 
+def read_file(path: str | os.PathLike[str], key: str | None = None) -> tuple[Tensors, Settings | None]:
+    """Read any of the formats: the tensors under the names they have in the file, and the recorded settings if there are any.
+
+    Args:
+        path: The file.
+        key: For ``.pth`` files that hold several dictionaries of weights, the one to read; default: the first of ``WEIGHT_KEYS``.
+
+    Raises:
+        OSError: The file cannot be opened.
+        ValueError: It is no checkpoint, is truncated or damaged, is encrypted, or would run code when unpickled.
+    """
+    path = Path(path)
+    with open(path, "rb") as file:
+        head = file.read(16)
+    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
+        return read_torch(path, key)
+    if key is not None:
+        raise ValueError(f"{path}: key={key!r} is for .pth files; this file has only one dictionary of weights")
+    if head[:4] in mindspore_file.ENCRYPTED:
+        raise ValueError(
+            f"{path} is encrypted by MindSpore; decrypt it first: "
+            "mindspore.save_checkpoint([{'name': n, 'data': p} for n, p in mindspore.load_checkpoint(file, dec_key=...).items()], out)"
+        )
+    data = bytearray(path.stat().st_size)
+    with open(path, "rb") as file:
+        file.readinto(data)
+    if head[8:9] == b"{":
+        return read_safetensors(path, data)
+    if head[:1] == b"\x0a":
+        return mindspore_file.read(path, data)
+    raise ValueError(f"{path} is no checkpoint: expected a PyTorch, safetensors or MindSpore file, got {_looks_like(head, data)}")
+
+
+def write_file(path: str | os.PathLike[str], tensors: Tensors, settings: Settings | None) -> None:
+    """Write ``tensors`` in the format of the suffix, whole or not at all.
+
+    Args:
+        path: ``.pth``, ``.pt`` or ``.bin`` (PyTorch), ``.safetensors`` or ``.ckpt`` (MindSpore); an existing file is replaced.
+        tensors: Arrays by name; the order is kept.
+        settings: A JSON object to travel with them, or None.
+
+    Raises:
+        ValueError: The suffix is unknown, or the format has no such dtype.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"the suffix of {path.name!r} must be one of {', '.join(SUFFIXES)}, got {suffix or 'none'!r}")
+    with replacing(path) as file:
+        if suffix == ".safetensors":
+            write_safetensors(file, tensors, settings)
+        elif suffix == ".ckpt":
+            mindspore_file.write(file, tensors, settings)
+        else:
+            write_torch(file, tensors, settings)
+
+
+def _looks_like(head: bytes, data: bytearray) -> str:
+    if not data:
+        return "an empty file"
+    if head.lstrip()[:1] == b"<":
+        return "a web page (a failed download?)"
+    if head.startswith(b"version https://"):
+        return "a git-lfs pointer; fetch the file itself with `git lfs pull`"
+    return f"a file that starts with {bytes(head[:8])!r}"
+
+
 def read(path: str | os.PathLike[str], *, key: str | None = None) -> Checkpoint:
     """Read a timm or FAIR ``.pth``, a ``.safetensors`` or a MindCV ``.ckpt``; the content decides, not the suffix.
 
@@ -95,13 +171,13 @@ def read(path: str | os.PathLike[str], *, key: str | None = None) -> Checkpoint:
         ValueError: It is no checkpoint of a ConViT, or is truncated, damaged, encrypted, or would run code when unpickled.
     """
     tensors, settings = read_file(path, key)
-    tensors = _strip(tensors)
+    tensors = strip(tensors)
     if not any(name.startswith("blocks.0.attn.") for name in tensors) or "patch_embed.proj.weight" not in tensors:
         raise ValueError(f"{path} holds no ConViT: expected blocks.0.attn.* and patch_embed.proj.weight, got {_some(list(tensors))}")
     mindcv = any(name.endswith(".gamma") or re.fullmatch(r"blocks\.\d+\.attn\.q\.weight", name) for name in tensors)
     source = "mindcv" if mindcv else "timm"
     if mindcv:
-        tensors = from_mindcv({name: array for name, array in tensors.items() if not _TRAINING_STATE.fullmatch(name)})
+        tensors = from_mindcv({name: array for name, array in tensors.items() if not TRAINING_STATE.fullmatch(name)})
     act, norm_eps, grid = *_FAMILY[source], None
     if settings is not None:
         act, norm_eps, grid = settings.get("act", act), settings.get("norm_eps", norm_eps), settings.get("grid")
@@ -128,7 +204,7 @@ def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(model: Any, path: str | os.PathLike[str], *, strict_head: bool = True, key: str | None = None) -> Any:
-    """Load a file into a PyTorch ConViT (ours, timm's or FAIR's): its weights, GELU and LayerNorm eps.
+    """Load a file into a ConViT, of PyTorch (ours, timm's or FAIR's) or ours of MindSpore: its weights, GELU and LayerNorm eps.
 
     The position embedding is resampled where the model has another grid. Everything is checked before anything is set: on an
     error the model is as it was.
@@ -150,7 +226,9 @@ def load_checkpoint(model: Any, path: str | os.PathLike[str], *, strict_head: bo
 
 
 def load_pretrained(model: Any, name_or_path: str | os.PathLike[str], *, strict_head: bool = True) -> Any:
-    """Load published weights by a variant's name, or a file, into a PyTorch model; see ``fetch`` and ``load_checkpoint``.
+    """Load published weights by a variant's name, or a file, into a model; see ``fetch`` and ``load_checkpoint``.
+
+    A model of MindSpore gets MindCV's weights, one of PyTorch timm's where timm has the variant.
 
     For published weights the patch embedding is adapted to the model's number of channels, as timm does; a file has to fit.
 
@@ -165,9 +243,9 @@ def load_pretrained(model: Any, name_or_path: str | os.PathLike[str], *, strict_
     """
     if str(name_or_path) not in variants():
         return load_checkpoint(model, name_or_path, strict_head=strict_head)
-    path = fetch(str(name_or_path))
+    path = fetch(str(name_or_path), "mindcv" if _is_cell(model) else None)
     checkpoint = read(path)
-    channels = _unwrap(model).patch_embed.proj.weight.shape[1]
+    channels = (model if _is_cell(model) else _unwrap(model)).patch_embed.proj.weight.shape[1]
     name = "patch_embed.proj.weight"
     adapted = checkpoint.tensors | {name: _adapt_channels(checkpoint.tensors[name], channels)}
     return _load(model, replace(checkpoint, tensors=adapted), path, strict_head)
@@ -204,75 +282,6 @@ def settings_of(model: Any) -> Settings:
     settings: Settings = {"act": "gelu_tanh" if acts == {"tanh"} else "gelu", "norm_eps": epsilons.pop()}
     grid = _grid(model)
     return settings | ({"grid": list(grid)} if grid and grid[0] != grid[1] else {})
-
-
-# names
-
-
-def from_mindcv(tensors: Mapping[str, np.ndarray]) -> Tensors:
-    """MindCV's names to timm's. The inverse of ``to_mindcv``.
-
-    Raises:
-        ValueError: A projection of an attention module is missing, or its three parts differ in dtype.
-    """
-    out: Tensors = {}
-    for name, array in tensors.items():
-        attention = _ATTENTION.fullmatch(name)
-        if attention is None:
-            out[_rename(name, {"gamma": "weight", "beta": "bias"}, "classifier.", "head.")] = array
-            continue
-        module, part, kind = attention.groups()
-        local = f"{module}.gating_param" in tensors
-        if local and part == "v":
-            out[name] = array
-            continue
-        joined = ("q", "k") if local else ("q", "k", "v")
-        parts = [tensors.get(f"{module}.{each}.{kind}") for each in joined]
-        if part not in joined or any(each is None for each in parts):
-            missing = [f"{module}.{each}.{kind}" for each, tensor in zip(joined, parts, strict=True) if tensor is None]
-            raise ValueError(f"{name} needs {', '.join(missing) or 'MindCV names beside it'}")
-        if len({(each.dtype, each.shape[1:]) for each in parts}) != 1:  # type: ignore[union-attr]
-            raise ValueError(f"{module}: q, k and v must have one dtype and width, got {[(e.dtype, e.shape) for e in parts]}")  # type: ignore[union-attr]
-        if part == "q":
-            out[f"{module}.{''.join(joined)}.{kind}"] = np.concatenate(parts)  # type: ignore[arg-type]
-    return out
-
-
-def to_mindcv(tensors: Mapping[str, np.ndarray]) -> Tensors:
-    """timm's names to MindCV's. The inverse of ``from_mindcv``.
-
-    Raises:
-        ValueError: A joined projection cannot be divided.
-    """
-    out: Tensors = {}
-    for name, array in tensors.items():
-        attention = _ATTENTION.fullmatch(name)
-        if attention is None:
-            out[_rename(name, {"weight": "gamma", "bias": "beta"}, "head.", "classifier.")] = array
-            continue
-        module, part, kind = attention.groups()
-        if part in ("qk", "qkv"):
-            if array.shape[0] % len(part):
-                raise ValueError(f"{name} must have rows for {len(part)} projections, got {list(array.shape)}")
-            out |= {f"{module}.{each}.{kind}": rows for each, rows in zip(part, np.split(array, len(part)), strict=True)}
-        else:
-            out[name] = array
-    return out
-
-
-def _rename(name: str, norms: dict[str, str], head: str, new_head: str) -> str:
-    norm = _NORM.fullmatch(name)
-    if norm:
-        return f"{norm[1]}.{norms.get(norm[2], norm[2])}"
-    return new_head + name[len(head) :] if name.startswith(head) else name
-
-
-def _strip(tensors: Tensors) -> Tensors:
-    while True:
-        prefix = next((p for p in _PREFIXES if tensors and all(name.startswith(p) for name in tensors)), None)
-        if prefix is None:
-            return tensors
-        tensors = {name[len(prefix) :]: array for name, array in tensors.items()}
 
 
 # fitting a checkpoint to a model
@@ -338,26 +347,22 @@ def resample(pos_embed: np.ndarray, grid: tuple[int, int], new_grid: tuple[int, 
         [1, new_gh*new_gw, d] float32.
     """
     gh, gw = grid
-    rows, columns = (_bicubic(old, new) for old, new in zip(grid, new_grid, strict=True))
+    rows, columns = (_resampling(old, new) for old, new in zip(grid, new_grid, strict=True))
     table = to_float32(pos_embed).astype(np.float64).reshape(gh, gw, -1)
     table = np.einsum("ya,xb,abd->yxd", rows, columns, table, optimize=True)
     return np.ascontiguousarray(table.reshape(1, math.prod(new_grid), -1), np.float32)
 
 
-def _bicubic(old: int, new: int) -> np.ndarray:
-    """The weights [new, old] of one axis: Keys' cubic (a = -0.5), widened when it shrinks, cut at the borders and normalised."""
+def _resampling(old: int, new: int) -> np.ndarray:
     scale = old / new
-    width = max(scale, 1.0)
-    centres = (np.arange(new) + 0.5) * scale
-    x = np.abs(np.arange(old)[None, :] + 0.5 - centres[:, None]) / width
-    cubic = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0.0))
-    return cubic / cubic.sum(axis=1, keepdims=True)
+    weights: np.ndarray = bicubic((np.arange(new) + 0.5) * scale, np.arange(old) + 0.5, max(scale, 1.0))
+    return weights
 
 
 def to_float32(array: np.ndarray) -> np.ndarray:
     """Any floating array, bfloat16 too, as float32; exact for the narrower types."""
     if array.dtype == BFLOAT16:
-        return (np.ascontiguousarray(array).view("<u2").astype("<u4") << 16).view("<f4").reshape(array.shape)
+        array = (np.ascontiguousarray(array).view("<u2").astype("<u4") << 16).view("<f4").reshape(array.shape)
     return array.astype(np.float32, copy=False)
 
 
@@ -368,9 +373,10 @@ def _adapt_channels(weight: np.ndarray, channels: int) -> np.ndarray:
         return weight
     weight = to_float32(weight)
     if channels == 1:
-        return weight.sum(axis=1, keepdims=True)
-    repeated = np.tile(weight, (1, math.ceil(channels / old), 1, 1))[:, :channels]
-    return repeated * np.float32(old / channels)
+        summed: np.ndarray = weight.sum(axis=1, keepdims=True)
+        return summed
+    repeated: np.ndarray = np.tile(weight, (1, math.ceil(channels / old), 1, 1))[:, :channels] * np.float32(old / channels)
+    return repeated
 
 
 def _square(tokens: int) -> tuple[int, int] | None:
@@ -397,7 +403,14 @@ def _grid(model: Any) -> tuple[int, int] | None:
     return (int(grid[0]), int(grid[1])) if grid is not None else None
 
 
+def _is_cell(model: Any) -> bool:
+    mindspore = sys.modules.get("mindspore")
+    return mindspore is not None and isinstance(model, mindspore.nn.Cell)
+
+
 def _load(model: Any, checkpoint: Checkpoint, path: str | os.PathLike[str], strict_head: bool) -> Any:
+    if _is_cell(model):
+        return _load_cell(model, checkpoint, path, strict_head)
     from torch import nn
 
     inner = _unwrap(model)
@@ -413,4 +426,24 @@ def _load(model: Any, checkpoint: Checkpoint, path: str | os.PathLike[str], stri
     for module in inner.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = checkpoint.norm_eps
+    return model
+
+
+def _load_cell(model: Any, checkpoint: Checkpoint, path: str | os.PathLike[str], strict_head: bool) -> Any:
+    from mindspore import Tensor
+
+    from convit.mindspore.layers import GELU, LayerNorm
+
+    own = model.parameters_dict()
+    shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
+    tensors = to_mindcv(checkpoint.tensors)
+    fitted = fit(tensors, shapes, grid=model.grid, source_grid=checkpoint.grid, strict_head=strict_head, what=str(path))
+    for name, array in fitted.items():
+        own[name].set_data(Tensor(to_float32(array), own[name].dtype))
+    for _, cell in model.cells_and_names():
+        if isinstance(cell, GELU):
+            cell.approximate = checkpoint.act == "gelu_tanh"
+        elif isinstance(cell, LayerNorm):
+            cell.set_epsilon(checkpoint.norm_eps)
+    model.compile_cache.clear()  # graphs that were compiled before have the old settings
     return model

@@ -13,6 +13,7 @@ import re
 import sys
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from convit.weights.files import replacing
 
@@ -118,12 +119,12 @@ class _KeepChecksum(urllib.request.HTTPRedirectHandler):
 
     checksum = ""
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> urllib.request.Request | None:
         self.checksum = self.checksum or _stated(headers)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _stated(headers) -> str:
+def _stated(headers: Any) -> str:
     tag = (headers.get("X-Linked-ETag") or "").strip('W/"')
     return tag if re.fullmatch(r"[0-9a-f]{64}", tag) else ""
 

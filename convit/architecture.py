@@ -1,0 +1,28 @@
+"""What the models of both frameworks and their weights share: the six variants, and how a position embedding goes to another grid."""
+
+from typing import Any
+
+VARIANTS: dict[str, dict[str, int]] = {
+    "convit_tiny": {"embed_dim": 192, "num_heads": 4},
+    "convit_tiny_plus": {"embed_dim": 256, "num_heads": 4},
+    "convit_small": {"embed_dim": 432, "num_heads": 9},
+    "convit_small_plus": {"embed_dim": 576, "num_heads": 9},
+    "convit_base": {"embed_dim": 768, "num_heads": 16},
+    "convit_base_plus": {"embed_dim": 1024, "num_heads": 16},
+}
+
+
+def bicubic(centres: Any, source: Any, width: Any) -> Any:
+    """The weights [new, old] that resample one axis: Keys' cubic (a = -0.5), cut at the borders and normalised, as timm does.
+
+    The arrays are NumPy's or torch's; only operations that both (and every exporter) know are used.
+
+    Args:
+        centres: [new], the middle of every new cell in units of old ones.
+        source: [old], the middle of every old cell.
+        width: What the kernel is widened by: old / new where that is more than 1, else 1.
+    """
+    x = abs(source[None, :] - centres[:, None]) / width
+    near, far = x.clip(0, 1), x.clip(1, 2)  # both branches are 0 where they meet and beyond 2: their sum is the kernel
+    cubic = (1.5 * near - 2.5) * near * near + 1 + ((-0.5 * far + 2.5) * far - 4) * far + 2
+    return cubic / cubic.sum(1)[:, None]
