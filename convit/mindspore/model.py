@@ -156,7 +156,7 @@ class ConViT(nn.Cell):
         return self.forward_head(self.forward_features(x))
 
 
-def load_checkpoint(model: ConViT, path: str | PathLike, *, strict_head: bool = True) -> ConViT:
+def load_checkpoint(model: ConViT, path: str | PathLike[str], *, strict_head: bool = True) -> ConViT:
     """Load a file into a model: its weights, and the GELU and LayerNorm epsilon that they were trained with.
 
     The position embedding is resampled where the model has another grid. Everything is checked before anything is set: on an
@@ -174,7 +174,8 @@ def load_checkpoint(model: ConViT, path: str | PathLike, *, strict_head: bool = 
         OSError: The file cannot be opened.
         ValueError: The file cannot be read or does not fit the model; the first differing names and shapes are listed.
     """
-    return convit.load_checkpoint(model, path, strict_head=strict_head)
+    loaded: ConViT = convit.load_checkpoint(model, path, strict_head=strict_head)
+    return loaded
 
 
 def list_models() -> list[str]:
@@ -182,7 +183,7 @@ def list_models() -> list[str]:
     return list(VARIANTS)
 
 
-def create_model(name: str, pretrained: bool | str | PathLike = False, **kwargs: Any) -> ConViT:
+def create_model(name: str, pretrained: bool | str | PathLike[str] = False, **kwargs: Any) -> ConViT:
     """Build one of the six variants of ConViT.
 
     Args:
