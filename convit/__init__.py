@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 from convit.dispatch import Problem, backends, use_backend, why_not
 
 if TYPE_CHECKING:
+    from convit.engine.pytorch.trained import from_pretrained as from_pretrained
+    from convit.engine.pytorch.trained import push_to_hub as push_to_hub
+    from convit.engine.pytorch.trained import save_pretrained as save_pretrained
     from convit.ops import gpsa as gpsa
     from convit.pytorch.accelerate import accelerate as accelerate
     from convit.pytorch.accelerate import accelerated as accelerated
@@ -33,6 +36,9 @@ _HOMES = {
     "optimize": "convit.pytorch.optimize",
     "load_checkpoint": "convit.weights.load",
     "load_pretrained": "convit.weights.load",
+    "from_pretrained": "convit.engine.pytorch.trained",
+    "save_pretrained": "convit.engine.pytorch.trained",
+    "push_to_hub": "convit.engine.pytorch.trained",
 }
 
 __all__ = [*_HOMES, "Problem", "backends", "use_backend", "why_not"]

@@ -23,6 +23,6 @@ def bicubic(centres: Any, source: Any, width: Any) -> Any:
         width: What the kernel is widened by: old / new where that is more than 1, else 1.
     """
     x = abs(source[None, :] - centres[:, None]) / width
-    near, far = x.clip(0, 1), x.clip(1, 2)  # both branches are 0 where they meet and beyond 2: their sum is the kernel
-    cubic = (1.5 * near - 2.5) * near * near + 1 + ((-0.5 * far + 2.5) * far - 4) * far + 2
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    cubic = near * (x < 1) + far * ((x >= 1) & (x < 2))
     return cubic / cubic.sum(1)[:, None]

@@ -181,39 +181,18 @@ def plot_attention(
     Raises:
         ValueError: The query is outside the grid, or a layer does not exist.
     """
-    import torch
-
-    from convit.kernels.gpsa.reference import attention_map
-    from convit.pytorch.diagnostics import _project, attentions, layer_inputs
+    from convit.pytorch.diagnostics import attention_rows, attentions
 
     batch = image[None] if image.ndim == 3 else image
     if batch.ndim != 4 or len(batch) != 1:
         raise ValueError(f"image must be [C, H, W] or [1, C, H, W], got {list(image.shape)}")
     batch = batch.to(next(model.parameters()).device)
-    modules = attentions(model)
-    depth = len(modules)
+    depth = len(attentions(model))
     chosen = sorted({round(i) for i in np.linspace(0, depth - 1, min(4, depth))}) if layers is None else list(layers)
     if not chosen or not all(-depth <= layer < depth for layer in chosen):
         raise ValueError(f"layers must be among 0..{depth - 1}, got {chosen}")
-    inputs = layer_inputs(model, batch)
-    gh, gw = next(iter(inputs.values()))[1]
-    row, column = query if query is not None else (gh // 2, gw // 2)
-    if not (0 <= row < gh and 0 <= column < gw):
-        raise ValueError(f"query must be a patch of the {gh} x {gw} grid, got {row},{column}")
-    maps = []
-    with torch.no_grad():
-        for layer in chosen:
-            name, module = modules[layer]
-            x, grid = inputs[name]
-            prefix = x.shape[1] - gh * gw
-            at = prefix + row * gw + column
-            if hasattr(module, "gating_param"):
-                q, k = _project(module.qk(x), 2, module.num_heads)
-                full = attention_map(q, k, module.pos_proj.weight.float(), module.gating_param.float(), grid, module.scale)[0, :, at]
-            else:
-                q, k, _ = _project(module.qkv(x), 3, module.num_heads)
-                full = ((q[0, :, at : at + 1] @ k[0].transpose(-2, -1)) * module.scale).softmax(-1)[:, 0]
-            maps.append((f"layer {layer % depth + 1}", full[:heads, prefix:].reshape(-1, gh, gw).cpu().numpy()))
+    (gh, gw), (row, column), rows = attention_rows(model, batch, query)
+    maps = [(f"layer {layer % depth + 1}", rows[layer].maps[:heads].numpy()) for layer in chosen]
     shown = _picture(batch[0].float().cpu().numpy() if picture is None else picture)
     height, width = shown.shape[:2]
     grey = shown.mean(-1)

@@ -1,5 +1,6 @@
 """The deployed form equals the model; exported files run in their runtimes; a failed export leaves nothing."""
 
+import json
 import sys
 
 import numpy as np
@@ -44,7 +45,7 @@ def photographs(tmp_path):
         {"reg_tokens": 2},
         {"global_pool": "avg"},
         {"global_pool": ""},
-        {"local_up_to_layer": 3},
+        {"local_up_to_layer": 3, "global_pool": "avg"},
         {"local_up_to_layer": 0},
         {"qkv_bias": True},
         {"use_pos_embed": False},
@@ -79,6 +80,9 @@ def test_export(tmp_path, photographs, format, dynamic_size):
         pytest.importorskip(package)
     model = small(depth=2, local_up_to_layer=1).train()
     path = tmp_path / "out" / f"model{SUFFIXES[format]}"
+    # 0 to 255 and 0 to 1 alike
+    model.pretrained_cfg = {"mean": [127.5, 63.75, 31.875], "std": [51.0, 51.0, 102.0], "crop_pct": 0.9, "interpolation": "bilinear"}
+    model.pretrained_cfg["label_names"] = ["a", "b", "ç", "d", "e"]
     report = export(model, path, format, images=photographs, dynamic_size=dynamic_size, opset=20)
     assert model.training and not model.patch_embed.dynamic
     assert report.difference <= 1e-5 and report.batches == [1, 2]
@@ -93,6 +97,14 @@ def test_export(tmp_path, photographs, format, dynamic_size):
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
     if format == "onnx":
         check_graph(path, blocks=2, tokens=24)
+    assert {name: json.loads(value) for name, value in facts(format, path).items()} == {
+        "size": [32, 48],
+        "mean": [0.5, 0.25, 0.125],
+        "std": [0.2, 0.2, 0.4],
+        "crop_pct": 0.9,
+        "interpolation": "bilinear",
+        "classes": ["a", "b", "ç", "d", "e"],
+    }
 
 
 def run_file(format, path, images):
@@ -110,13 +122,32 @@ def run_file(format, path, images):
         return module(images).numpy()
 
 
+def facts(format, path):
+    """What the file says of preparation and classes, read with its runtime alone."""
+    if format == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(path)
+        assert session.get_inputs()[0].shape[0] == session.get_outputs()[0].shape[0] == "batch"
+        return session.get_modelmeta().custom_metadata_map
+    if format == "openvino":
+        import openvino
+
+        return {name: value.astype(str) for name, value in openvino.Core().read_model(path).get_rt_info(["convit"]).astype(dict).items()}
+    files = {"convit.json": ""}
+    if format == "torch-export":
+        torch.export.load(path, extra_files=files)
+    else:
+        torch.jit.load(str(path), _extra_files=files)
+    return {name: json.dumps(value) for name, value in json.loads(files["convit.json"]).items()}
+
+
 def check_graph(path, blocks, tokens):
     """One content softmax per block, none for position; nothing as large as N x N is stored; no trace of this machine."""
     onnx = pytest.importorskip("onnx")
     model = onnx.load(path)
     assert sum(node.op_type == "Softmax" for node in model.graph.node) == blocks
     assert not [tensor.name for tensor in model.graph.initializer if list(tensor.dims[-2:]) == [tokens, tokens]]
-    assert {entry.key for entry in model.metadata_props} >= {"mean", "std", "img_size"}
     assert {entry.domain: entry.version for entry in model.opset_import}[""] == 20
     assert str(path.parent).encode() not in path.read_bytes() and b"site-packages" not in path.read_bytes()
 
@@ -149,12 +180,14 @@ def test_wrong_file_is_not_kept(tmp_path, sign, photographs, monkeypatch):
     [
         (["convit_tiny", "--format", "tflite"], "format must be one of onnx, openvino"),
         (["convit_tiny", "--format", "onnx", "--opset", "9"], "opset must be in 18..23, got 9"),
-        (["convit_tinny", "--format", "torchscript"], "did you mean 'convit_tiny'"),
+        (["convit_tinny", "--format", "torchscript"], "no file, folder or variant; did you mean 'convit_tiny'"),
         (["convit_tiny", "--format", "mindir", "--dynamic-size"], "fixed image size"),
         (["convit_tiny", "--format", "torchscript", "--images", "{}/bad.png"], "bad.png is not an image"),
         (["convit_tiny", "--format", "torchscript", "--images", "{}/none.png"], "none.png"),
-        (["convit_tiny", "--format", "torchscript", "--checkpoint", "{}/bad.png"], "bad.png is no checkpoint"),
-        (["{}", "--format", "torchscript"], "must hold recipe.yaml"),
+        (["convit_tiny", "--format", "torchscript", "--ckpt_path", "{}/bad.png"], "bad.png is no checkpoint"),
+        (["{}", "--format", "torchscript"], "holds none of best.pth"),
+        (["convit_tiny", "--format", "onnx", "--output", "model.pt2"], "onnx files end in .onnx, got 'model.pt2'"),
+        (["{}/bad.png", "--format", "torchscript", "--pretrained"], "has its own weights"),
     ],
 )
 def test_bad_input(tmp_path, capsys, monkeypatch, arguments, message):
@@ -193,8 +226,8 @@ def test_command(tmp_path, photographs, capsys):
         if isinstance(module, torch.nn.GELU):
             module.approximate = "tanh"
     save_checkpoint(model, tmp_path / "w.safetensors")
-    command = ["export", "convit_tiny", "--format", "torchscript", "-o", str(tmp_path / "m.pt"), "--img-size", "64,96"]
-    command += ["--checkpoint", str(tmp_path / "w.safetensors"), "--num-classes", "7", "--images", *map(str, photographs)]
+    command = ["export", "convit_tiny", "--format", "torchscript", "-o", str(tmp_path / "m.pt"), "--image-resize", "64,96"]
+    command += ["--ckpt_path", str(tmp_path / "w.safetensors"), "--images", *map(str, photographs)]
     assert main(command) == 0
     assert "batch 1 and 2, 64 x 96" in capsys.readouterr().out
     images = torch.randn(2, 3, 64, 96)

@@ -31,7 +31,9 @@ def test_position_distance_is_the_dense_one(grid):
     torch.testing.assert_close(diagnostics.position_distance(weight, grid), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"reg_tokens": 2}, {"local_up_to_layer": 3}, {"local_up_to_layer": 0}, {"qkv_bias": True}])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"reg_tokens": 2}, {"local_up_to_layer": 3, "global_pool": "avg"}, {"local_up_to_layer": 0}, {"qkv_bias": True}]
+)
 def test_diagnose_is_the_dense_distance_on_each_layers_input(kwargs):
     model, images = small(**kwargs), torch.randn(3, 3, 12, 20)
     inputs, hooks = [], []
@@ -102,7 +104,7 @@ def test_command_says_what_is_wrong(tmp_path, capsys):
     assert "log.jsonl:1" in capsys.readouterr().err
     (tmp_path / "log.jsonl").write_text(json.dumps(records(1)[0]))
     assert main(["plot", str(tmp_path), "--image", "none.png"]) == 1
-    assert "recipe.yaml" in capsys.readouterr().err
+    assert "holds none of best.pth" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["plot", str(tmp_path), "--query", "three"])
 

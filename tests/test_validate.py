@@ -14,7 +14,8 @@ from PIL import Image  # noqa: E402
 
 import convit  # noqa: E402
 from convit import cli  # noqa: E402
-from convit.engine.images import find_images, load_array, read_image  # noqa: E402
+from convit.engine.images import find_images, read_image, read_named  # noqa: E402
+from convit.engine.preparation import Preparation  # noqa: E402
 from convit.engine.pytorch.build import build_model  # noqa: E402
 from convit.engine.pytorch.data import EvalData  # noqa: E402
 from convit.engine.pytorch.train import train  # noqa: E402
@@ -228,14 +229,29 @@ def test_one_reader_for_every_kind_of_image(tmp_path):
         read_image(tmp_path / "float.tif")
 
 
-def test_an_image_as_an_array(tmp_path):
-    Image.new("RGB", (40, 20), (255, 0, 0)).save(tmp_path / "red.png")
-    image = load_array(tmp_path / "red.png", (8, 12), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.25))
-    assert image.shape == (3, 8, 12) and image[:, 0, 0].tolist() == [1.0, -1.0, -2.0]
-    assert load_array(tmp_path / "red.png", (8, 12), 1, (0.0,), (1.0,)).shape == (1, 8, 12)
+@pytest.mark.parametrize("size", [(224, 224), (192, 256), (16, 16)])
+@pytest.mark.parametrize(("crop", "interpolation"), [(0.875, "bicubic"), (0.915, "bilinear"), (1.0, "bicubic")])
+def test_a_preparation_is_timms_bit_for_bit(size, crop, interpolation):
+    """Of wide, high and small images, with a mean and std of 0 to 255 as of 0 to 1."""
+    from timm.data import create_transform
+
+    config = {"mean": [127.5, 100.0, 50.0], "std": [51.0, 60.0, 70.0], "crop_pct": crop, "interpolation": interpolation}
+    prepare = Preparation.of_config(config, size, 3)
+    unit = {name: [value / 255 for value in config[name]] for name in ("mean", "std")}
+    theirs = create_transform(size if size[0] != size[1] else size[0], crop_pct=crop, interpolation=interpolation, **unit)
+    for high, wide in ((50, 301), (301, 50), (9, 7)):
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (high, wide, 3), dtype=np.uint8))
+        assert np.array_equal(prepare(image), theirs(image).numpy())
+    grey = prepare._replace(mean=(0.5,), std=(0.25,))(Image.new("L", (40, 20), 255))
+    assert grey.shape == (1, *size) and np.unique(grey).tolist() == [2.0]
+
+
+def test_what_is_no_image_is_named(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="bad.png is not an image"):
-        load_array(tmp_path / "bad.png", (8, 8), 3, (0.5,) * 3, (0.5,) * 3)
+        read_named(tmp_path / "bad.png")
+    with pytest.raises(FileNotFoundError):
+        read_named(tmp_path / "none.png")
 
 
 def test_links_are_followed_and_circles_end(tmp_path):

@@ -18,10 +18,16 @@ COMMANDS = {
     "infer": ("classify images", "convit.cli.infer"),
     "plot": ("draw the pictures of a training run", "convit.cli.plot"),
     "export": ("write a model for another runtime", "convit.cli.export"),
+    "serve": ("serve a model over HTTP, with a page", "convit.cli.serve"),
     "convert": ("convert a checkpoint between timm, FAIR, safetensors and MindCV", "convit.cli.convert"),
     "env": ("print versions, devices and which backend can run what", "convit.cli.env"),
     "demo": ("see a ConViT work on real images", "convit.cli.demo"),
 }
+
+
+def spellings(name: str) -> list[str]:
+    """``--image_resize`` and ``--image-resize``: as recipe keys are written, and as options usually are."""
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,23 +1,29 @@
 """``convit export``: a model for another runtime."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from convit.architecture import VARIANTS
+from convit.cli import spellings
+from convit.dispatch import nearest
 from convit.export.check import FORMATS, OPSETS, check_request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "The file is checked in its runtime on real images before it is written; a failed export leaves no file."
-    parser.add_argument("model", metavar="MODEL", help="a variant (convit_tiny) or the folder of a PyTorch training run")
+    parser.epilog = """The file is checked in its runtime on real images before it is written; a failed export leaves no file.
+
+examples:
+  convit export RUN --format onnx                              the best model of a training run
+  convit export weights.safetensors --format openvino -o model.xml --dynamic_size"""
+    parser.add_argument("model", metavar="MODEL", help="a run folder, any checkpoint, or a variant (convit_tiny)")
     parser.add_argument("--format", required=True, help=", ".join(FORMATS))
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="the file to write [MODEL with the suffix of the format]")
-    parser.add_argument("--checkpoint", metavar="FILE", type=Path, help="weights: timm or FAIR .pth, .safetensors, MindCV .ckpt")
-    parser.add_argument("--pretrained", action="store_true", help="published ImageNet-1K weights")
-    parser.add_argument("--img-size", metavar="H[,W]", type=_size, help="image size the file is made for [the model's]")
-    parser.add_argument("--num-classes", type=int, help="classes of the checkpoint [1000]")
-    parser.add_argument("--dynamic-size", action="store_true", help="take images of any multiple of the patch size")
+    parser.add_argument(*spellings("ckpt_path"), metavar="FILE", type=Path, help="weights for a variant: any checkpoint")
+    parser.add_argument("--pretrained", action="store_true", help="published ImageNet-1K weights for a variant")
+    parser.add_argument(*spellings("image_resize"), metavar="H[,W]", type=_size, help="image size the file is made for [the model's]")
+    parser.add_argument(*spellings("num_classes"), type=int, metavar="N", help="classes of a variant [those of its weights]")
+    parser.add_argument(*spellings("dynamic_size"), action="store_true", help="take images of any multiple of the patch size")
     parser.add_argument("--opset", type=int, default=OPSETS[0], help=f"ONNX opset, {OPSETS[0]} to {OPSETS[1]} [{OPSETS[0]}]")
     parser.add_argument("--images", metavar="FILE", type=Path, nargs="+", help="images to check with [the photographs in scikit-learn]")
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
@@ -29,18 +35,14 @@ def run(args: argparse.Namespace) -> None:
     if output.exists() and not args.force:
         raise ValueError(f"{output} exists; --force replaces it")
     if args.format == "mindir":
-        if Path(args.model).is_dir():
-            raise ValueError("mindir needs a variant's name and --checkpoint, got a run folder")
         from convit.export.mindir import export_mindir
 
-        given = {"img_size": args.img_size, "num_classes": args.num_classes}
-        report = export_mindir(args.model, output, weights=args.checkpoint or args.pretrained, images=args.images, **given)
+        given = {"img_size": args.image_resize, "num_classes": args.num_classes}
+        report = export_mindir(_place(args), output, pretrained=args.pretrained, images=args.images, **given)
     else:
         from convit.export import export
 
-        model, mean, std = _model(args)
-        options = {"images": args.images, "mean": mean, "std": std, "dynamic_size": args.dynamic_size, "opset": args.opset}
-        report = export(model, output, args.format, **options)
+        report = export(_model(args), output, args.format, images=args.images, dynamic_size=args.dynamic_size, opset=args.opset)
     sizes = " and ".join(f"{h} x {w}" for h, w in report.sizes)
     megabytes = sum(file.stat().st_size for file in report.files) / 1e6
     print(
@@ -50,28 +52,31 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def _model(args: argparse.Namespace) -> tuple[Any, Sequence[float], Sequence[float]]:
+def _place(args: argparse.Namespace) -> str | Path:
+    """Where the weights lie, or the name of a variant."""
+    variant = args.model in VARIANTS and not Path(args.model).exists()
+    if not variant and not Path(args.model).exists():
+        raise ValueError(f"{args.model} is no file, folder or variant{nearest(args.model, VARIANTS)}")
+    if not variant and (args.ckpt_path or args.pretrained or args.num_classes is not None):
+        raise ValueError(f"{args.model} has its own weights: leave out --ckpt_path, --pretrained and --num_classes")
+    if args.ckpt_path and args.pretrained:
+        raise ValueError("choose --ckpt_path or --pretrained")
+    return Path(args.ckpt_path or args.model) if not variant or args.ckpt_path else str(args.model)
+
+
+def _model(args: argparse.Namespace) -> Any:
     import convit
+    from convit.engine.pytorch.trained import trained_model
 
-    if Path(args.model).is_dir():
-        if args.checkpoint or args.pretrained or args.num_classes is not None:
-            raise ValueError("a run folder has its own weights: leave out --checkpoint, --pretrained and --num-classes")
-        from convit.engine.pytorch.trained import trained_model
-
-        model, recipe = trained_model(Path(args.model))
-        if args.img_size:
-            model.set_input_size(args.img_size)
-        return model, recipe.mean, recipe.std
-    if args.checkpoint and args.pretrained:
-        raise ValueError("choose --checkpoint or --pretrained")
-    given = {} if args.num_classes is None else {"num_classes": args.num_classes}
-    given |= {} if args.img_size is None else {"img_size": args.img_size}
-    model = convit.create_model(args.model, pretrained=args.pretrained, **given)
-    if args.checkpoint:
-        convit.load_checkpoint(model, args.checkpoint)
-    elif not args.pretrained:
-        print("convit export: neither --checkpoint nor --pretrained: the weights are the initial ones")
-    return model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    place = _place(args)
+    if isinstance(place, Path) or args.pretrained:
+        model = trained_model(place)
+    else:
+        model = convit.create_model(place, **({} if args.num_classes is None else {"num_classes": args.num_classes}))
+        print("convit export: neither --ckpt_path nor --pretrained: the weights are the initial ones")
+    if args.image_resize:
+        model.set_input_size(args.image_resize)
+    return model
 
 
 def _size(text: str) -> tuple[int, int]:

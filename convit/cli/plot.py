@@ -9,7 +9,11 @@ attention   where heads look from one patch of an image, layer by layer
 import argparse
 from pathlib import Path
 
+import numpy as np
+
 from convit import figures
+from convit.engine.images import read_named
+from convit.engine.preparation import Preparation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,12 +43,13 @@ def run(args: argparse.Namespace) -> None:
     if args.image is not None:
         import torch
 
-        from convit.engine.images import load_array
         from convit.engine.pytorch.trained import trained_model
 
-        model, recipe = trained_model(args.folder)
-        image = torch.from_numpy(load_array(args.image, model.patch_embed.img_size, recipe.in_channels, recipe.mean, recipe.std))
-        drawn.append(figures.plot_attention(model, image, path("attention"), query=args.query))
+        model = trained_model(args.folder)
+        preparation = Preparation.of(model)
+        crop = preparation.crop(read_named(args.image, model.in_chans))
+        image = torch.from_numpy(preparation.normalise(crop))
+        drawn.append(figures.plot_attention(model, image, path("attention"), query=args.query, picture=np.asarray(crop)))
     for one in drawn:
         print(one)
 

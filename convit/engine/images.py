@@ -1,7 +1,7 @@
-"""Image files: which there are, how one is read, everywhere in the same way, and what its classes are called. Imports no framework."""
+"""Image files: which there are, and how one is read, everywhere in the same way. Imports no framework."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -67,28 +67,17 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
-def load_array(
-    path: str | os.PathLike[str], size: tuple[int, int], channels: int, mean: Sequence[float], std: Sequence[float]
-) -> np.ndarray:
-    """An image file, normalised, [channels, *size] float32: scaled to cover the size, then cropped in the middle.
-
-    Args:
-        path: Any file that ``read_image`` reads.
-        size: (height, width).
-        channels: 1 or 3.
-        mean, std: Per channel, in 0..1.
+def read_named(path: str | os.PathLike[str], channels: int = 3) -> Image.Image:
+    """``read_image`` of a file, which its message names.
 
     Raises:
-        ValueError: The file is no image.
+        FileNotFoundError: There is no such file.
+        ValueError: It is no image.
     """
     try:
-        image = read_image(path, channels)
+        return read_image(path, channels)
     except ValueError as error:
         raise ValueError(f"{path} is not an image that can be read: {error}") from error
-    image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
-    array = np.asarray(image, dtype=np.float32).reshape(*size, channels) / 255
-    array = (array - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
-    return np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
 def find_images(places: list[str]) -> list[Path]:
@@ -126,21 +115,6 @@ def need_weights(recipe: Recipe) -> None:
     """Raise ``ValueError`` for a recipe without weights to infer with."""
     if not recipe.ckpt_path and not recipe.pretrained:
         raise ValueError("infer needs weights: --ckpt_path FILE, or --pretrained for the published ones")
-
-
-def class_names(recorded: list[str], num_classes: int) -> list[str]:
-    """Those that a checkpoint or data set gives, if it gives as many; ImageNet's for a head of 1000, if timm is there; else numbers."""
-    if len(recorded) == num_classes:
-        return recorded
-    if num_classes == 1000:
-        try:
-            from timm.data import ImageNetInfo
-        except ImportError:
-            pass
-        else:
-            info = ImageNetInfo()
-            return [info.index_to_description(i) for i in range(1000)]
-    return [str(i) for i in range(num_classes)]
 
 
 def classify(

@@ -21,7 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from convit.export.check import FORMATS, OPSETS, TOLERANCE, Options, Report, check_images, check_request, write_checked
+from convit.engine.preparation import Preparation
+from convit.engine.trained import class_names
+from convit.export.check import FORMATS, OPSETS, TOLERANCE, Options, Report, check_images, check_request, facts_of, write_checked
 
 __all__ = ["FORMATS", "OPSETS", "TOLERANCE", "Report", "export"]
 
@@ -39,19 +41,22 @@ def export(
     format: str,
     *,
     images: Sequence[str | os.PathLike[str]] | None = None,
-    mean: Sequence[float] = (0.485, 0.456, 0.406),
-    std: Sequence[float] = (0.229, 0.224, 0.225),
+    classes: Sequence[str] | None = None,
     dynamic_size: bool = False,
     opset: int = OPSETS[0],
 ) -> Report:
     """Export a PyTorch ConViT, checked in the runtime of the format.
+
+    The file carries what a server needs, as JSON texts: ``size``, ``mean``, ``std``, ``crop_pct`` and ``interpolation``, from the model's
+    ``pretrained_cfg``, and ``classes``. ONNX has them in its metadata, OpenVINO in ``rt_info`` under "convit", the two formats of PyTorch
+    in the extra file ``convit.json``.
 
     Args:
         model: A ``convit.ConViT``; exported in float32 and evaluation mode, left as it is.
         path: The file, with the suffix of the format; an existing one is replaced.
         format: "onnx", "openvino", "torch-export" or "torchscript" (for "mindir" see ``convit.export.mindir``).
         images: Image files to check with; default the two photographs in scikit-learn.
-        mean, std: Normalisation of the images, per channel; recorded in ONNX files.
+        classes: Names of the outputs; default those that the model came with (``label_names`` in its ``pretrained_cfg``), else numbers.
         dynamic_size: Take images of any multiple of the patch size.
         opset: Of ONNX.
 
@@ -73,12 +78,15 @@ def export(
         raise ValueError(f"model must be a convit.ConViT, got {type(model).__name__}; load its checkpoint into convit.create_model(...)")
     size, patch = model.patch_embed.img_size, model.patch_embed.patch_size
     sizes = [size] + ([(size[0] + patch[0], size[1] + 2 * patch[1])] if dynamic_size else [])
-    batches = [check_images(images, each, model.in_chans, mean, std) for each in sizes]
+    preparation = Preparation.of(model)
+    names = list(classes or model.pretrained_cfg.get("label_names") or [])
+    if classes is not None and len(names) != model.num_classes:
+        raise ValueError(f"classes must name the {model.num_classes} outputs of the model, got {len(names)}")
+    batches = [check_images(images, preparation._replace(size=(int(each[0]), int(each[1])))) for each in sizes]
     deployed = Deployed(model, dynamic_size=dynamic_size, fused=format in ("torch-export", "torchscript")).cpu()
-    meta = {"mean": str(list(mean)), "std": str(list(std)), "img_size": str(list(size)), "model": "ConViT"}
     home, name = _WRITERS[format]
     writer = getattr(importlib.import_module(f"convit.export.{home}"), name)
-    options = Options(dynamic_size, patch, opset, meta)
+    options = Options(dynamic_size, patch, opset, facts_of(preparation, class_names(names, model.num_classes)))
 
     def eager(batch: np.ndarray) -> np.ndarray:
         twin = copy.deepcopy(model).float().cpu().eval()

@@ -1,6 +1,7 @@
 """The one check of every exported file: it runs in its runtime on real images, equals the eager model, and only then appears."""
 
 import importlib
+import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -8,6 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from convit.engine.images import read_named
+from convit.engine.preparation import Preparation
 
 TOLERANCE = 1e-5  # of the largest logit
 OPSETS = (18, 23)  # what torch's exporter writes and ONNX Runtime reads
@@ -38,7 +42,7 @@ class Options(NamedTuple):
     dynamic_size: bool
     patch_size: tuple[int, int]
     opset: int
-    meta: dict[str, str]
+    facts: dict[str, str]
 
 
 class Report(NamedTuple):
@@ -74,17 +78,19 @@ def check_request(name: str, path: Path | None = None, opset: int = OPSETS[0], d
     return form
 
 
-def check_images(
-    files: Sequence[str | os.PathLike[str]] | None, size: tuple[int, int], channels: int, mean: Sequence[float], std: Sequence[float]
-) -> np.ndarray:
-    """Image files as a normalised batch [n, channels, *size] float32, at least two images: a single one comes with its mirror image.
+def facts_of(preparation: Preparation, classes: Sequence[str]) -> dict[str, str]:
+    """What a server needs beside the model, each as JSON: how to prepare an image and what the classes are called."""
+    asked = preparation._asdict() | {"classes": list(classes)}
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in asked.items()}
+
+
+def check_images(files: Sequence[str | os.PathLike[str]] | None, preparation: Preparation) -> np.ndarray:
+    """Image files as a batch [n, channels, height, width] float32, at least two images: a single one comes with its mirror image.
 
     Raises:
         ImportError: No files are given and scikit-learn is not installed.
         ValueError: A file is no image.
     """
-    from convit.engine.images import load_array
-
     if files is None:
         try:
             import sklearn.datasets
@@ -92,9 +98,7 @@ def check_images(
             raise ImportError("to check the export, pass images with --images, or install scikit-learn for its photographs") from None
         folder = Path(sklearn.datasets.__file__).parent / "images"
         files = [folder / "china.jpg", folder / "flower.jpg"]
-    if len(mean) != channels:
-        mean, std = [float(np.mean(mean))] * channels, [float(np.mean(std))] * channels
-    images = [load_array(file, size, channels, mean, std) for file in files]
+    images = [preparation(read_named(file, len(preparation.mean))) for file in files]
     if len(images) == 1:
         images.append(np.ascontiguousarray(images[0][:, :, ::-1]))
     return np.stack(images)

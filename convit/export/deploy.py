@@ -161,4 +161,5 @@ class Deployed(nn.Module):
         scale = old / (index[-1:] + 1)
         centres = (index + 0.5) * scale
         source = torch.arange(old, device=self.pos_embed.device, dtype=torch.float32) + 0.5
-        return bicubic(centres, source, scale.clamp(min=1.0))
+        weights: Tensor = bicubic(centres, source, scale.clamp(min=1.0))
+        return weights

@@ -13,11 +13,12 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from convit.export.check import Infer, Report, check_images, check_request, write_checked
+from convit.engine.mindspore.trained import trained_model
+from convit.engine.preparation import Preparation
+from convit.engine.trained import class_names
+from convit.export.check import Infer, Report, check_images, check_request, facts_of, write_checked
 from convit.kernels.gpsa.definition import sigmoid, softmax
-from convit.mindspore.model import ConViT, create_model, load_checkpoint
-
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from convit.mindspore.model import ConViT, create_model
 
 
 def _table(size: int, linear: np.ndarray, square: np.ndarray) -> np.ndarray:
@@ -27,7 +28,7 @@ def _table(size: int, linear: np.ndarray, square: np.ndarray) -> np.ndarray:
     return softmax(logits)
 
 
-class _Linear(nn.Cell):  # type: ignore[misc]
+class _Linear(nn.Cell):
     """A dense layer in MindSpore's own operators: the model's may use ours, which a MindIR file must not depend on."""
 
     def __init__(self, dense: Any, prefix: str) -> None:
@@ -40,7 +41,7 @@ class _Linear(nn.Cell):  # type: ignore[misc]
         return ops.matmul(x, self.weight) + self.bias
 
 
-class _Norm(nn.Cell):  # type: ignore[misc]
+class _Norm(nn.Cell):
     """``ops.LayerNorm`` over the last axis, for the reason of ``_Linear``."""
 
     def __init__(self, norm: Any, prefix: str) -> None:
@@ -53,7 +54,7 @@ class _Norm(nn.Cell):  # type: ignore[misc]
         return self.normalise(x, self.gamma, self.beta)[0]
 
 
-class _Attention(nn.Cell):  # type: ignore[misc]
+class _Attention(nn.Cell):
     """One GPSA or MHSA layer on constants. ``class_only`` computes the class token's row only."""
 
     def __init__(self, attn: Any, grid: tuple[int, int], class_only: bool, prefix: str) -> None:
@@ -96,7 +97,7 @@ class _Attention(nn.Cell):  # type: ignore[misc]
         return self.proj(out.transpose(0, 2, 1, 3).reshape(-1, tokens, self.dim))
 
 
-class _Block(nn.Cell):  # type: ignore[misc]
+class _Block(nn.Cell):
     """A block of the model; ``class_only`` keeps the class token's row."""
 
     def __init__(self, block: Any, grid: tuple[int, int], class_only: bool, prefix: str) -> None:
@@ -115,7 +116,7 @@ class _Block(nn.Cell):  # type: ignore[misc]
         return x + self.fc2(ops.gelu(self.fc1(self.norm2(x)), self.gelu))
 
 
-class Deployed(nn.Cell):  # type: ignore[misc]
+class Deployed(nn.Cell):
     """Images [B, in_channels, H, W] to logits [B, num_classes], with everything that does not depend on the image folded."""
 
     def __init__(self, model: ConViT) -> None:
@@ -144,47 +145,60 @@ class Deployed(nn.Cell):  # type: ignore[misc]
 
 
 def export_mindir(
-    name: str | ConViT,
+    model: str | Path | ConViT,
     path: str | os.PathLike[str],
     *,
-    weights: bool | str | os.PathLike[str] = False,
+    pretrained: bool = False,
     images: Sequence[str | os.PathLike[str]] | None = None,
     img_size: tuple[int, int] | None = None,
     num_classes: int | None = None,
+    classes: Sequence[str] | None = None,
+    preparation: Preparation | None = None,
 ) -> Report:
     """Export a ConViT to a MindIR file and check it in MindSpore's graph mode on real images.
 
+    The file carries what a server needs as ``convit.mean``, ``convit.classes`` and so on in its ``user_info``.
+
     Args:
-        name: A variant, or a MindSpore ConViT.
+        model: A variant, the path of a run folder or any checkpoint, or a MindSpore ConViT.
         path: The file, ending in ``.mindir``; an existing one is replaced.
-        weights: For a variant: True for the published ones, or a file of any family; else the initial ones.
+        pretrained: For a variant: the published weights, else the initial ones.
         images: Image files to check with; default the photographs in scikit-learn.
         img_size: (height, width), for a variant; default 224 x 224.
-        num_classes: Classes of the weights, for a variant.
+        num_classes: Classes of a variant.
+        classes: Names of the outputs; default those of the run, ImageNet's for 1000, else numbers.
+        preparation: How an image becomes the model's input; default the run's, else ImageNet's normalisation and a crop of 0.875.
 
     Raises:
         ValueError: The suffix is wrong, an image cannot be read, or the file's logits differ from the eager model's.
     """
     path = Path(path)
     check_request("mindir", path)
-    if isinstance(name, ConViT):
-        model = name
-    else:
+    if isinstance(model, Path):
+        if img_size is not None:
+            raise ValueError("a checkpoint's image size is its own in MindSpore: leave out --image_resize")
+        model, found = trained_model(model)
+        classes, preparation = classes or found.classes, preparation or found.preparation
+    elif isinstance(model, str):
         given: dict[str, Any] = {} if img_size is None else {"image_size": img_size}
         given |= {} if num_classes is None else {"num_classes": num_classes}
-        model = create_model(name, pretrained=weights is True, **given)
-        if not isinstance(weights, bool):
-            load_checkpoint(model, weights)
+        model = create_model(model, pretrained=pretrained, **given)
     model.set_train(False)
     if model.num_classes == 0:
         raise ValueError("model must have a classifier, got num_classes = 0")
     size = model.patch_embed.image_size
-    batch = check_images(images, size, model.in_channels, _MEAN, _STD)
+    asked = Preparation.of_config({}, size, model.in_channels) if preparation is None else preparation._replace(size=size)
+    batch = check_images(images, asked)
+    facts = facts_of(asked, class_names(list(classes or []), model.num_classes))
+
+    def record(program: Any) -> None:
+        for key, value in facts.items():
+            program.user_info[f"convit.{key}"] = value
 
     def write(made: Path) -> Infer:
         deployed = Deployed(model).set_train(False)
         shape = Tensor(shape=[None, model.in_channels, *size], dtype=ms.float32)
-        ms.export(deployed, shape, file_name=str(made), file_format="MINDIR")
+        ms.export(deployed, shape, file_name=str(made), file_format="MINDIR", custom_func=record)
         made.chmod(0o644)  # MindSpore writes it read-only
         loaded = nn.GraphCell(ms.load(str(made)))
         return lambda images: loaded(Tensor(images)).asnumpy()

@@ -28,6 +28,8 @@ def write_openvino(deployed: nn.Module, batch: Tensor, path: Path, options: Opti
     with tempfile.TemporaryDirectory(dir=path.parent.parent, prefix=".export-") as folder:
         _save(deployed, batch, Path(folder) / "model.onnx", options)
         model = openvino.convert_model(Path(folder) / "model.onnx")
+        for name, value in options.facts.items():
+            model.set_rt_info(value, ["convit", name])
         openvino.save_model(model, path, compress_to_fp16=False)
         del model
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -53,9 +55,19 @@ def _save(deployed: nn.Module, batch: Tensor, path: Path, options: Options) -> N
     for node in made.graph.node:  # stack traces with this machine's paths: more bytes than a tiny model's weights
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
+    _name_batch(made.graph)
     written = {entry.domain: entry.version for entry in made.opset_import}
     if written.get("", 0) != options.opset:
         raise ValueError(f"torch's exporter wrote opset {written.get('')} instead of {options.opset}")
-    onnx.helper.set_model_props(made, options.meta)
+    onnx.helper.set_model_props(made, options.facts)
     onnx.checker.check_model(made)
     onnx.save(made, path)
+
+
+def _name_batch(graph: Any) -> None:
+    """Call the first axis of the images "batch", here and wherever it comes back; the exporter calls it s77 or the like."""
+    given = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param == given:
+                dim.dim_param = "batch"

@@ -1,5 +1,6 @@
 """The formats that PyTorch itself runs: ``torch.export`` programs and TorchScript."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from convit.export.check import Infer, Options
+
+FACTS = "convit.json"  # the extra file with what a server needs
+
+
+def _json(options: Options) -> str:
+    return json.dumps({name: json.loads(value) for name, value in options.facts.items()}, ensure_ascii=False)
 
 
 def exported_program(deployed: nn.Module, batch: Tensor, options: Options) -> torch.export.ExportedProgram:
@@ -24,7 +31,7 @@ def exported_program(deployed: nn.Module, batch: Tensor, options: Options) -> to
 
 
 def write_torch_export(deployed: nn.Module, batch: Tensor, path: Path, options: Options) -> Infer:
-    torch.export.save(exported_program(deployed, batch, options), path)
+    torch.export.save(exported_program(deployed, batch, options), path, extra_files={FACTS: _json(options)})
     module = torch.export.load(path).module()
 
     def infer(images: np.ndarray) -> np.ndarray:
@@ -38,9 +45,9 @@ def write_torch_export(deployed: nn.Module, batch: Tensor, path: Path, options: 
 def write_torchscript(deployed: nn.Module, batch: Tensor, path: Path, options: Options) -> Infer:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracer warnings about sizes that the check covers, and the notice that TorchScript is old
-        traced = torch.jit.trace(deployed, (batch,), check_trace=False)  # type: ignore[no-untyped-call]
-        torch.jit.save(torch.jit.freeze(traced), str(path))
-        module = torch.jit.load(str(path))  # type: ignore[no-untyped-call]
+        traced = torch.jit.trace(deployed, (batch,), check_trace=False)
+        torch.jit.save(torch.jit.freeze(traced), str(path), _extra_files={FACTS: _json(options)})
+        module = torch.jit.load(str(path))
 
     def infer(images: np.ndarray) -> np.ndarray:
         with torch.no_grad():

@@ -10,7 +10,7 @@ In MHSA layers class and register tokens have no place: rows are taken over the 
 ``get_attention_map`` does.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,59 @@ def layer_inputs(model: Any, images: Tensor) -> dict[str, tuple[Tensor, Grid]]:
         for module, training in modes:
             module.training = training
     return found
+
+
+class LayerRows(NamedTuple):
+    """Where the heads of one layer look from one patch: [H, gh, gw], and their gates if it is a GPSA layer."""
+
+    maps: Tensor
+    gates: list[float] | None
+
+
+class AttentionRows(NamedTuple):
+    """``attention_rows`` of an image: the grid of patches, the patch that looks, and every layer."""
+
+    grid: Grid
+    query: tuple[int, int]
+    layers: list[LayerRows]
+
+
+@torch.no_grad()
+def attention_rows(model: Any, images: Tensor, query: tuple[int, int] | None = None) -> AttentionRows:
+    """Where every head looks from one patch of an image, each layer on its own input; class and register tokens are left out.
+
+    Args:
+        model: Our ConViT, or timm's or FAIR's; left as it was.
+        images: [1, C, H, W], normalised, on the model's device.
+        query: (row, column) of the patch; default the middle of the grid.
+
+    Raises:
+        ValueError: The query is outside the grid, or the model has no GPSA or MHSA layers.
+    """
+    inputs = layer_inputs(model, images)
+    grid = gh, gw = next(iter(inputs.values()))[1]
+    row, column = query if query is not None else (gh // 2, gw // 2)
+    if not (0 <= row < gh and 0 <= column < gw):
+        raise ValueError(f"query must be a patch of the {gh} x {gw} grid, got {row},{column}")
+    layers = []
+    for name, module in attentions(model):
+        x, _ = inputs[name]
+        prefix = x.shape[1] - gh * gw
+        at = prefix + row * gw + column
+        gates = None
+        if hasattr(module, "gating_param"):
+            q, k = _project(module.qk(x), 2, module.num_heads)
+            px, py = position_tables(module.pos_proj.weight.float(), grid)
+            gate = module.gating_param.float().sigmoid()[:, None]
+            position = (py[:, row, :, None] * px[:, column, None, :]).flatten(1)
+            gates = gate[:, 0].tolist()
+        else:
+            q, k, _ = _project(module.qkv(x), 3, module.num_heads)
+        found = ((q[0, :, at : at + 1] @ k[0].transpose(-2, -1)) * module.scale).softmax(-1)[:, 0]  # [H, N]
+        if gates is not None:
+            found = (1 - gate) * found + gate * position
+        layers.append(LayerRows(found[:, prefix:].reshape(-1, gh, gw).cpu(), gates))
+    return AttentionRows(grid, (row, column), layers)
 
 
 @torch.no_grad()

@@ -400,6 +400,20 @@ class ConViT(nn.Module):
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
+    @classmethod
+    def from_pretrained(cls, place: str | PathLike[str], **options: Any) -> "ConViT":
+        """``convit.from_pretrained``: from the Hub, a run's folder, or any checkpoint."""
+        model: ConViT = convit.from_pretrained(place, **options)
+        return model
+
+    def save_pretrained(self, folder: str | PathLike[str], **options: Any) -> str | None:
+        """``convit.save_pretrained``: ``config.json``, ``model.safetensors`` and a model card."""
+        return convit.save_pretrained(self, folder, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """``convit.push_to_hub``: the same, uploaded."""
+        return convit.push_to_hub(self, repo_id, **options)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable

@@ -1,9 +1,12 @@
 """MindIR files: equal to the eager model on images, at batches that the export did not see; a failed export leaves nothing."""
 
+import json
+
 import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import nn
+from mindspore.train.mind_ir_pb2 import ModelProto
 
 from convit.export.mindir import export_mindir
 from convit.mindspore.model import ConViT
@@ -20,8 +23,10 @@ def test_export_mindir(tmp_path, kwargs):
     for parameter in model.get_parameters():
         parameter.set_data(ms.Tensor((parameter.asnumpy() + 0.2 * rng.standard_normal(parameter.shape)).astype(np.float32)))
     path = tmp_path / "out" / "m.mindir"
-    report = export_mindir(model, path, images=[tmp_path / "image.png"])
+    report = export_mindir(model, path, images=[tmp_path / "image.png"], classes=list("abcdé"))
     assert report.difference <= 1e-5 and report.files == [path] and list(path.parent.iterdir()) == [path]
+    facts = {name: json.loads(value) for name, value in ModelProto.FromString(path.read_bytes()).user_info.items()}
+    assert facts["convit.classes"] == list("abcdé") and facts["convit.size"] == [32, 48] and facts["convit.mean"] == [0.485, 0.456, 0.406]
     images = ms.Tensor(rng.standard_normal((5, 3, 32, 48)).astype(np.float32))
     expected = model(images).asnumpy()
     found = nn.GraphCell(ms.load(str(path)))(images).asnumpy()

@@ -8,11 +8,12 @@ from mindspore import Tensor
 from mindspore.dataset.transforms import Compose
 from PIL import Image
 
-from convit.engine.images import class_names, classify, find_images, need_weights
+from convit.engine.images import classify, find_images, need_weights
 from convit.engine.mindspore.build import build_model, check_recipe, start
 from convit.engine.mindspore.checkpoint import facts_of
 from convit.engine.mindspore.data import eval_transforms, normalisation
 from convit.engine.recipe import Recipe
+from convit.engine.trained import class_names
 
 
 def infer(recipe: Recipe, images: list[str], topk: int = 5, progress: bool = False) -> Iterator[dict[str, Any]]:

@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from convit.engine.images import class_names, classify, find_images, need_weights
+from convit.engine.images import classify, find_images, need_weights
 from convit.engine.pytorch.build import build_model
 from convit.engine.pytorch.checkpoint import facts_of
 from convit.engine.pytorch.data import eval_transform
 from convit.engine.pytorch.distributed import choose_device
 from convit.engine.recipe import Recipe
+from convit.engine.trained import class_names
 from convit.engine.world import World
 
 

@@ -1,0 +1,90 @@
+"""What a model asks of an image, and an image made so, with NumPy and Pillow alone: bit for bit timm's evaluation transform."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from convit.engine.recipe import Recipe
+
+if TYPE_CHECKING:  # a model is loaded where there is no Pillow
+    from PIL import Image
+
+
+# Pillow's numbers
+_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+
+
+class Preparation(NamedTuple):
+    """Resize until the smaller side is ``size / crop_pct``, crop the middle, normalise.
+
+    Attributes:
+        size: (height, width) of the model's input.
+        mean, std: One value per channel, of pixels in 0 to 1.
+        crop_pct: The share of the resized image that the crop keeps.
+        interpolation: A filter of Pillow's, such as "bilinear" or "bicubic".
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    crop_pct: float = 0.875
+    interpolation: str = "bicubic"
+
+    @classmethod
+    def of(cls, model: Any) -> "Preparation":
+        """Of a PyTorch ConViT: its present image size, the rest from its ``pretrained_cfg``, as timm reads it; else ImageNet's."""
+        return cls.of_config(getattr(model, "pretrained_cfg", None) or {}, model.patch_embed.img_size, model.in_chans)
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any], size: tuple[int, int], channels: int) -> "Preparation":
+        """Of timm's configuration. A mean and std of colour, given or ImageNet's, are averaged for another number of channels."""
+        given: dict[str, Any] = {name: config[name] for name in ("crop_pct", "interpolation") if config.get(name) is not None}
+        if config.get("mean") and config.get("std"):
+            given["mean"], given["std"] = unit_scale(config["mean"], config["std"])
+        if config.get("crop_mode", "center") != "center":
+            raise ValueError(f"crop_mode can only be 'center', got {config['crop_mode']!r}")
+        made = cls((int(size[0]), int(size[1])), **given)
+        if made.interpolation not in _FILTERS:
+            raise ValueError(f"interpolation must be one of {', '.join(_FILTERS)}, got {made.interpolation!r}")
+        if len(made.mean) == channels:
+            return made
+        return made._replace(mean=(float(np.mean(made.mean)),) * channels, std=(float(np.mean(made.std)),) * channels)
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe) -> "Preparation":
+        size = (recipe.image_resize, recipe.image_resize)
+        return cls(size, *unit_scale(recipe.mean, recipe.std), recipe.crop_pct, recipe.interpolation)
+
+    def crop(self, image: "Image.Image") -> "Image.Image":
+        """The part of an image that the model sees, in the model's size."""
+        (height, width), (old_width, old_height) = self.size, image.size
+        high, wide = math.floor(height / self.crop_pct), math.floor(width / self.crop_pct)
+        if high == wide:
+            short, long = sorted((old_width, old_height))
+            other = int(high * long / short)
+            resized = (high, other) if old_width <= old_height else (other, high)
+        else:
+            ratio = min(old_height / high, old_width / wide)
+            resized = (round(old_width / ratio), round(old_height / ratio))
+        if resized != image.size:
+            image = image.resize(resized, _FILTERS[self.interpolation])
+        top, left = round((resized[1] - height) / 2.0), round((resized[0] - width) / 2.0)
+        return image.crop((left, top, left + width, top + height))
+
+    def __call__(self, image: "Image.Image") -> np.ndarray:
+        """An image in mode "L" or "RGB" as the model's input: [channels, height, width] float32."""
+        return self.normalise(self.crop(image))
+
+    def normalise(self, crop: "Image.Image") -> np.ndarray:
+        """What ``crop`` gave as the model's input."""
+        array = np.asarray(crop, dtype=np.float32).reshape(*self.size, -1).transpose(2, 0, 1) / np.float32(255)
+        mean, std = (np.array(values, np.float32)[:, None, None] for values in (self.mean, self.std))
+        return np.ascontiguousarray((array - mean) / std)
+
+
+def unit_scale(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """``mean`` and ``std`` for pixels in 0 to 1; values above 1 are of 0 to 255, as MindCV writes them."""
+    by = 255.0 if max(mean) > 1 else 1.0
+    return tuple(float(value) / by for value in mean), tuple(float(value) / by for value in std)

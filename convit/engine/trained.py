@@ -1,0 +1,172 @@
+"""What is known of a trained model, from wherever it lies: a run's folder, a folder of the Hub, any checkpoint. Imports no framework."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from convit.architecture import VARIANTS
+from convit.engine.preparation import Preparation
+from convit.engine.recipe import Recipe, load_recipe, recipe_from
+from convit.weights.load import Checkpoint, read
+
+# what a folder may hold, the best first: of runs of either framework, then of the Hub
+WEIGHTS = ("best.pth", "last.pth", "best.ckpt", "last.ckpt", "model.safetensors", "pytorch_model.bin")
+
+
+class Trained(NamedTuple):
+    """A trained model before it is built.
+
+    Attributes:
+        path: The file of the weights.
+        shape: Arguments of ``convit.ConViT``.
+        variant: Its name, if it is one.
+        preparation: How an image becomes its input.
+        classes: What its outputs are called.
+        results: Figures that were recorded with it, such as ``top1``.
+    """
+
+    path: Path
+    shape: dict[str, Any]
+    variant: str | None
+    preparation: Preparation
+    classes: list[str]
+    results: dict[str, float]
+
+
+def find_trained(place: str | Path, facts_of: Callable[[str], dict[str, Any]]) -> Trained:
+    """What the files at ``place`` say.
+
+    Args:
+        place: A run's folder (of either framework), a folder with ``config.json`` (timm's or ours), or a checkpoint of any kind.
+        facts_of: The engine's reader of what a run stored beside its weights.
+
+    Raises:
+        FileNotFoundError: There is no such file, or no weights in the folder.
+        ValueError: The file is no checkpoint of a ConViT, or what it describes does not fit together.
+    """
+    path = weights_at(Path(place))
+    checkpoint = read(path)
+    facts, config = facts_of(str(path)), _hub_config(path.parent)
+    recipe = _recipe(path, facts)
+    shape = shape_of(checkpoint, recipe.num_heads if recipe else (config.get("shape") or {}).get("num_heads"))
+    if "img_size" not in shape and recipe is not None:
+        shape["img_size"] = (recipe.image_resize, recipe.image_resize)
+    if config.get("global_pool"):
+        shape["global_pool"] = config["global_pool"]
+    variant = variant_of(shape)
+    if recipe is None and not config and checkpoint.source == "mindcv" and variant:
+        recipe = load_recipe(variant)  # MindCV's own: its crops differ
+    size = shape.get("img_size", (224, 224))
+    if recipe is not None:
+        preparation = Preparation.of_recipe(recipe)._replace(size=size)
+    else:
+        preparation = Preparation.of_config(config.get("pretrained_cfg") or {}, size, shape["in_chans"])
+    recorded = _names(facts.get("classes") or config.get("label_names"), config)
+    figures = facts or config.get("results") or {}
+    results = {name: figures[name] for name in ("top1", "top5", "val_loss") if isinstance(figures.get(name), float)}
+    return Trained(path, shape, variant, preparation, class_names(recorded, shape["num_classes"]), results)
+
+
+def weights_at(place: Path) -> Path:
+    """The file of the weights: ``place`` itself, or the best that the folder holds."""
+    if not place.is_dir():
+        return place
+    found = next((place / name for name in WEIGHTS if (place / name).exists()), None)
+    if found is None:
+        raise FileNotFoundError(f"{place} holds none of {', '.join(WEIGHTS)}: expected the folder of a run, or one of the Hub")
+    return found
+
+
+def shape_of(checkpoint: Checkpoint, num_heads: int | None = None) -> dict[str, Any]:
+    """The arguments of ``convit.ConViT`` that these weights were made with, from their shapes.
+
+    ``num_heads`` is asked where no GPSA block tells it, nor a variant of the same width.
+
+    Raises:
+        ValueError: The weights do not say it: GPSA blocks after MHSA ones, or an unknown number of heads or grid.
+    """
+    tensors = checkpoint.tensors
+    depth = 1 + max(int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name)))
+    gates = [i for i in range(depth) if f"blocks.{i}.attn.gating_param" in tensors]
+    if gates != list(range(len(gates))):
+        raise ValueError(f"GPSA must come before MHSA, the file has it in blocks {gates}")
+    dim, channels, height, width = tensors["patch_embed.proj.weight"].shape
+    heads = tensors["blocks.0.attn.gating_param"].size if gates else num_heads
+    heads = heads or next((shape["num_heads"] for shape in VARIANTS.values() if shape["embed_dim"] == dim), None)
+    if not heads:
+        raise ValueError("weights without GPSA blocks do not tell the number of heads: build the model and use load_checkpoint")
+    shape: dict[str, Any] = {
+        "patch_size": (height, width),
+        "in_chans": channels,
+        "embed_dim": dim,
+        "depth": depth,
+        "num_heads": heads,
+        "local_up_to_layer": len(gates),
+        "mlp_ratio": tensors["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        "qkv_bias": any(name.endswith((".qk.bias", ".qkv.bias")) for name in tensors),
+        "num_classes": tensors["head.weight"].shape[0] if "head.weight" in tensors else 0,
+        "use_pos_embed": "pos_embed" in tensors,
+    }
+    if "reg_token" in tensors:
+        shape["reg_tokens"] = tensors["reg_token"].shape[1]
+    if checkpoint.grid:
+        shape["img_size"] = (checkpoint.grid[0] * height, checkpoint.grid[1] * width)
+    elif "pos_embed" in tensors:
+        patches = tensors["pos_embed"].shape[1]
+        side = round(patches**0.5)
+        if side * side != patches:
+            raise ValueError(f"a position embedding of {patches} patches does not tell their grid: build the model and use load_checkpoint")
+        shape["img_size"] = (side * height, side * width)
+    return shape
+
+
+def variant_of(shape: dict[str, Any]) -> str | None:
+    """The variant that a ConViT of this shape is, if it is one."""
+    usual = shape["depth"] == 12 and shape["local_up_to_layer"] == 10 and tuple(shape["patch_size"]) == (16, 16)
+    size = {"embed_dim": shape["embed_dim"], "num_heads": shape["num_heads"]}
+    return next((name for name, each in VARIANTS.items() if each == size), None) if usual else None
+
+
+def class_names(recorded: list[str], num_classes: int) -> list[str]:
+    """Those that a checkpoint or data set gives, if it gives as many; ImageNet's for a head of 1000, if timm is there; else numbers."""
+    if len(recorded) == num_classes:
+        return recorded
+    if num_classes == 1000:
+        try:
+            from timm.data import ImageNetInfo
+        except ImportError:
+            pass
+        else:
+            info = ImageNetInfo()
+            return [info.index_to_description(i) for i in range(1000)]
+    return [str(i) for i in range(num_classes)]
+
+
+def _recipe(path: Path, facts: dict[str, Any]) -> Recipe | None:
+    if facts:
+        return recipe_from(facts["recipe"], source=str(path))
+    beside = path.with_name("recipe.yaml")
+    return load_recipe(beside) if beside.exists() and re.fullmatch(r"(best|last|epoch_\d+)\..*", path.name) else None
+
+
+def _names(recorded: Any, config: dict[str, Any]) -> list[str]:
+    """Names of the classes as timm stores them: a list, or a mapping from numbers; with descriptions by name, or without."""
+    if isinstance(recorded, dict):
+        recorded = [recorded.get(str(i)) for i in range(len(recorded))]
+    described = config.get("label_descriptions") or {}
+    return [str(described.get(name, name)) for name in recorded or []]
+
+
+def _hub_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold an object, got {type(config).__name__}")
+    return config
