@@ -24,6 +24,8 @@ MODULES = {
     "cpp": "convit.kernels.gpsa.cpu_cpp",
     "triton": "convit.kernels.gpsa.gpu_triton",
     "aot": "convit.kernels.gpsa.cpu_aot",
+    "flash": "convit.kernels.gpsa.ascend_flash",
+    "blocks": "convit.kernels.gpsa.any_blocks",
     "akg": "convit.kernels.gpsa.ascend_akg",
     "tbe": "convit.kernels.gpsa.ascend_tbe",
 }
@@ -37,8 +39,7 @@ ORDER = {
     ("torch", "cuda"): ("triton", "sdpa", "reference"),
     ("torch", ""): ("sdpa", "reference"),
     ("mindspore", "cpu"): ("aot", "reference"),
-    ("mindspore", "ascend"): ("akg", "tbe", "reference"),
-    ("mindspore", "gpu"): ("akg", "reference"),
+    ("mindspore", "ascend"): ("flash", "blocks", "reference"),
     ("mindspore", ""): ("reference",),
 }
 

@@ -10,15 +10,22 @@ from types import ModuleType
 import mindspore as ms
 from mindspore import Tensor, ops
 
-from convit.dispatch import Problem, choose, forced_backend
-from convit.kernels.gpsa import cpu_aot
+from convit.dispatch import Problem, choose, forced_backend, order, why_not
+from convit.kernels.gpsa import any_blocks, ascend_flash, cpu_aot
+
+# backends that have plain attention, too
+_ATTENTION = {"aot": cpu_aot, "flash": ascend_flash, "blocks": any_blocks}
+
+
+def device_target() -> str:
+    """Where MindSpore runs: "cpu", "gpu" or "ascend"."""
+    return str(ms.get_context("device_target")).lower()
 
 
 def _chosen(shapes: tuple, dtypes: tuple, grid: tuple, dropout_p: float, backend: str | None) -> ModuleType:
     batch, heads, tokens, head_dim = check(shapes, dtypes, grid, dropout_p)
-    device = ms.get_context("device_target").lower()
     dtype = str(dtypes[0]).lower()
-    problem = Problem("mindspore", device, dtype, batch, heads, tokens, head_dim, tuple(grid), dropout_p)
+    problem = Problem("mindspore", device_target(), dtype, batch, heads, tokens, head_dim, tuple(grid), dropout_p)
     return choose(problem, forced_backend(backend))
 
 
@@ -46,12 +53,24 @@ def _unpacked(kernel: Callable) -> Callable:
 
 
 @ms.constexpr(reuse_result=False)
-def _has_plain_attention(shape: tuple, dtype: ms.Type, dropout_p: float) -> bool:
-    """Whether the C++ kernel is to do the attention of MHSA: where it would do GPSA's, unless another backend is forced."""
+def _attention_kernel(shape: tuple, dtype: ms.Type, dropout_p: float) -> Callable:
+    """The attention of MHSA for qkv [B, N, 3, H, D]: by the backend that would do GPSA's, if it has one; else by plain products."""
     batch, heads, tokens, head_dim = shape
-    device = ms.get_context("device_target").lower()
-    problem = Problem("mindspore", device, str(dtype).lower(), batch, heads, tokens, head_dim, (1, tokens), dropout_p)
-    return forced_backend(None) in (None, "aot") and cpu_aot.why_not(problem) is None
+    problem = Problem("mindspore", device_target(), str(dtype).lower(), batch, heads, tokens, head_dim, (1, tokens), dropout_p)
+    forced = forced_backend(None)
+    for name in (forced,) if forced else order(problem):
+        if name in _ATTENTION and why_not(name, problem) is None:
+            return _ATTENTION[name].attention_packed
+    return _plain_attention
+
+
+def _plain_attention(qkv: Tensor, scale: float, dropout_p: float) -> Tensor:
+    q, k, v = ops.unstack(ops.transpose(qkv, (2, 0, 3, 1, 4)))
+    scores = ops.cast(ops.BatchMatMul(transpose_b=True)(q * scale, k), ms.float32)
+    attn = ops.cast(ops.softmax(scores, -1), v.dtype)
+    if dropout_p > 0:
+        attn = ops.dropout(attn, dropout_p)
+    return ops.transpose(ops.BatchMatMul()(attn, v), (0, 2, 1, 3))
 
 
 def check(shapes: tuple, dtypes: tuple, grid: tuple, dropout_p: float) -> tuple[int, int, int, int]:
@@ -141,11 +160,4 @@ def gpsa_packed(qkv: Tensor, pos_weight: Tensor, gating: Tensor, grid: tuple[int
 def attention_packed(qkv: Tensor, scale: float, dropout_p: float) -> Tensor:
     """Plain attention, qkv [B, N, 3, H, D] to [B, N, H, D]; softmax in float32, attention dropout ``dropout_p``."""
     batch, tokens, _, heads, head_dim = qkv.shape
-    if _has_plain_attention((batch, heads, tokens, head_dim), qkv.dtype, dropout_p):
-        return cpu_aot.attention_packed(qkv, scale)
-    q, k, v = ops.unstack(ops.transpose(qkv, (2, 0, 3, 1, 4)))
-    scores = ops.cast(ops.BatchMatMul(transpose_b=True)(q * scale, k), ms.float32)
-    attn = ops.cast(ops.softmax(scores, -1), v.dtype)
-    if dropout_p > 0:
-        attn = ops.dropout(attn, dropout_p)
-    return ops.transpose(ops.BatchMatMul()(attn, v), (0, 2, 1, 3))
+    return _attention_kernel((batch, heads, tokens, head_dim), qkv.dtype, dropout_p)(qkv, scale, dropout_p)

@@ -8,13 +8,15 @@ Both softmaxes are formed in full; attention dropout acts on the mix. Gradients 
 are computed in float32 for narrower inputs, in the input's own type otherwise; one rounding at the end.
 """
 
+from typing import Any
+
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
 
 @ms.constexpr
-def relative_positions(grid: tuple[int, int], dtype) -> Tensor:
+def relative_positions(grid: tuple[int, int], dtype: ms.Type) -> Tensor:
     """(dx, dy, dx^2 + dy^2) from patch i to patch j: [N, N, 3], patches in row-major order of ``grid`` (gh, gw)."""
     gh, gw = grid
     y, x = (axis.reshape(-1) for axis in np.meshgrid(np.arange(gh), np.arange(gw), indexing="ij"))
@@ -24,12 +26,12 @@ def relative_positions(grid: tuple[int, int], dtype) -> Tensor:
 
 
 @ms.constexpr
-def _number(x: float, dtype) -> Tensor:
+def number(x: float, dtype: ms.Type) -> Tensor:
     """``x`` in full: MindSpore takes a Python number for a float32."""
     return Tensor(x, dtype)
 
 
-def why_not(problem) -> str | None:
+def why_not(problem: Any) -> str | None:
     if problem.framework != "mindspore":
         return "the tensors are not MindSpore tensors"
     return None
@@ -38,7 +40,7 @@ def why_not(problem) -> str | None:
 def attention_map(q: Tensor, k: Tensor, pos_weight: Tensor, gating: Tensor, grid: tuple[int, int], scale: float) -> Tensor:
     """The gated mix of the two softmaxes, [B, H, N, N], in the type it is computed in."""
     dtype = ms.float64 if q.dtype == ms.float64 else ms.float32
-    scores = ops.matmul(ops.cast(q, dtype), ops.swapaxes(ops.cast(k, dtype), -2, -1)) * _number(scale, dtype)
+    scores = ops.matmul(ops.cast(q, dtype), ops.swapaxes(ops.cast(k, dtype), -2, -1)) * number(scale, dtype)
     content = ops.softmax(scores, -1)
     heads, tokens = q.shape[1], q.shape[2]
     rel = ops.reshape(relative_positions(grid, dtype), (tokens * tokens, 3))

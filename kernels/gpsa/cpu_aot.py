@@ -117,7 +117,7 @@ def gpsa_packed(qkv: Tensor, pos_weight: Tensor, gating: Tensor, grid: tuple[int
     return _packed_operator()(qkv, pos_weight, gating, _settings(grid, scale))[0]
 
 
-def attention_packed(qkv: Tensor, scale: float) -> Tensor:
+def attention_packed(qkv: Tensor, scale: float, dropout_p: float) -> Tensor:
     """Plain attention: qkv [B, N, 3, H, D] to [B, N, H, D]."""
     pos_weight, gating = _shut(qkv.shape[3])
     return _packed_operator()(qkv, pos_weight, gating, _settings((1, qkv.shape[1]), scale))[0]

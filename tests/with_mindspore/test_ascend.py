@@ -1,0 +1,285 @@
+"""What MindSpore does on Ascend, without one: device_target is said to be Ascend, and ``flash_attention_score`` is stood in for.
+
+The stand-in has the signature of the operator and refuses what its documentation refuses. In graph mode the true operator's own
+inference gives the shape and type of the result, before the graph is pruned of it.
+"""
+
+import inspect
+import json
+import os
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn, ops
+
+import convit.mindspore
+from convit import use_backend, why_not
+from convit.dispatch import Problem, choose
+from convit.kernels.gpsa import any_blocks, ascend_flash
+from convit.kernels.gpsa.definition import gpsa_with_gradients, relative_error
+from convit.mindspore.ops import attention_packed, gpsa_packed
+
+TRUE = ops.flash_attention_score
+NAMES = ("out", "dq", "dk", "dv", "dpos_weight", "dgating")
+
+
+@ms.constexpr(reuse_result=False)
+def documented(shapes, dtypes, heads, scale, layout):
+    """Raise for what the operator's documentation refuses; return the axes that make [B, H, N, D] of the layout."""
+    if not (shapes[0] == shapes[1] == shapes[2] and len(shapes[0]) == 4 and dtypes[0] == dtypes[1] == dtypes[2]):
+        raise TypeError(f"shapes {shapes}, types {dtypes}")
+    if dtypes[0] not in (ms.float16, ms.bfloat16) or type(scale) is not float:
+        raise TypeError(f"type {dtypes[0]}, scalar_value {scale!r}")
+    axes = {"BNSD": (0, 1, 2, 3), "BSND": (0, 2, 1, 3)}[layout]
+    batch, n1, tokens, dim = (shapes[0][i] for i in axes)
+    if n1 != heads or heads > 256 or batch > 2048 or tokens < 1 or dim % 16 or dim > 512:
+        raise ValueError(f"head_num {heads}, {layout} {shapes[0]}")
+    return axes
+
+
+@ms.constexpr(reuse_result=False)
+def in_graph():
+    return ms.get_context("mode") == ms.GRAPH_MODE
+
+
+def stand_in(query, key, value, head_num, real_shift=None, drop_mask=None, padding_mask=None, attn_mask=None, prefix=None,
+             actual_seq_qlen=None, actual_seq_kvlen=None, keep_prob=1.0, scalar_value=1.0, pre_tokens=2147483647,
+             next_tokens=2147483647, inner_precise=0, input_layout="BSH", sparse_mode=0):  # fmt: skip
+    axes = documented((query.shape, key.shape, value.shape), (query.dtype, key.dtype, value.dtype), head_num, scalar_value, input_layout)
+    q, k, v = (ops.transpose(ops.cast(x, ms.float32), axes) for x in (query, key, value))
+    attn = ops.softmax(ops.matmul(q, ops.swapaxes(k, -1, -2)) * scalar_value, -1)
+    # the operator multiplies attention rounded to the type of v
+    out = ops.matmul(ops.cast(ops.cast(attn, value.dtype), ms.float32), v)
+    out = ops.cast(ops.transpose(out, axes), query.dtype)
+    if in_graph():
+        true = TRUE(query, key, value, head_num, scalar_value=scalar_value, input_layout=input_layout)
+        return ops.cast(ops.reshape(out, true.shape), true.dtype)
+    return out
+
+
+@pytest.fixture
+def ascend(monkeypatch):
+    monkeypatch.setattr("convit.mindspore.ops.device_target", lambda: "ascend")
+    monkeypatch.setattr(ascend_flash, "chip", lambda: "ascend910b")
+    monkeypatch.setattr(ops, "flash_attention_score", stand_in)
+
+
+def row(what: str, result: str, unproven: str) -> None:
+    """A row of the table of ``make ascend-check``, which runs this file too."""
+    if "ASCEND_CHECK_ENVS" in os.environ:
+        print("\nROW " + json.dumps({"op": "flash", "rung": f"MindSpore {ms.__version__}: {what}", "result": result, "unproven": unproven}))
+
+
+def problem(**changes):
+    return Problem(**{"framework": "mindspore", "device": "ascend", "dtype": "float16", "batch": 2, "heads": 4, "tokens": 196,
+                      "head_dim": 48, "grid": (14, 14)} | changes)  # fmt: skip
+
+
+def test_the_stand_in_has_the_operators_signature():
+    ours, theirs = inspect.signature(stand_in).parameters, inspect.signature(TRUE).parameters
+    assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in theirs.values()]
+
+
+@pytest.mark.parametrize(
+    "change, chosen, reason",
+    [
+        ({}, "ascend_flash", None),
+        ({"dtype": "bfloat16"}, "ascend_flash", None),
+        ({"head_dim": 64}, "ascend_flash", None),
+        ({"dtype": "float32"}, "any_blocks", "float32 is not supported"),
+        ({"head_dim": 24}, "any_blocks", "no multiple of 16"),
+        ({"head_dim": 528}, "any_blocks", "no multiple of 16 up to 512"),
+        ({"batch": 4096}, "any_blocks", "B is to be 1 to 2048"),
+        ({"heads": 300}, "any_blocks", "H 1 to 256"),
+        ({"dropout_p": 0.1}, "any_mindspore", "one mask must cover both softmaxes"),
+        ({"batch": 0}, "any_mindspore", "at least one token"),
+    ],
+    ids=lambda x: next(iter(x.items()), "") if isinstance(x, dict) else None,
+)
+def test_first_choice_on_ascend(ascend, change, chosen, reason):
+    assert choose(problem(**change), None).__name__.endswith(chosen)
+    refusal = why_not("flash", problem(**change))
+    assert refusal is None if reason is None else reason in refusal
+
+
+@pytest.mark.parametrize(
+    "name, able", [("ascend910b", True), ("ascend910_93", True), ("", True), ("ascend910", False), ("ascend310p", False)]
+)
+def test_chips(monkeypatch, name, able):
+    monkeypatch.setattr(ascend_flash, "chip", lambda: name)
+    reason = why_not("flash", problem())
+    assert reason is None if able else "Atlas A2" in reason
+    assert why_not("blocks", problem()) is None
+
+
+def test_flash_elsewhere_and_without_the_operator(monkeypatch):
+    assert "Ascend only" in why_not("flash", problem(device="cpu"))
+    assert "MindSpore" in why_not("flash", problem(framework="torch")) and "MindSpore" in why_not("blocks", problem(framework="torch"))
+    monkeypatch.delattr(ops, "flash_attention_score")
+    assert "has no flash_attention_score" in why_not("flash", problem())
+    assert choose(problem(), None).__name__.endswith("any_blocks")
+
+
+class Attention(nn.Cell):
+    """gpsa by one of its two entries, and the product with a gradient."""
+
+    def __init__(self, grid, scale, backend, packed):
+        super().__init__()
+        self.grid, self.scale, self.backend, self.packed = grid, scale, backend, packed
+
+    def construct(self, q, k, v, pos_weight, gating, grad):
+        if self.packed:
+            qkv = ops.transpose(ops.stack((q, k, v), 2), (0, 3, 2, 1, 4))
+            out = ops.transpose(gpsa_packed(qkv, pos_weight, gating, self.grid, self.scale, 0.0), (0, 2, 1, 3))
+        else:
+            out = convit.mindspore.gpsa(q, k, v, pos_weight, gating, self.grid, scale=self.scale, backend=self.backend)
+        return (ops.cast(out, ms.float32) * ops.cast(grad, ms.float32)).sum(), out
+
+
+def arrays(batch, heads, grid, dim, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    q, k, v, grad = rng.standard_normal((4, batch, heads, grid[0] * grid[1], dim)).astype(dtype)
+    pos_weight = rng.standard_normal((heads, 3)).astype(np.float32)
+    pos_weight[:, 2] = -abs(pos_weight[:, 2])
+    return q, k, v, pos_weight, rng.standard_normal(heads).astype(np.float32), grad
+
+
+def run(values, grid, scale, backend, packed=False):
+    with use_backend(backend):
+        cell = Attention(grid, scale, backend, packed)
+        (_, out), grads = ms.value_and_grad(cell, (0, 1, 2, 3, 4), has_aux=True)(*map(Tensor, values))
+    return [np.asarray(x.asnumpy(), np.float64) for x in (out, *grads)]
+
+
+def check(got, values, grid, scale, floor):
+    """Against float64, twice the error of the reference in the same type allowed."""
+    want = gpsa_with_gradients(*values[:5], grid, scale, values[5])
+    peer = run(values, grid, scale, "reference")
+    errors = {}
+    for name, x, y, z in zip(NAMES, got, want, peer, strict=True):
+        errors[name] = relative_error(x, y)
+        assert errors[name] <= max(2 * relative_error(z, y), floor), name
+    return errors
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
+@pytest.mark.parametrize("grid", [(7, 5), (14, 14)], ids=str)
+def test_flash(ascend, mode, grid, packed):
+    values, scale = arrays(2, 3, grid, 16, np.float16), 0.3
+    # the attention of the content half is rounded once more than the reference's
+    errors = check(run(values, grid, scale, "flash", packed), values, grid, scale, 1e-3)
+    if grid == (14, 14) and packed:
+        shown = ", ".join(f"{name} {error:.0e}" for name, error in errors.items())
+        row(
+            f"`flash` around a stand-in of the operator, {mode}, float16, 14 x 14, against float64",
+            shown,
+            "the operator's own arithmetic and gradient, speed",
+        )
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
+@pytest.mark.parametrize(
+    "grid, dtype, floor", [((7, 5), "float32", 2e-6), ((12, 23), "float16", 1e-3), ((1, 3), "float64", 1e-7), ((3, 1), "float32", 2e-6)]
+)
+def test_blocks(monkeypatch, mode, grid, dtype, floor, packed):
+    values, scale = arrays(2, 3, grid, 8, dtype), -0.3
+    if dtype == "float64":
+        values = tuple(x.astype(dtype) for x in values)
+    monkeypatch.setattr("convit.mindspore.ops.device_target", lambda: "ascend")
+    check(run(values, grid, scale, "blocks", packed), values, grid, scale, floor)
+
+
+def test_blocks_never_hold_a_full_map():
+    for tokens in (1, 127, 128, 129, 196, 784, 4096, 65536):
+        rows = any_blocks.rows_per_block(tokens)
+        assert rows <= max(128, -(-tokens // 32)) and -(-tokens // rows) <= 32
+
+
+@pytest.mark.parametrize("backend", ["flash", "blocks"])
+def test_plain_attention(ascend, mode, backend):
+    qkv = Tensor(np.random.default_rng(0).standard_normal((2, 13, 3, 4, 16)), ms.float16)
+
+    class Plain(nn.Cell):
+        def construct(self, qkv):
+            out = attention_packed(qkv, 0.4, 0.0)
+            return (ops.cast(out, ms.float32) ** 2).sum(), out
+
+    results = []
+    for name in (backend, "reference"):
+        with use_backend(name):
+            (_, out), grad = ms.value_and_grad(Plain(), 0, has_aux=True)(qkv)
+        results.append((out.asnumpy(), grad.asnumpy()))
+    for x, y in zip(*results, strict=True):
+        assert x.dtype == np.float16 and relative_error(x, y) <= 2e-3
+
+
+def test_the_true_operator_infers_and_stops_at_the_missing_device(monkeypatch):
+    """Forward and backward compile up to the choice of a kernel: only the NPU is missing."""
+    ms.set_context(mode=ms.GRAPH_MODE)
+    monkeypatch.setattr("convit.mindspore.ops.device_target", lambda: "ascend")
+    seen = []
+
+    @ms.constexpr(reuse_result=False)
+    def note(shape, dtype):
+        seen.append((shape, str(dtype)))
+        return 0
+
+    class Forward(nn.Cell):
+        def construct(self, q, k, v, pos_weight, gating):
+            if q.dtype == ms.bfloat16:  # CPU stacks no bfloat16
+                return convit.mindspore.gpsa(q, k, v, pos_weight, gating, (3, 3))
+            return gpsa_packed(ops.stack((q, k, v), 2), pos_weight, gating, (3, 3), 0.25, 0.0)
+
+    class Backward(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.forward, self.gradient = Forward(), ops.GradOperation(get_all=True)
+
+        def construct(self, q, k, v, pos_weight, gating):
+            gradients = self.gradient(self.forward)(q, k, v, pos_weight, gating)
+            for x in gradients:
+                note(x.shape, x.dtype)
+            return gradients
+
+    inferred = []
+    for dtype, shape in ((ms.float16, (2, 9, 4, 48)), (ms.bfloat16, (2, 4, 9, 48))):
+        seen.clear()
+        inputs = [ops.zeros(shape, dtype)] * 3 + [ops.zeros((4, 3), ms.float32), ops.zeros(4, ms.float32)]
+        for cell in (Forward(), Backward()):
+            with use_backend("flash"), pytest.raises(RuntimeError, match=r"Unsupported op \[FlashAttentionScore\w*\] on CPU"):
+                cell(*inputs)
+        assert seen == [(x.shape, str(x.dtype)) for x in inputs]
+        inferred.append(f"{list(seen[0][0])} {seen[0][1]}")
+    row(
+        "the true operator, forward and backward",
+        f"compiled as far as the choice of a kernel, gradients of q inferred as {' and '.join(inferred)}",
+        "execution",
+    )
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
+def test_a_model_on_ascend(ascend):
+    """convit_tiny of three blocks in float16 (O2): forward and training steps take ``flash``, in GPSA and in MHSA, and agree with the reference."""
+    ms.set_context(mode=ms.GRAPH_MODE)
+    images = Tensor(np.random.default_rng(0).standard_normal((1, 3, 64, 64)), ms.float32)
+    labels = Tensor([3], ms.int32)
+    logits, losses = {}, {}
+    for backend in (None, "reference"):
+        ms.set_seed(0)
+        net = convit.mindspore.create_model("convit_tiny", num_classes=10, image_size=64, depth=3, local_up_to_layer=2)
+        ms.amp.auto_mixed_precision(net, "O2")
+        with use_backend(backend):
+            net.set_train(False)
+            logits[backend] = net(images).asnumpy()
+            step = nn.TrainOneStepCell(nn.WithLossCell(net, nn.CrossEntropyLoss()), nn.SGD(net.trainable_params(), 0.01))
+            step.set_train()
+            losses[backend] = [float(step(images, labels)) for _ in range(3)]
+    assert relative_error(logits[None], logits["reference"]) < 2e-2
+    assert losses[None][2] < losses[None][0] and losses[None] == pytest.approx(losses["reference"], rel=2e-2)
+    row(
+        "convit_tiny of three blocks in float16 (O2), stand-in, graph",
+        f"three training steps: loss {losses[None][0]:.2f} to {losses[None][2]:.2f}",
+        "speed",
+    )
+    ms.set_context(mode=ms.PYNATIVE_MODE)
