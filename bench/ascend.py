@@ -3,9 +3,9 @@
     source /usr/local/Ascend/ascend-toolkit/set_env.sh
     python bench/ascend.py [--out ascend.json] [--device Ascend|CPU] [--quick]
 
-For each backend (akg, tbe, reference): output and gradients against float64 computed in NumPy and on the host, then medians of
-forward and of forward with backward; FlashAttentionScore plus the positional product as the yardstick; then whole models, ours by
-backend and MindCV's. A part that fails is recorded with its error and the rest goes on. ``--device CPU --quick`` tries the script.
+For each backend (flash, blocks, akg, tbe, reference): output and gradients against float64 computed in NumPy, then medians of forward
+and of forward with backward; FlashAttentionScore plus the positional product as the yardstick; then whole models, ours by backend and
+MindCV's. A part that fails is recorded with its error and the rest goes on. ``--device CPU --quick`` tries the script.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def operator(backend: str, batch: int, heads: int, grid: tuple[int, int], dim: i
     arrays = [a.astype(dtype) for a in problem(batch, heads, grid, dim)]
     arrays[3:5] = [a.astype(np.float32) for a in arrays[3:5]]
     tensors = [Tensor(a) for a in arrays]
-    attend = Flash(grid, heads, dim) if backend == "flash" else Attend(grid, backend)
+    attend = Flash(grid, heads, dim) if backend == "yardstick" else Attend(grid, backend)
     gradient = ms.grad(Weighted(attend), grad_position=(0, 1, 2, 3, 4))
     start = time.perf_counter()
     got = [attend(*tensors[:5]), *gradient(*tensors)]
@@ -163,18 +163,18 @@ def main() -> int:
         options.out.write_text(json.dumps(report, indent=1))
 
     ascend = options.device == "Ascend"
-    backends = ("akg", "tbe", "reference", "flash") if ascend else ("akg", "reference")
+    backends = ("flash", "blocks", "akg", "tbe", "reference", "yardstick") if ascend else ("blocks", "akg", "reference")
     shapes = [(2, 4, (7, 11), 48)] if options.quick else [(b, h, g, 48) for g in GRIDS for b, h in ((2, 4), (64, 4))]
     for batch, heads, grid, dim in shapes:
         for dtype in ("float16", "float32") if ascend else ("float32",):
             for backend in backends:
-                if backend == "flash" and dtype == "float32":
+                if backend in ("flash", "yardstick") and dtype == "float32":
                     continue
                 title = f"{backend} {dtype} B={batch} H={heads} grid={grid[0]}x{grid[1]} D={dim}"
                 attempt("operators", title, lambda a=(backend, batch, heads, grid, dim, dtype, rounds): operator(*a))
     if not options.quick:
         for name in ("convit_tiny", "convit_small"):
-            for backend in (*backends[:3], "mindcv"):
+            for backend in (*(name for name in backends if name != "yardstick"), "mindcv"):
                 attempt("models", f"{name} {backend} B=64", lambda a=(name, backend, 64, rounds): model(*a))
     print(f"{options.out}: {failures} parts failed")
     return 1 if failures else 0

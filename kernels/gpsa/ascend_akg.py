@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -348,7 +349,23 @@ def _rows(offsets: Tensor, linear: Tensor, square: Tensor) -> Tensor:
     return ops.softmax(logits, 1)
 
 
-def why_not(problem) -> str | None:
+def not_taken(kind: str) -> str | None:
+    """Why the installed MindSpore takes no custom operator of ``kind``, "akg" or "tbe", on Ascend; None if it does."""
+    plugin = Path(ms.__file__).parent / "lib/plugin"
+    if kind == "akg" and not (plugin / "ascend/libakg.so").exists():
+        return f"MindSpore {ms.__version__} has no AKG compiler for Ascend: leave the choice to convit, or take flash or blocks"
+    if _release() > (2, 3, 0):
+        what = f"MindSpore {ms.__version__} selects no {kind} operator on Ascend (up to 2.3.0rc1 it did)"
+        return f"{what}: leave the choice to convit, or take flash or blocks"
+    return None
+
+
+def _release() -> tuple[int, ...]:
+    """The first three numbers of MindSpore's version."""
+    return tuple(int("".join(filter(str.isdigit, part.split("rc")[0])) or 0) for part in ms.__version__.split(".")[:3])
+
+
+def why_not(problem: Any) -> str | None:
     if problem.framework != "mindspore":
         return "the tensors are not MindSpore tensors"
     if problem.device == "gpu":
@@ -363,14 +380,14 @@ def why_not(problem) -> str | None:
     if problem.tokens * problem.batch == 0:
         return "empty tensors are not supported"
     if problem.device == "ascend":
+        if (reason := not_taken("akg")) is not None:
+            return reason
         if problem.tokens > _MOST_KEYS:
             return f"a column of {problem.tokens} keys does not fit the unified buffer (at most {_MOST_KEYS})"
         if not (os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_OPP_PATH")):
             return "CANN is not set up in this shell: source Ascend's set_env.sh"
         return None
-    if problem.device == "cpu":
-        return _refusal("cpu", problem.batch * problem.heads, problem.grid, problem.dtype)
-    return None
+    return _refusal("cpu", problem.batch * problem.heads, problem.grid, problem.dtype)
 
 
 def scores(q: Tensor, k: Tensor, grid: tuple[int, int], scale: float, lanes: int) -> Tensor:

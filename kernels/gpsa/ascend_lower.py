@@ -9,7 +9,7 @@ source. The request is the JSON form of ``Request``; the exit status is 0 when e
 
 import json
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Request(NamedTuple):
@@ -17,15 +17,15 @@ class Request(NamedTuple):
 
     name: str
     source: str
-    tensors: list
+    tensors: list[Any]
     process: str
-    attrs: dict
+    attrs: dict[str, Any]
 
 
 def describe(request: Request) -> str:
     """The composite description of the operator that MindSpore sends to AKG's compile server."""
 
-    def tensor(index: int, kind: str, name: str | None = None) -> dict:
+    def tensor(index: int, kind: str, name: str | None = None) -> dict[str, Any]:
         shape, dtype = request.tensors[index]
         unique = f"{kind}_{index}" if kind == "input" else "output_0_0"
         out = {"data_type": dtype, "format": "DefaultFormat", "shape": list(shape), "tensor_name": unique}

@@ -10,6 +10,7 @@ The entry functions follow TBE's convention: a dict (shape, dtype, format ...) f
 
 import importlib.util
 import os
+from typing import Any
 
 import mindspore as ms
 from mindspore import Tensor, ops
@@ -154,7 +155,7 @@ def _mix(maps: int, grid: tuple[int, int], lanes: int, dtype: str) -> ops.Custom
     return operator("mix", maps, grid, lanes, dtype, bprop)
 
 
-def why_not(problem) -> str | None:
+def why_not(problem: Any) -> str | None:
     if problem.framework != "mindspore":
         return "the tensors are not MindSpore tensors"
     if problem.device != "ascend":
@@ -163,6 +164,8 @@ def why_not(problem) -> str | None:
         return f"{problem.dtype} is not supported ({' or '.join(_DTYPES)})"
     if problem.tokens * problem.batch == 0:
         return "empty tensors are not supported"
+    if (reason := ascend_akg.not_taken("tbe")) is not None:
+        return reason
     if importlib.util.find_spec("tbe") is None:
         where = "in this Python" if os.environ.get("ASCEND_HOME_PATH") else "in this shell: source Ascend's set_env.sh"
         return f"CANN's package tbe is not set up {where}"

@@ -22,15 +22,16 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
 ENVIRONMENTS = {
-    "mindspore": [["mindspore>=2.10,<2.11", "numpy<2", "decorator", "PyYAML", "safetensors"]],
+    "mindspore": [["mindspore>=2.10,<2.11", "numpy<2", "decorator", "PyYAML", "safetensors", "pytest"]],
     # only its AKG is used, which needs no more than these two
     "mindspore-2.7": [["numpy<2", "decorator"], ["--no-deps", "mindspore==2.7.0"]],
     "triton-ascend": [["numpy", "pybind11"], ["--no-deps", "triton-ascend==3.2.0"]],
     "ascendnpu-ir": [["--no-deps", "ascendnpu-ir==1.2.0"]],
 }
 
-# rung -> environment, script and arguments, seconds after which it is stopped and counts as failed
+# rung -> environment, script (or -m) and arguments, seconds after which it is stopped and counts as failed
 RUNGS = {
+    "flash": ("mindspore", ["-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", str(ROOT / "tests/with_mindspore/test_ascend.py")], 500),
     "plain": ("mindspore", ["on_mindspore.py", "plain"], 200),
     "graph": ("mindspore", ["on_mindspore.py", "graph"], 400),
     "pynative": ("mindspore", ["on_mindspore.py", "pynative"], 400),
@@ -75,7 +76,7 @@ def run(rung: str, folder: Path) -> tuple[list[dict], str | None]:
     work = folder / "work" / rung
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    command = [str(python), str(HERE / script), *arguments]
+    command = [str(python), script if script == "-m" else str(HERE / script), *arguments]
     settings = os.environ | {"ASCEND_CHECK_ENVS": str(folder), "OMP_NUM_THREADS": "1", "GLOG_v": "3"}
     with open(work / "log", "w") as log:
         process = subprocess.Popen(command, cwd=work, env=settings, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)

@@ -23,7 +23,8 @@ KERNELS = Path(__file__).resolve().parents[2] / "kernels/gpsa"
 ENVIRONMENTS = Path(os.environ["ASCEND_CHECK_ENVS"])
 DEBIAN = ("mlir-19-tools", "libmlir-19", "llvm-19", "libllvm19")
 TARGET = "Ascend910B1"
-GRID, HEADS, DIM, ROWS = (14, 14), 2, 48, 32  # what the kernel is compiled for; it has 16 x 16 slots, 32 query slots a program
+GRID, HEADS, DIM, ROWS, KEYS = (14, 14), 2, 48, 32, 32  # what the kernels are compiled for, on 16 x 16 slots: tiles of 32 by 32 slots
+BACKWARD = ("dq_tile_kernel", "dkdv_tile_kernel")
 
 PASSES = [
     "--convert-elementwise-to-linalg",
@@ -74,21 +75,27 @@ def row(op: str, rung: str, result: str, unproven: str) -> None:
     print("ROW " + json.dumps({"op": op, "rung": rung, "result": result, "unproven": unproven}), flush=True)
 
 
-def to_linalg() -> str:
-    """``fwd_tile_kernel`` in float16 as triton-ascend's linalg."""
-    for name in ("convit", "convit.kernels", "convit.kernels.gpsa", "convit.kernels.gpsa.gpu_triton"):
-        package = sys.modules[name] = ModuleType(name)  # the packages without what they import: the kernels need none of it
-        package.__path__ = [str(KERNELS / "gpu_triton")]
-    kernel = import_module("convit.kernels.gpsa.gpu_triton.tile").fwd_tile_kernel
+def kernels() -> ModuleType:
+    """The module of the tile kernels, without its package's own imports: those need torch, the kernels do not."""
+    package = sys.modules["convit.kernels.gpsa.gpu_triton"] = ModuleType("convit.kernels.gpsa.gpu_triton")
+    package.__path__ = [str(KERNELS / "gpu_triton")]
+    return import_module("convit.kernels.gpsa.gpu_triton.tile")
+
+
+def to_linalg(name: str) -> str:
+    """A kernel of ``tile`` in float16 as triton-ascend's linalg."""
+    kernel = getattr(kernels(), name)
 
     import triton.backends.ascend.compiler as ascend
     from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kinds = {"w_ptr": "*fp32", "gating_ptr": "*fp32", "lse_ptr": "*fp32", "scale_log2": "fp32", "H": "i32"}
-    constants = {"GH": GRID[0], "GW": GRID[1], "GHP": 16, "GWP": 16, "D": DIM, "BD": 64, "BM": ROWS, "STEPS": 1}
+    kinds = {name: "*fp32" for name in ("w_ptr", "gating_ptr", "lse_ptr", "stats_ptr", "part_ptr")}
+    kinds |= {"scale_log2": "fp32", "scale": "fp32", "H": "i32"}
+    constants = {"GH": GRID[0], "GW": GRID[1], "GHP": 16, "GWP": 16, "D": DIM, "BD": 64, "BM": ROWS, "BN": KEYS, "BP": KEYS, "STEPS": 1}
     constants |= {"PRECISION": "ieee", "POSITION": True}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: kinds.get(name, "*fp16" if name.endswith("_ptr") else "i32") for name in kernel.arg_names if name not in constants}
     target = GPUTarget("npu", TARGET, 0)
     backend = ascend.AscendBackend(target)
@@ -138,8 +145,10 @@ def to_x86(text: str) -> ctypes.CDLL:
 
 
 def linalg() -> None:
-    text = to_linalg()
+    text = to_linalg("fwd_tile_kernel")
     row("Triton forward", "2: triton-ascend 3.2.0 to linalg, float16, 14 x 14", f"{text.count(chr(10))} lines", "")
+    lines = [f"{name} {to_linalg(name).count(chr(10))} lines" for name in BACKWARD]
+    row("Triton backward", "2: triton-ascend 3.2.0 to linalg, float16, 14 x 14", ", ".join(lines), "numerics of this form")
     kernel = to_x86(text).fwd_tile_kernel
     kernel.restype = None
     rng = np.random.default_rng(0)
@@ -178,28 +187,29 @@ def linalg() -> None:
     )
 
 
-def hivm() -> None:
-    Path("kernel.mlir").write_text(to_linalg())
+def to_hivm(name: str) -> int:
+    """Lines of a kernel's HIVM; raises if ascendnpu-ir does not come as far as the external assembler, for want of which alone it stops."""
+    Path(f"{name}.mlir").write_text(to_linalg(name))
     compiler = next((ENVIRONMENTS / "ascendnpu-ir").glob("lib/python3*/site-packages/ascendnpuir/bin/bishengir-compile"))
     stages = ["--enable-hfusion-compile=true", "--enable-hivm-compile=true", "--enable-triton-kernel-compile=true"]
-    dump = (
-        "--mlir-print-ir-after=hivm-mark-sync-block-lock-with-subblock"  # the last pass on HIVM, after memory planning and synchronisation
-    )
-    command = [str(compiler), "kernel.mlir", f"--target={TARGET}", *stages, dump, "-o", "kernel.o"]
+    # the last pass on HIVM, after memory planning and synchronisation
+    dump = "--mlir-print-ir-after=hivm-mark-sync-block-lock-with-subblock"
+    command = [str(compiler), f"{name}.mlir", f"--target={TARGET}", *stages, dump, "-o", f"{name}.o"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    # without CANN it must get as far as the external assembler, and stop for want of that alone
     if "Cannot find hivmc" not in done.stderr:
-        raise AssertionError(f"bishengir-compile did not reach hivmc: {done.stderr[-800:]}")
+        raise AssertionError(f"{name}: bishengir-compile did not reach hivmc: {done.stderr[-800:]}")
     found = set(re.findall(r"hivm\.hir\.(\w+)", done.stderr))
-    missing = {"mmadL1", "load", "vexp", "vreduce", "vmul", "set_flag", "wait_flag", "sync_block_set", "pointer_cast"} - found
+    missing = {"mmadL1", "load", "vexp", "vmul", "set_flag", "wait_flag", "sync_block_set", "pointer_cast"} - found
     if missing:
-        raise AssertionError(f"HIVM lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(found))}")
-    row(
-        "Triton forward",
-        f"4: HIVM for {TARGET} by ascendnpu-ir 1.2.0",
-        f"{done.stderr.count(chr(10))} lines, cube and vector parts, memory planned, synchronised; stops at `hivmc`, which is CANN's",
-        "`hivmc`, execution, speed; the backward kernels",
-    )
+        raise AssertionError(f"{name}: HIVM lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(found))}")
+    return done.stderr.count(chr(10))
+
+
+def hivm() -> None:
+    said = "cube and vector parts, memory planned, synchronised; stops at `hivmc`, which is CANN's"
+    for op, names in (("Triton forward", ("fwd_tile_kernel",)), ("Triton backward", BACKWARD)):
+        lines = ", ".join(f"{name} {to_hivm(name)} lines" for name in names)
+        row(op, f"4: HIVM for {TARGET} by ascendnpu-ir 1.2.0", f"{lines}: {said}", "`hivmc`, execution, speed")
 
 
 if __name__ == "__main__":
