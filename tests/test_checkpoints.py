@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -356,6 +357,124 @@ def test_damaged_bytes_never_crash(tmp_path):
                 assert "damaged" in str(error)
 
 
+HEADER = b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,8]}}'
+
+
+def pickled(folder, name, code, **records):
+    """An archive as torch.save makes it, around a pickle of one's own."""
+    with zipfile.ZipFile(folder / name, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02" + code + b".")
+        for record, data in records.items():
+            archive.writestr(f"a/data/{record}", data)
+
+
+def hostile_files(folder):
+    """Small files that once cost minutes, gigabytes or a traceback."""
+    for name, header in {
+        "nested": b'{"a":' + b"[" * 40_000 + b"]" * 40_000 + b"}",
+        "metadata": b'{"__metadata__":[1],"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        "infinite": HEADER % b"1e999",
+        "digits": HEADER % (b"9" * 4000),
+        "more_digits": HEADER % (b"9" * 5000),
+        "twice": HEADER[:-1] % b"2" + b"," + HEADER[1:] % b"2",
+        "settings": b'{"__metadata__":{"convit":"' + b"[" * 20_000 + b'"},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+    }.items():
+        (folder / f"{name}.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    for name, head in {"sparse.pth": b"PK\x03\x04", "sparse_old.pth": b"\x80\x02", "sparse.ckpt": b"\x0a\x10"}.items():
+        with open(folder / name, "wb") as file:
+            file.write(head)
+            file.truncate(1 << 40)
+    entry = {"dtype": "F32", "shape": [1 << 38], "data_offsets": [0, 1 << 40]}
+    header = json.dumps({"blocks.0.attn.qk.weight": entry}).encode()
+    with open(folder / "sparse.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + (1 << 40))
+    torch.save({"a": torch.zeros(1).expand(1 << 31)}, folder / "expanded.pth")
+    base = torch.zeros(100, 100)
+    torch.save({f"a{i}": base.t() for i in range(300)}, folder / "aliases.pth")
+    nested = []
+    for _ in range(60):
+        nested = [nested] * 10
+    torch.save({"a": {"b": torch.zeros(2)}, "model": {"b": torch.zeros(2)}, "convit": {"act": nested}}, folder / "lists.pth")
+    tuples = b")q\x01" + b"".join(b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(1, 200))
+    pickled(folder, "tuples.pth", b"}q\x00(" + b")q\x01" + tuples + b"K\x01u")
+    pickled(folder, "memo.pth", b"]r\xff\xff\xff\x7f")
+    pickled(folder, "long.pth", b"\x8d" + (1 << 62).to_bytes(8, "little"))
+    pickled(folder, "instructions.pth", b"N0" * 600_000)
+    numel = b"\x8a\x05" + (1 << 32).to_bytes(5, "little")
+    identity = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu" + numel + b"tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + identity + b"K\x00" + numel + b"\x85K\x01\x85\x89}tR"
+    pickled(folder, "storage.pth", b"}X\x01\x00\x00\x00a" + tensor + b"s", **{"0": bytes(8)})
+    with zipfile.ZipFile(folder / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(10_000_000))
+    os.mkfifo(folder / "pipe.pth")
+    (folder / "folder.pth").mkdir()
+    return sorted(folder.iterdir())
+
+
+def test_hostile_files_cost_nothing(tmp_path):
+    """Each is a ValueError that names the file, within two seconds and 300 MB."""
+    code = (
+        "import sys, time\nfrom convit.weights.load import read\nfor path in sys.argv[1:]:\n    began = time.process_time()\n"
+        "    try:\n        read(path)\n        print(path, 'was read')\n    except ValueError as error:\n"
+        "        if path not in str(error) or len(str(error)) > 600: print(path, repr(error))\n"
+        "    if time.process_time() - began > 2: print(path, 'is slow')\n"
+        "    peak = next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
+        "    if peak > 300_000: print(path, 'takes', peak, 'kB')\n"
+    )
+    files = hostile_files(tmp_path)
+    assert len(files) > 20
+    told = subprocess.run([sys.executable, "-c", code, *map(str, files)], capture_output=True, text=True, timeout=120)
+    assert told.stdout + told.stderr == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_weights_are_floating_point(tmp_path, dtype):
+    state = tiny().state_dict()
+    torch.save(state | {"head.weight": state["head.weight"].to(dtype)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="floating-point weights, got (int64|bool) at head.weight"):
+        read(tmp_path / "a.pth")
+
+
+def test_wrapped_models_load(tmp_path):
+    """Moving averages, inner compilation and activation checkpointing change the names of what they wrap; the weights are the same."""
+    model = randomised()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    torch.save(averaged.state_dict(), tmp_path / "averaged.pth")
+    state = {n.replace("blocks.1.", "blocks.1._orig_mod.").replace("blocks.2.", "blocks.2._checkpoint_wrapped_module."): t
+             for n, t in model.state_dict().items()}  # fmt: skip
+    torch.save({"module." + name: tensor for name, tensor in state.items()}, tmp_path / "inner.pth")
+    for name in ("averaged.pth", "inner.pth"):
+        loaded = load_checkpoint(tiny(), tmp_path / name)
+        assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
+    torch.save(model.state_dict() | {"module.head.weight": model.head.weight + 1}, tmp_path / "twice.pth")
+    with pytest.raises(ValueError, match=r"holds head\.weight twice"):
+        read(tmp_path / "twice.pth")
+
+
+def test_optimisers_state_is_left_out(tmp_path):
+    """A file of MindCV's train.py: moments, summed gradients, a moving average, counters and a schedule beside the weights."""
+    weights, _ = read_file(DATA / "mindcv_tiny.ckpt")
+    extra = {f"{prefix}.{name}": array + 1 for prefix in ("adam_m", "moments", "accu_grads", "ema") for name, array in weights.items()}
+    counters = {"global_step": np.zeros(1, np.int32), "beta1_power": np.float32(0.9).reshape(()), "learning_rate": np.zeros(90, np.float32)}
+    write_file(tmp_path / "a.ckpt", weights | extra | counters, None)
+    assert same_bits(read(tmp_path / "a.ckpt").tensors, read(DATA / "mindcv_tiny.ckpt").tensors)
+    averaged = to_mindcv(read(tmp_path / "a.ckpt", key="ema").tensors)
+    assert all(np.array_equal(averaged[name], array + 1) for name, array in weights.items())
+    with pytest.raises(ValueError, match=r"no moving average avg\.\*; beside the weights there is accu_grads, adam_m, "):
+        read(tmp_path / "a.ckpt", key="avg")
+    write_file(tmp_path / "b.ckpt", weights | {"blocks.0.attn.extra.weight": np.ones(3, np.float32)}, None)
+    with pytest.raises(ValueError, match="not in the model: blocks.0.attn.extra.weight"):
+        load_checkpoint(tiny(), tmp_path / "b.ckpt")
+
+
+def test_nan_weights_are_named(tmp_path, caplog):
+    weights, _ = read_file(DATA / "mindcv_tiny.ckpt")
+    write_file(tmp_path / "a.ckpt", weights | {"norm.gamma": weights["norm.gamma"] * np.float32("nan")}, None)
+    load_checkpoint(tiny(), tmp_path / "a.ckpt")
+    assert "NaN or infinite values in 1 of" in caplog.text and "norm.weight" in caplog.text
+
+
 # files that are fine but do not fit
 
 
@@ -430,6 +549,22 @@ def server(tmp_path, monkeypatch):
                 digest = hashlib.sha256((tmp_path / "site/blob").read_bytes()).hexdigest()
                 self.send_header("X-Linked-ETag", f'"{digest if "tiny" in self.path else "0" * 64}"')
                 self.end_headers()
+            elif self.path.startswith("/cut-"):  # the first connection breaks after a third; the rest comes by ranges
+                data = (tmp_path / "site" / self.path[1:]).read_bytes()
+                begin = int((self.headers["Range"] or "bytes=0-")[6:-1])
+                asked[-1] += f" from {begin}"
+                self.send_response(206 if begin else 200)
+                self.send_header("Content-Length", str(len(data) - begin))
+                self.end_headers()
+                self.wfile.write(data[: len(data) // 3] if len(asked) == 1 else data[begin:])
+            elif self.path == "/ftp":
+                self.send_response(302)
+                self.send_header("Location", "ftp://127.0.0.1/weights.pth")
+                self.end_headers()
+            elif self.path.startswith("/plain/"):
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(b"anything")
             elif self.path == "/short.ckpt":
                 self.send_response(200)
                 self.send_header("Content-Length", "1000")
@@ -485,7 +620,39 @@ def test_fetch_checks_mindcvs_name(server, tmp_path, monkeypatch):
         published.fetch("convit_base", "mindcv")
     with pytest.raises(OSError, match="after 3 of 1000 bytes"):
         published.fetch("convit_small", "mindcv")
-    assert sorted(p.name for p in published.cache_folder().iterdir()) == [good, good + ".sha256"]
+    assert sorted(p.name for p in published.cache_folder().iterdir()) == [".short.ckpt.part", good, good + ".sha256"]
+
+
+def test_download_goes_on_where_it_broke(server, tmp_path, monkeypatch):
+    site, address, asked = server
+    data = (DATA / "mindcv_tiny.ckpt").read_bytes()
+    name = f"cut-{hashlib.sha256(data).hexdigest()[:8]}.ckpt"
+    (site / name).write_bytes(data)
+    monkeypatch.setitem(published.ADDRESSES, "mindcv", {"convit_tiny": f"{address}/{name}"})
+    with pytest.raises(OSError, match="what came is kept"):
+        published.fetch("convit_tiny", "mindcv")
+    path = published.fetch("convit_tiny", "mindcv")
+    assert path.read_bytes() == data and asked == [f"/{name} from 0", f"/{name} from {len(data) // 3}"]
+    assert sorted(p.name for p in path.parent.iterdir()) == [name, name + ".sha256"]
+    os.chmod(path.parent, 0o500)  # a cache that only its owner may write
+    (site / name).unlink()
+    assert published.fetch("convit_tiny", "mindcv") == path
+    path.unlink()
+    (path.parent / f".{name}.part").write_bytes(b"the beginning of another file")
+    (site / name).write_bytes(data)
+    published.fetch("convit_tiny", "mindcv")
+    assert path.read_bytes() == data
+
+
+def test_only_https_and_stated_checksums(server, monkeypatch):
+    _, address, _ = server
+    monkeypatch.setitem(published.ADDRESSES, "fair", {"convit_tiny": f"{address}/ftp", "convit_base": "http://example.org/a.pth"})
+    for name in published.ADDRESSES["fair"]:
+        with pytest.raises(OSError, match="neither https nor on this machine"):
+            published.fetch(name, "fair")
+    monkeypatch.setenv("HF_ENDPOINT", f"{address}/plain")  # a mirror that does not say what it serves
+    with pytest.raises(OSError, match="states no checksum.*pretrained="):
+        published.fetch("convit_tiny")
 
 
 def test_offline_says_what_to_do(monkeypatch, tmp_path):

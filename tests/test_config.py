@@ -102,7 +102,7 @@ def test_a_mindcv_yaml_is_taken_as_it_is(tmp_path):
         ({"batch_size": True}, "batch_size: expected int, got True"),
         ({"batch_size": None}, "batch_size: must have a value, got null"),
         ({"lr": "fast"}, "lr: expected float, got 'fast'"),
-        ({"lr": float("nan")}, "lr must be at least 0.0, got nan"),
+        ({"lr": float("nan")}, "lr: expected a finite number, got nan"),
         ({"hflip": 1.5}, "hflip must be at most 1.0, got 1.5"),
         ({"shuffle": "maybe"}, "shuffle: expected a boolean"),
         ({"opt": "adamww"}, "got 'adamww'; did you mean 'adamw'?"),
@@ -110,6 +110,10 @@ def test_a_mindcv_yaml_is_taken_as_it_is(tmp_path):
         ({"scale": [1.0, 0.5]}, "scale must be a range"),
         ({"mean": [0.5]}, "mean needs one value per input channel (3)"),
         ({"mixup": 0.2, "batch_size": 3}, "batch_size must be even with mixup"),
+        ({"epoch_size": "inf"}, "epoch_size: expected a whole number, got 'inf'"),
+        ({"seed": "1e400"}, "seed: expected a whole number, got '1e400'"),
+        ({"seed": "9223372036854775808"}, "seed: expected a whole number below 2^63"),
+        ({"lr": float("inf")}, "lr: expected a finite number, got inf"),
         ({"fsdp": True, "ema": True}, "ema is not supported with fsdp"),
     ],
 )
@@ -117,6 +121,27 @@ def test_mistakes_are_named(values, message):
     with pytest.raises(ValueError) as error:
         recipe_from(values)
     assert message in str(error.value)
+
+
+def test_whole_numbers_are_exact():
+    assert recipe_from({"seed": str(2**53 + 1)}).seed == recipe_from({"seed": 2**53 + 1}).seed == 2**53 + 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [1, 1]\nb: &b [*a, *a]\nlr: [*b, *b]", "has aliases"),
+        ("lr: " + "[" * 20_000, "is not yaml"),
+        ("seed: " + "9" * 5_000, "is not yaml"),
+        ("lr: 2001-99-99", "is not yaml"),
+        ("x" * 100_000, "has 100,000 bytes, more than the 65,536"),
+    ],
+)
+def test_hostile_recipes_are_refused(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        load_recipe(tmp_path / "a.yaml")
+    assert str(tmp_path / "a.yaml") in str(error.value) and len(str(error.value)) < 700
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ The precedence is command line, file, default. Imports no framework.
 
 import argparse
 import dataclasses
+import math
 import os
 from dataclasses import dataclass, field
 from importlib import resources
@@ -14,7 +15,9 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from convit.dispatch import nearest
+from convit.weights.files import BadFile, read_text, shown
 
+MAX_RECIPE = 64 << 10  # bytes; yaml is read at some 100 kB a second
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -263,9 +266,9 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     for name, f in FIELDS.items():
         flags = list(dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]))
         more: dict[str, Any] = {"nargs": "?", "const": "true"} if _kinds(_TYPES[name])[0] is bool else {}
-        shown = "" if dataclasses.MISSING in (f.default,) or f.default in ("", None) else f" [{f.default}]"
+        default = "" if dataclasses.MISSING in (f.default,) or f.default in ("", None) else f" [{f.default}]"
         choices = f" ({', '.join(map(str, f.metadata['choices']))})" if f.metadata["choices"] else ""
-        help = (f.metadata["help"] + choices + shown).replace("%", "%%")
+        help = (f.metadata["help"] + choices + default).replace("%", "%%")
         group.add_argument(*flags, dest=f"key_{name}", metavar="X", default=None, help=help, **more)
 
 
@@ -282,15 +285,22 @@ def _read(config: str | os.PathLike[str]) -> dict[str, Any]:
     name = os.fspath(config)
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or os.sep in name or path.is_file():
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, MAX_RECIPE)
     elif name in packaged_recipes():
         text = (resources.files("convit.engine.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
     else:
         raise ValueError(f"unknown recipe {name!r}{nearest(name, packaged_recipes())} (packaged: {', '.join(packaged_recipes())})")
     try:
+        # few bytes of aliases of aliases make values of any size
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise BadFile(name, "has aliases (*name), which recipes do not take: write the values out")
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name} is not yaml: {error}") from None
+    except BadFile:
+        raise
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise BadFile(name, f"is not yaml: {str(error)[:400]}") from None
+    except RecursionError:
+        raise BadFile(name, "is not yaml of a recipe: it is nested too deeply") from None
     if not isinstance(values, dict):
         raise ValueError(f"{name} must be a mapping of recipe keys, got {type(values).__name__}")
     return values
@@ -333,13 +343,21 @@ def _scalar(kind: type, value: Any) -> Any:
         raise ValueError(f"expected {kind.__name__}, got {value!r}")
     try:
         number = float(value)  # yaml reads 1e-4, without a dot, as text
-    except (TypeError, ValueError):
-        raise ValueError(f"expected {kind.__name__}, got {value!r}") from None
-    if kind is int:
-        if number != int(number):
-            raise ValueError(f"expected a whole number, got {value!r}")
-        return int(number)
-    return number
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"expected {kind.__name__}, got {shown(value)}") from None
+    if kind is not int and math.isfinite(number):
+        return number
+    if kind is not int:
+        raise ValueError(f"expected a finite number, got {shown(value)}")
+    if not math.isfinite(number) or number != int(number):
+        raise ValueError(f"expected a whole number, got {shown(value)}")
+    try:
+        whole = int(value)  # exact, where a float is not
+    except ValueError:
+        whole = int(number)
+    if abs(whole) >= 1 << 63:
+        raise ValueError(f"expected a whole number below 2^63, got {shown(value)}")
+    return whole
 
 
 def _check_value(source: str, name: str, value: Any) -> None:

@@ -1,24 +1,32 @@
-"""The bytes of checkpoint files: PyTorch ``.pth``, ``.safetensors`` and MindSpore ``.ckpt``, as numpy arrays by name.
+"""How files are opened and written here, and the format of ``.safetensors``; PyTorch's and MindSpore's have modules of their own.
 
-A file is recognised by its content, so a wrong suffix does no harm. safetensors and MindSpore files are read and written here without
-their libraries; PyTorch files need torch and load with ``weights_only=True``. Settings travel as one JSON object: the metadata
-key ``convit`` of safetensors, the top-level key ``convit`` of a ``.pth``, a string named ``convit`` in a ``.ckpt``.
+Files of strangers are read within bounds: only regular files, mapped and not copied, every size and count checked against the file's
+own length before anything is allocated, in time and memory linear in that length. ``BadFile`` says what is wrong, in which file and where.
 
-numpy has no bfloat16: such tensors are arrays of the structured type ``BFLOAT16``, which slices, joins and compares like any other.
+Settings travel as one JSON object: the metadata key ``convit`` of safetensors, the top-level key ``convit`` of a ``.pth``, a string
+named ``convit`` in a ``.ckpt``. numpy has no bfloat16: such tensors are arrays of the structured type ``BFLOAT16``, which slices,
+joins and compares like any other.
 """
 
-import argparse
 import contextlib
+import errno
 import json
 import math
+import mmap
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 
@@ -26,10 +34,10 @@ Tensors = dict[str, np.ndarray]
 Settings = dict[str, Any]
 
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".ckpt")
-# where a training checkpoint keeps its weights; timm looks in this order too
-WEIGHT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
 SETTINGS = "convit"
-_PARTIAL = re.compile(r"\.\d+-[0-9a-f]{8}\.partial(\.\w+)?$")
+MAX_TENSORS = 100_000  # a training checkpoint of the largest ConViT has some thousands
+MAX_DIMS = 32  # numpy's own bound
+_MAX_HEADER = 4 << 20  # bytes; parsed JSON takes some thirty times its text
 
 _SAFETENSORS: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
@@ -47,6 +55,76 @@ _SAFETENSORS: dict[str, np.dtype] = {
     "BOOL": np.dtype("?"),
 }
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS.items()}
+_PARTIAL = re.compile(r"\.\d+-[0-9a-f]{8}\.partial(\.\w+)?$")
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+
+
+class BadFile(ValueError):
+    """A file that is not what it should be: which file, what is wrong and, where it is known, the place in it."""
+
+    def __init__(self, path: str | os.PathLike[str], problem: str, place: str = "") -> None:
+        super().__init__(f"{os.fspath(path)}{place and f', {place}'} {problem}")
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """What a message shows of a value that a stranger wrote: never more than about ``limit`` characters, and in no time."""
+    if isinstance(value, (str, bytes)):
+        return repr(value if len(value) <= limit else value[:limit]) + ("" if len(value) <= limit else "...")
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"a number of {value.bit_length()} bits"
+    return repr(value) if value is None or isinstance(value, (bool, int, float)) else f"a {type(value).__name__}"
+
+
+def mapped(path: str | os.PathLike[str]) -> memoryview:
+    """The bytes of a regular file, mapped into memory: nothing is read before it is looked at.
+
+    Raises:
+        OSError: The file cannot be opened.
+        BadFile: It is a folder, a named pipe, a device.
+    """
+    _check_regular(path, os.stat(path).st_mode)  # before it is opened, which a pipe would block
+    with open(path, "rb") as file:
+        information = os.fstat(file.fileno())
+        _check_regular(path, information.st_mode)
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if information.st_size else b"")
+
+
+def _check_regular(path: str | os.PathLike[str], mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise BadFile(path, f"is {_KINDS.get(stat.S_IFMT(mode), 'a device')}, not a file")
+
+
+def read_text(path: str | os.PathLike[str], limit: int) -> str:
+    """The text of a regular file of at most ``limit`` bytes.
+
+    Raises:
+        OSError: The file cannot be opened.
+        BadFile: It is no regular file, longer, or no UTF-8.
+    """
+    data = mapped(path)
+    if len(data) > limit:
+        raise BadFile(path, f"has {len(data):,} bytes, more than the {limit:,} that such a file may have")
+    try:
+        return str(data, "utf-8")
+    except UnicodeDecodeError as error:
+        raise BadFile(path, f"is no text: {error}") from None
+
+
+def parse_json(path: str | os.PathLike[str], text: bytes | str, place: str) -> Any:
+    """``json.loads`` for what strangers wrote: names are unique, and whatever goes wrong is a ``BadFile``."""
+    try:
+        return json.loads(text if isinstance(text, str) else str(text, "utf-8"), object_pairs_hook=_unique)
+    except RecursionError:
+        raise BadFile(path, "cannot be read: it is nested too deeply", place) from None
+    except ValueError as error:
+        raise BadFile(path, f"cannot be read: {str(error)[:200]}", place) from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    known = dict(pairs)
+    if len(known) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return known
 
 
 @contextlib.contextmanager
@@ -82,37 +160,57 @@ def partials(folder: Path) -> list[Path]:
     return [path for path in folder.glob(".*.partial*") if _PARTIAL.search(path.name)]
 
 
-def name_of(names: dict[np.dtype, str], tensor: str, dtype: np.dtype, kind: str) -> str:
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[BinaryIO]:
+    """The file ``path``, made if need be and held by this process alone; the system lets go of it when the process ends, however it ends.
+
+    Where the system has no such locks (Windows, some network file systems) nobody is kept out.
+
+    Raises:
+        BlockingIOError: Somebody else holds it, and ``wait`` is False.
+        OSError: It cannot be opened.
+    """
+    while True:
+        with open(path, "a+b") as file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                except BlockingIOError:
+                    raise
+                except OSError as error:
+                    if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                        raise
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                continue  # it was renamed or removed while this process waited for it
+            yield file
+            return
+
+
+def name_of(names: Mapping[np.dtype, str], tensor: str, dtype: np.dtype, kind: str) -> str:
     dtype = dtype.newbyteorder("<") if dtype.names is None else dtype
     if dtype not in names:
         raise ValueError(f"{tensor} has dtype {dtype}, which {kind} files cannot hold")
     return names[dtype]
 
 
-def parse_settings(path: Path, text: Any) -> Settings | None:
-    if text is None:
-        return None
-    try:
-        text = bytes(text).decode("utf-32-le") if isinstance(text, bytearray) else text
-        settings = json.loads(text) if isinstance(text, str) else text
-        if not isinstance(settings, dict):
-            raise TypeError(f"expected an object, got {settings!r}")
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: its settings {text!r} cannot be read: {error}") from error
+def little_endian(array: np.ndarray) -> bytes:
+    return (array if array.dtype.names else array.astype(array.dtype.newbyteorder("<"), copy=False)).tobytes()
+
+
+def parse_settings(path: str | os.PathLike[str], found: Any) -> Settings | None:
+    """The recorded settings: None, JSON text or a mapping to a mapping or None."""
+    settings = parse_json(path, found, "its settings") if isinstance(found, (str, bytes)) else found
+    if settings is not None and not isinstance(settings, dict):
+        raise BadFile(path, f"must be an object, got {shown(settings)}", "its settings")
     return settings
-
-
-# PyTorch
 
 
 def to_torch(array: np.ndarray) -> Any:
     """A torch tensor with the bits of ``array``; it may share memory."""
     import torch
 
-    if array.dtype == BFLOAT16:
-        return torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape).view("<i2")).view(torch.bfloat16)
-    array = np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray turns a scalar into a vector
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+    array = np.require(array, requirements=["C", "A", "W"]).reshape(array.shape)  # what is mapped from a file is copied here
+    return torch.from_numpy(array.view("<i2")).view(torch.bfloat16) if array.dtype == BFLOAT16 else torch.from_numpy(array)
 
 
 def from_torch(tensor: Any) -> np.ndarray:
@@ -121,93 +219,52 @@ def from_torch(tensor: Any) -> np.ndarray:
 
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.int16)
-        return np.asarray(tensor.numpy()).view(BFLOAT16)
+        return np.asarray(tensor.view(torch.int16).numpy()).view(BFLOAT16)
     return np.asarray(tensor.numpy())
-
-
-def _torch_dtypes() -> tuple[Any, ...]:
-    import torch
-
-    names = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool"
-    return tuple(getattr(torch, name) for name in names.split())
-
-
-def read_torch(path: Path, key: str | None) -> tuple[Tensors, Settings | None]:
-    import torch
-
-    try:
-        # FAIR's training checkpoints carry their command line; a Namespace only holds attributes
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        if wanted:
-            raise ValueError(
-                f"{path} was refused: its pickle calls {wanted[1]}, so loading it could run any code. "
-                "Save the state_dict alone where the file comes from, or as safetensors"
-            ) from error
-        # torch's own advice, to load with weights_only=False, is not for files that one did not make
-        found = re.search(r"WeightsUnpickler error: (.*)", str(error))
-        reason = (found[1] if found else str(error).partition("\n")[0]) or "its pickle is not one of plain tensors"
-        raise ValueError(f"{path} is truncated or is no PyTorch checkpoint: {reason}") from error
-    if not isinstance(loaded, Mapping):
-        raise ValueError(f"{path} must hold a dictionary of tensors, got {type(loaded).__name__}")
-    settings = parse_settings(path, loaded.get(SETTINGS))
-    if key is None:
-        key = next((k for k in WEIGHT_KEYS if isinstance(loaded.get(k), Mapping)), None)
-    elif not isinstance(loaded.get(key), Mapping):
-        raise ValueError(f"{path}: key must name a dictionary of weights, got {key!r}; the file has {', '.join(map(str, loaded))}")
-    weights = loaded if key is None else loaded[key]
-    tensors = {}
-    for name, value in weights.items():
-        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:
-            raise ValueError(f"{path} must hold a dictionary of dense tensors, got {type(value).__name__} at {name!r}")
-        if value.dtype not in _torch_dtypes():
-            raise ValueError(f"{path}: {name} has dtype {value.dtype}, which is not supported")
-        tensors[str(name)] = from_torch(value)
-    return tensors, settings
-
-
-def write_torch(file: BinaryIO, tensors: Tensors, settings: Settings | None) -> None:
-    import torch
-
-    weights = {name: to_torch(array).clone() for name, array in tensors.items()}
-    torch.save({"model": weights, SETTINGS: settings} if settings else weights, file)
 
 
 # safetensors: the length of a JSON header as a 64-bit integer, the header, the data
 
 
-def read_safetensors(path: Path, data: bytearray) -> tuple[Tensors, Settings | None]:
+def read_safetensors(path: Path, data: memoryview) -> tuple[Tensors, Settings | None]:
     length = int.from_bytes(data[:8], "little")
     if length > len(data) - 8:
-        raise ValueError(f"{path} is truncated: its header should be {length} bytes, the file has {len(data)}")
-    try:
-        header = json.loads(bytes(data[8 : 8 + length]))
-        metadata = header.pop("__metadata__", None) or {}
-        entries = {
-            name: (entry["dtype"], tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"])) for name, entry in header.items()
-        }
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no safetensors file: its header cannot be read ({error!r})") from error
-    body = memoryview(data)[8 + length :]
+        raise BadFile(path, f"is truncated: its header should be {shown(length)} bytes, the file has {len(data)}")
+    if length > _MAX_HEADER:
+        raise BadFile(path, f"has a header of {length:,} bytes; no ConViT needs more than {_MAX_HEADER:,}")
+    header = parse_json(path, bytes(data[8 : 8 + length]), "its header")
+    metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
+    if not isinstance(header, dict) or not isinstance(metadata, (dict, type(None))) or len(header) > MAX_TENSORS:
+        raise BadFile(path, f"must be an object of at most {MAX_TENSORS:,} tensors, and __metadata__ an object", "its header")
+    body = data[8 + length :]
+    entries = {name: _entry(path, name, entry, len(body)) for name, entry in header.items()}
     expected = 0
     tensors: Tensors = {}
     for name, (kind, shape, start, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
-        if kind not in _SAFETENSORS:
-            raise ValueError(f"{path}: {name} has dtype {kind}, which is not supported")
-        size = math.prod(shape) * _SAFETENSORS[kind].itemsize
-        if start != expected or end - start != size or min(shape, default=0) < 0:
-            raise ValueError(f"{path} is damaged: {name} {list(shape)} {kind} cannot be at bytes {start} to {end}")
-        if end > len(body):
-            raise ValueError(f"{path} is truncated: {name} ends at byte {end} of the data, the file has {len(body)}")
-        array = np.frombuffer(body[start:end], _SAFETENSORS[kind]).reshape(shape)
-        tensors[name] = array if array.flags.aligned else array.copy()
+        if start != expected or end - start != math.prod(shape) * _SAFETENSORS[kind].itemsize:
+            raise BadFile(path, f"is damaged: {list(shape)} {kind} cannot be at bytes {start} to {end}", shown(name))
+        tensors[name] = np.frombuffer(body[start:end], _SAFETENSORS[kind]).reshape(shape)
         expected = end
     if expected != len(body):
-        raise ValueError(f"{path} is damaged: {len(body) - expected} bytes follow the last tensor")
-    return {name: tensors[name] for name in entries}, parse_settings(path, metadata.get(SETTINGS))
+        raise BadFile(path, f"is damaged: {len(body) - expected} bytes follow the last tensor")
+    return {name: tensors[name] for name in entries}, parse_settings(path, (metadata or {}).get(SETTINGS))
+
+
+def _entry(path: Path, name: str, entry: Any, length: int) -> tuple[str, tuple[int, ...], int, int]:
+    """(dtype, shape, start, end) of one tensor in a header, each number within the file."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        raise BadFile(path, "must have dtype, shape and data_offsets", shown(name))
+    kind, shape, offsets = entry["dtype"], entry.get("shape"), entry.get("data_offsets")
+    if kind not in _SAFETENSORS:
+        raise BadFile(path, f"has dtype {shown(kind)}, which is not supported", shown(name))
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not isinstance(offsets, list) or len(offsets) != 2:
+        raise BadFile(path, "must have a shape and two data_offsets", shown(name))
+    for number in (*shape, *offsets):
+        if type(number) is not int or number < 0:
+            raise BadFile(path, f"is damaged: its shape and offsets must be numbers from 0, got {shown(number)}", shown(name))
+        if number > length:
+            raise BadFile(path, f"is truncated or damaged: it says {shown(number)}, but there are {length} bytes of data", shown(name))
+    return kind, tuple(shape), offsets[0], offsets[1]
 
 
 def write_safetensors(file: BinaryIO, tensors: Tensors, settings: Settings | None) -> None:
@@ -226,7 +283,3 @@ def write_safetensors(file: BinaryIO, tensors: Tensors, settings: Settings | Non
     file.write(len(text).to_bytes(8, "little") + text)
     for name in order:
         file.write(little_endian(tensors[name]))
-
-
-def little_endian(array: np.ndarray) -> bytes:
-    return (array if array.dtype.names else array.astype(array.dtype.newbyteorder("<"), copy=False)).tobytes()

@@ -14,6 +14,7 @@ The names are a bijection, so a conversion loses nothing; the settings are recor
 loads it. Nothing here needs MindSpore, and only ``.pth`` files and models of PyTorch need torch.
 """
 
+import logging
 import math
 import os
 import re
@@ -26,22 +27,25 @@ from typing import Any
 import numpy as np
 
 from convit.architecture import bicubic
-from convit.weights import mindspore_file
+from convit.weights import mindspore_file, torch_file
 from convit.weights.files import (
     BFLOAT16,
     SUFFIXES,
+    BadFile,
     Settings,
     Tensors,
     from_torch,
+    mapped,
     read_safetensors,
-    read_torch,
     replacing,
+    shown,
     to_torch,
     write_safetensors,
-    write_torch,
 )
-from convit.weights.names import TRAINING_STATE, from_mindcv, strip, to_mindcv
+from convit.weights.names import from_mindcv, strip, to_mindcv, without_training_state
 from convit.weights.published import fetch, variants
+
+logger = logging.getLogger("convit")
 
 __all__ = [
     "Checkpoint",
@@ -96,32 +100,34 @@ def read_file(path: str | os.PathLike[str], key: str | None = None) -> tuple[Ten
 
     Args:
         path: The file.
-        key: For ``.pth`` files that hold several dictionaries of weights, the one to read; default: the first of ``WEIGHT_KEYS``.
+        key: In a ``.pth`` that holds several dictionaries of weights, the one to read; default: the first of ``WEIGHT_KEYS``. In other
+            files the prefix of a moving average to take in place of the weights, such as "ema".
 
     Raises:
         OSError: The file cannot be opened.
         ValueError: It is no checkpoint, is truncated or damaged, is encrypted, or would run code when unpickled.
     """
     path = Path(path)
-    with open(path, "rb") as file:
-        head = file.read(16)
+    data = mapped(path)
+    head = bytes(data[:16])
     if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
-        return read_torch(path, key)
-    if key is not None:
-        raise ValueError(f"{path}: key={key!r} is for .pth files; this file has only one dictionary of weights")
+        return torch_file.read(path, data, key)
     if head[:4] in mindspore_file.ENCRYPTED:
-        raise ValueError(
-            f"{path} is encrypted by MindSpore; decrypt it first: "
-            "mindspore.save_checkpoint([{'name': n, 'data': p} for n, p in mindspore.load_checkpoint(file, dec_key=...).items()], out)"
+        raise BadFile(
+            path,
+            "is encrypted by MindSpore; decrypt it first: "
+            "mindspore.save_checkpoint([{'name': n, 'data': p} for n, p in mindspore.load_checkpoint(file, dec_key=...).items()], out)",
         )
-    data = bytearray(path.stat().st_size)
-    with open(path, "rb") as file:
-        file.readinto(data)
     if head[8:9] == b"{":
-        return read_safetensors(path, data)
-    if head[:1] == b"\x0a":
-        return mindspore_file.read(path, data)
-    raise ValueError(f"{path} is no checkpoint: expected a PyTorch, safetensors or MindSpore file, got {_looks_like(head, data)}")
+        tensors, settings = read_safetensors(path, data)
+    elif head[:1] == b"\x0a":
+        tensors, settings = mindspore_file.read(path, data)
+    else:
+        raise BadFile(path, f"is no checkpoint: expected a PyTorch, safetensors or MindSpore file, got {_looks_like(head)}")
+    try:
+        return (tensors if key is None else without_training_state(tensors, key)), settings
+    except ValueError as error:
+        raise BadFile(path, str(error)) from None
 
 
 def write_file(path: str | os.PathLike[str], tensors: Tensors, settings: Settings | None) -> None:
@@ -145,17 +151,17 @@ def write_file(path: str | os.PathLike[str], tensors: Tensors, settings: Setting
         elif suffix == ".ckpt":
             mindspore_file.write(file, tensors, settings)
         else:
-            write_torch(file, tensors, settings)
+            torch_file.write(file, tensors, settings)
 
 
-def _looks_like(head: bytes, data: bytearray) -> str:
-    if not data:
+def _looks_like(head: bytes) -> str:
+    if not head:
         return "an empty file"
     if head.lstrip()[:1] == b"<":
         return "a web page (a failed download?)"
     if head.startswith(b"version https://"):
         return "a git-lfs pointer; fetch the file itself with `git lfs pull`"
-    return f"a file that starts with {bytes(head[:8])!r}"
+    return f"a file that starts with {head[:8]!r}"
 
 
 def read(path: str | os.PathLike[str], *, key: str | None = None) -> Checkpoint:
@@ -163,27 +169,37 @@ def read(path: str | os.PathLike[str], *, key: str | None = None) -> Checkpoint:
 
     Args:
         path: The file.
-        key: For a ``.pth`` with several dictionaries of weights, the one to read; default: the first of ``state_dict_ema``,
-            ``model_ema``, ``state_dict``, ``model``, else the file itself.
+        key: In a ``.pth`` with several dictionaries of weights, the one to read; default: the first of ``state_dict_ema``,
+            ``model_ema``, ``state_dict``, ``model``, else the file itself. In other files the prefix of a moving average to take in place
+            of the weights, such as "ema". An optimiser's state is left out.
 
     Raises:
         OSError: The file cannot be opened.
         ValueError: It is no checkpoint of a ConViT, or is truncated, damaged, encrypted, or would run code when unpickled.
     """
     tensors, settings = read_file(path, key)
-    tensors = strip(tensors)
-    if not any(name.startswith("blocks.0.attn.") for name in tensors) or "patch_embed.proj.weight" not in tensors:
-        raise ValueError(f"{path} holds no ConViT: expected blocks.0.attn.* and patch_embed.proj.weight, got {_some(list(tensors))}")
-    mindcv = any(name.endswith(".gamma") or re.fullmatch(r"blocks\.\d+\.attn\.q\.weight", name) for name in tensors)
-    source = "mindcv" if mindcv else "timm"
-    if mindcv:
-        tensors = from_mindcv({name: array for name, array in tensors.items() if not TRAINING_STATE.fullmatch(name)})
+    try:
+        tensors = strip(tensors)
+        if not any(name.startswith("blocks.0.attn.") for name in tensors) or "patch_embed.proj.weight" not in tensors:
+            got = _some([name[:60] for name in tensors])
+            raise ValueError(f"holds no ConViT: expected blocks.0.attn.* and patch_embed.proj.weight, got {got}")
+        mindcv = any(name.endswith(".gamma") or re.fullmatch(r"blocks\.\d+\.attn\.q\.weight", name) for name in tensors)
+        source = "mindcv" if mindcv else "timm"
+        if mindcv:
+            tensors = from_mindcv(without_training_state(tensors))
+        whole = [name for name, array in tensors.items() if array.dtype.kind != "f" and array.dtype != BFLOAT16]
+        if whole:
+            raise ValueError(f"must hold floating-point weights, got {tensors[whole[0]].dtype} at {_some(whole)}")
+    except ValueError as error:
+        raise BadFile(path, str(error)) from None
     act, norm_eps, grid = *_FAMILY[source], None
     if settings is not None:
         act, norm_eps, grid = settings.get("act", act), settings.get("norm_eps", norm_eps), settings.get("grid")
-        square = isinstance(grid, list) and len(grid) == 2 and all(isinstance(size, int) and size > 0 for size in grid)
-        if act not in _APPROXIMATE or not isinstance(norm_eps, float) or not 0 < norm_eps < 1 or not (grid is None or square):
-            raise ValueError(f"{path}: its recorded settings must be act gelu or gelu_tanh, norm_eps and a grid, got {settings}")
+        square = isinstance(grid, list) and len(grid) == 2 and all(type(size) is int and 0 < size < 1 << 20 for size in grid)
+        known = isinstance(act, str) and act in _APPROXIMATE and isinstance(norm_eps, float) and 0 < norm_eps < 1
+        if not known or not (grid is None or square):
+            found = ", ".join(f"{name} {shown(settings.get(name))}" for name in ("act", "norm_eps", "grid"))
+            raise BadFile(path, f"must be act gelu or gelu_tanh, norm_eps and a grid, got {found}", "its recorded settings")
     return Checkpoint(tensors, act, norm_eps, source, tuple(grid) if grid else None)
 
 
@@ -330,6 +346,7 @@ def fit(
         if name in tensors and tensors[name].shape != tuple(shape)
     ]
     if not (missing or unknown or differ):
+        _warn_of_nan(tensors, what)
         return tensors
     lines = [f"{what} does not fit this model:"]
     lines += [f"  missing in the file: {_some(missing)}"] if missing else []
@@ -377,6 +394,12 @@ def _adapt_channels(weight: np.ndarray, channels: int) -> np.ndarray:
         return summed
     repeated: np.ndarray = np.tile(weight, (1, math.ceil(channels / old), 1, 1))[:, :channels] * np.float32(old / channels)
     return repeated
+
+
+def _warn_of_nan(tensors: Tensors, what: str) -> None:
+    broken = [name for name, array in tensors.items() if not np.isfinite(to_float32(array)).all()]
+    if broken:
+        logger.warning("%s has NaN or infinite values in %d of %d tensors: %s", what, len(broken), len(tensors), _some(broken))
 
 
 def _square(tokens: int) -> tuple[int, int] | None:

@@ -14,11 +14,23 @@ import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from convit.weights.files import BFLOAT16, SETTINGS, Settings, Tensors, little_endian, name_of, parse_settings
+from convit.weights.files import (
+    BFLOAT16,
+    MAX_DIMS,
+    MAX_TENSORS,
+    SETTINGS,
+    BadFile,
+    Settings,
+    Tensors,
+    little_endian,
+    name_of,
+    parse_settings,
+    shown,
+)
 
 _MINDSPORE: dict[str, np.dtype] = {
     "Float64": np.dtype("<f8"),
@@ -40,17 +52,95 @@ _MINDSPORE_NAMES = {dtype: name for name, dtype in _MINDSPORE.items()}
 ENCRYPTED = tuple(magic.to_bytes(4, "little") for magic in (0x7F3A5ED8, 0x7F3A5ED9, 0x7F3A5EDA))
 
 
+class _Value(NamedTuple):
+    kind: str
+    dims: tuple[int, ...]
+    pieces: list[memoryview]
+
+
+def read(path: Path, data: memoryview) -> tuple[Tensors, Settings | None]:
+    """The tensors by name, and the recorded settings.
+
+    Raises:
+        BadFile: It is truncated, damaged or no MindSpore checkpoint.
+    """
+    body = data[:-17] if bytes(data[-17:-10]) == b"crc_num" else data
+    values: dict[str, _Value] = {}
+    try:
+        for count, (number, value) in enumerate(_fields(body)):
+            if number != 1 or count >= MAX_TENSORS:
+                raise ValueError(f"field {number}" if number != 1 else f"tensor after {MAX_TENSORS:,} others")
+            _read_value(_bytes(value), values)
+    except IndexError:
+        raise BadFile(path, "is truncated, or is no MindSpore checkpoint") from None
+    except ValueError as error:
+        raise BadFile(path, f"is no MindSpore checkpoint, or is damaged: unexpected {str(error)[:200]}") from None
+    if len(body) < len(data) and zlib.crc32(body) != int.from_bytes(data[-10:], "big"):
+        raise BadFile(path, "is damaged: its CRC-32 does not match its content")
+    tensors: Tensors = {}
+    settings = None
+    for tag, (kind, dims, pieces) in values.items():
+        content = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
+        if kind == "str":
+            if tag == SETTINGS:
+                settings = parse_settings(path, str(content, "utf-32-le", "replace"))
+            continue
+        if kind not in _MINDSPORE:
+            raise BadFile(path, f"has dtype {shown(kind)}, which is not supported", shown(tag))
+        dtype = _MINDSPORE[kind]
+        if dims == (0,) and len(content):
+            dims = ()  # the scalars of MindSpore 1.x
+        if not all(size <= len(content) for size in dims) or math.prod(dims) * dtype.itemsize != len(content):
+            numbers = [size if size <= 1 << 40 else shown(size) for size in dims]
+            raise BadFile(path, f"is truncated or damaged: {numbers} {kind} has {len(content)} bytes", shown(tag))
+        tensors[tag] = np.frombuffer(content, dtype).reshape(dims)
+    return tensors, settings
+
+
+def _read_value(message: memoryview, values: dict[str, _Value]) -> None:
+    tag, tensor = "", None
+    for count, (number, value) in enumerate(_fields(message)):
+        if number == 1 and count < 2:
+            tag = str(_bytes(value), "utf-8")
+        elif number == 2 and count < 2:
+            tensor = _bytes(value)
+        else:
+            raise ValueError(f"hash-table parameter {shown(tag)}" if number == 3 else f"field {number} of {shown(tag)}")
+    if not tag or tensor is None:
+        raise ValueError("value without a name or a tensor")
+    dims: list[int] = []
+    kind, content = "", memoryview(b"")
+    for count, (number, value) in enumerate(_fields(tensor)):
+        if number == 1 and isinstance(value, int):
+            dims.append(value)
+        elif number == 1:  # packed
+            at, packed = 0, _bytes(value)
+            while at < len(packed) and len(dims) <= MAX_DIMS:
+                size, at = _varint(packed, at)
+                dims.append(size)
+        elif number == 2:
+            kind = str(_bytes(value), "utf-8")
+        elif number == 3:
+            content = _bytes(value)
+        else:
+            raise ValueError(f"field {number} of {shown(tag)}")
+        if len(dims) > MAX_DIMS or count > MAX_DIMS + 2:
+            raise ValueError(f"number of dimensions of {shown(tag)}")
+    known = values.setdefault(tag, _Value(kind, tuple(dims), []))
+    if known[:2] != (kind, tuple(dims)):
+        raise ValueError(f"second tensor {shown(tag)} of another shape or type")
+    known.pieces.append(content)
+
+
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
+    value = 0
+    for shift in range(0, 64, 7):
         byte = data[at]
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, at
-        shift += 7
-        if shift > 63:
-            raise ValueError("a number of more than 64 bits")
+    raise ValueError("number of more than 64 bits")
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
@@ -77,70 +167,8 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
 def _bytes(value: int | memoryview) -> memoryview:
     if isinstance(value, int):
-        raise ValueError(f"number {value}")
+        raise ValueError("number in place of bytes")
     return value
-
-
-def read(path: Path, data: bytearray) -> tuple[Tensors, Settings | None]:
-    body = memoryview(data)
-    if data[-17:-10] == b"crc_num":
-        body = body[:-17]
-        if zlib.crc32(body) != int.from_bytes(data[-10:], "big"):
-            raise ValueError(f"{path} is damaged: its CRC-32 does not match its content")
-    parts: dict[str, tuple[str, tuple[int, ...], list[memoryview]]] = {}
-    try:
-        for number, value in _fields(body):
-            if number != 1:
-                raise ValueError(f"field {number}")
-            _read_value(_bytes(value), parts)
-    except IndexError:
-        raise ValueError(f"{path} is truncated, or is no MindSpore checkpoint") from None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no MindSpore checkpoint, or is damaged: unexpected {error}") from error
-    tensors: Tensors = {}
-    settings = None
-    for tag, (kind, dims, pieces) in parts.items():
-        content = bytearray().join(pieces)
-        if kind == "str":
-            if tag == SETTINGS:
-                settings = parse_settings(path, content)
-            continue
-        if kind not in _MINDSPORE:
-            raise ValueError(f"{path}: {tag} has dtype {kind}, which is not supported")
-        dtype = _MINDSPORE[kind]
-        if dims == (0,) and content:
-            dims = ()  # the scalars of MindSpore 1.x
-        if math.prod(dims) * dtype.itemsize != len(content):
-            raise ValueError(f"{path} is truncated or damaged: {tag} {list(dims)} {kind} has {len(content)} bytes")
-        tensors[tag] = np.frombuffer(content, dtype).reshape(dims)
-    return tensors, settings
-
-
-def _read_value(message: memoryview, parts: dict[str, tuple[str, tuple[int, ...], list[memoryview]]]) -> None:
-    fields = dict(_fields(message))
-    tag = str(_bytes(fields[1]), "utf-8") if 1 in fields else ""
-    if 3 in fields:
-        raise ValueError(f"hash-table parameter {tag!r}")
-    if not tag or 2 not in fields:
-        raise ValueError("value without a name or a tensor")
-    dims: list[int] = []
-    kind, content = "", memoryview(b"")
-    for number, value in _fields(_bytes(fields[2])):
-        if number == 1 and isinstance(value, int):
-            dims.append(value)
-        elif number == 1:  # packed
-            at, packed = 0, _bytes(value)
-            while at < len(packed):
-                size, at = _varint(packed, at)
-                dims.append(size)
-        elif number == 2:
-            kind = str(_bytes(value), "utf-8")
-        elif number == 3:
-            content = _bytes(value)
-    known = parts.setdefault(tag, (kind, tuple(dims), []))
-    if known[:2] != (kind, tuple(dims)):
-        raise ValueError(f"second tensor {tag!r} {dims} {kind} after {list(known[1])} {known[0]}")
-    known[2].append(content)
 
 
 def _encode_varint(value: int) -> bytes:

@@ -8,12 +8,12 @@ import numpy as np
 from convit.weights.files import Tensors
 
 # wrappers of training loops put these before every name
-_PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "ema.")
-# what a training loop of MindSpore stores beside the weights
-TRAINING_STATE = re.compile(
-    r"(moments?[12v]?|exp_avg(_sq)?|accum|accu_grads|grad_sum|ema|stat|mean_grad|mean_square)\..*"
-    r"|global_step|epoch_num|step_num|learning_rate|beta[12]_power|scale_sense|current_iterator_step|last_overflow_iterator_step"
-)
+_PREFIXES = ("model.", "network.", "ema.", "ema_model.")
+# and DataParallel, AveragedModel, torch.compile, activation checkpointing and FSDP before the names of what they wrap, wherever it stands
+_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+_COUNTERS = ("n_averaged",)  # AveragedModel's own
+_MODEL = re.compile(r"(cls_token|reg_token|pos_embed|patch_embed\.|blocks\.\d+\.|norm\.|head\.|classifier\.)")
+_SCHEDULE = re.compile(r"learning_rate(\..*)?")  # a schedule is a vector
 _NORM = re.compile(r"((?:.*\.)?norm\d*)\.(weight|bias|gamma|beta)")
 _ATTENTION = re.compile(r"(blocks\.\d+\.attn)\.(qkv|qk|q|k|v)\.(weight|bias)")
 
@@ -77,8 +77,53 @@ def _rename(name: str, norms: dict[str, str], head: str, new_head: str) -> str:
 
 
 def strip(tensors: Tensors) -> Tensors:
+    """The tensors without what wrappers put before their names, and without what those wrappers count.
+
+    Raises:
+        ValueError: Two names become one.
+    """
+    plain = {_WRAPPERS.sub("", name): array for name, array in tensors.items()}
+    if len(plain) < len(tensors):
+        known: set[str] = set()
+        for name in tensors:
+            if (short := _WRAPPERS.sub("", name)) in known:
+                raise ValueError(f"holds {short} twice, as {name} too")
+            known.add(short)
+    if len(plain) > 1:
+        plain = {name: array for name, array in plain.items() if name not in _COUNTERS}
     while True:
-        prefix = next((p for p in _PREFIXES if tensors and all(name.startswith(p) for name in tensors)), None)
+        prefix = next((p for p in _PREFIXES if plain and all(name.startswith(p) for name in plain)), None)
         if prefix is None:
-            return tensors
-        tensors = {name[len(prefix) :]: array for name, array in tensors.items()}
+            return plain
+        plain = {name[len(prefix) :]: array for name, array in plain.items()}
+
+
+def without_training_state(tensors: Tensors, average: str | None = None) -> Tensors:
+    """The weights among what a training loop of MindSpore stores in one file.
+
+    What is left out: any ``<prefix>.<name of a weight>`` (an optimiser's moments, summed gradients, a moving average), schedules, and
+    scalars that are no weight of a ConViT (steps, loss scales).
+
+    Args:
+        tensors: Everything in the file.
+        average: A prefix, such as "ema", whose tensors are taken in place of the weights of the same names.
+
+    Raises:
+        ValueError: No tensor has the prefix.
+    """
+    weights = {name: array for name, array in tensors.items() if _MODEL.match(name)}
+    if average is not None:
+        averaged = {name: tensors[f"{average}.{name}"] for name in weights if f"{average}.{name}" in tensors}
+        if not averaged:
+            prefixes = sorted({name.split(".")[0] for name in tensors if name not in weights})
+            raise ValueError(f"has no moving average {average}.*; beside the weights there is {', '.join(prefixes)[:200] or 'nothing'}")
+        return weights | averaged
+    rest = {name: array for name, array in tensors.items() if name not in weights}
+    state = [name for name, array in rest.items() if array.size <= 1 or _SCHEDULE.fullmatch(name) or _behind_prefix(name) in weights]
+    return {name: array for name, array in tensors.items() if name not in state}
+
+
+def _behind_prefix(name: str) -> str:
+    """``adam_m.blocks.0.norm1.gamma`` to ``blocks.0.norm1.gamma``; the prefix may have dots."""
+    parts = name.split(".")
+    return next((short for i in range(1, min(len(parts), 8)) if _MODEL.match(short := ".".join(parts[i:]))), "")
