@@ -21,7 +21,7 @@ i64 row_stride(i64 elements) {
     return whole % 128 == 0 ? whole + 32 : whole;
 }
 
-// Rows that a thread takes through all products at a time: as many as leave them in the second cache, few enough that all threads have some.
+// Rows that a thread takes through all products at a time: they stay in the second cache, and every thread has some.
 i64 block_rows(i64 rows, int threads) {
     constexpr i64 most = 112;
     const i64 blocks = round_up(std::max<i64>((rows + most - 1) / most, 1), threads);
@@ -47,7 +47,8 @@ void for_blocks(i64 rows, i64 block, int threads, const Run& run) {
         &context);
 }
 
-// Coefficients of infer.inc.h's GELU: interpolation of Phi - 1/2 at the Chebyshev nodes of each interval, about its middle in units of its width.
+// Coefficients of infer.inc.h's GELU: interpolation of Phi - 1/2 at the Chebyshev nodes of each interval, about its middle in units of
+// its width.
 struct Gelu {
     float table[2][6][16] = {};
     explicit Gelu(int degree) {
@@ -58,7 +59,8 @@ struct Gelu {
                 for (int k = 0; k <= degree; ++k) {
                     node[k] = 0.5 * std::cos(pi * (k + 0.5) / (degree + 1));
                     const double x = (i + 0.5 + node[k]) * width;
-                    difference[k] = form == 0 ? 0.5 * std::erf(x * std::sqrt(0.5)) : 0.5 * std::tanh(std::sqrt(2 / pi) * (x + 0.044715 * x * x * x));
+                    const double u = std::sqrt(2 / pi) * (x + 0.044715 * x * x * x);
+                    difference[k] = 0.5 * (form == 0 ? std::erf(x * std::sqrt(0.5)) : std::tanh(u));
                 }
                 for (int n = 1; n <= degree; ++n)
                     for (int k = degree; k >= n; --k) difference[k] = (difference[k] - difference[k - 1]) / (node[k] - node[k - n]);
@@ -145,11 +147,14 @@ const char* infer_why_not(DType dtype) {
 #endif
 }
 
-i64 infer_workspace(const Network& net, i64 batch, i64 gh, i64 gw, int threads) { return Workspace(net, batch, gh, gw, threads, nullptr).size; }
+i64 infer_workspace(const Network& net, i64 batch, i64 gh, i64 gw, int threads) {
+    return Workspace(net, batch, gh, gw, threads, nullptr).size;
+}
 
 #if defined(__x86_64__)
 
-void infer(const Network& net, const float* images, const float* position, i64 batch, i64 gh, i64 gw, void* workspace, float* out, int threads) {
+void infer(const Network& net, const float* images, const float* position, i64 batch, i64 gh, i64 gw, void* workspace, float* out,
+           int threads) {
     const InferKernels& kern = net.dtype == DType::float32 ? infer_avx512 : infer_avx512_bf16;
     Workspace work(net, batch, gh, gw, threads, workspace);
     Memory& m = work.memory;
@@ -163,7 +168,8 @@ void infer(const Network& net, const float* images, const float* position, i64 b
     i64 tokens = patches;
 
     const auto rows = [&](const auto& run) {
-        for_blocks(batch * tokens, block_rows(batch * tokens, threads), threads, [&](i64 begin, i64 end, int worker) { run(begin, end, work.of(worker)); });
+        for_blocks(batch * tokens, block_rows(batch * tokens, threads), threads,
+                   [&](i64 begin, i64 end, int worker) { run(begin, end, work.of(worker)); });
     };
     const auto project = [&](i64 i, i64 begin, i64 end, const Scratch& s) {
         kern.query_key_value(m, net.layers[i], x, begin, end, i == last && net.only_class_token(), s);

@@ -18,6 +18,7 @@ struct Product {
     const void* weight;
     const float* bias;  // [out rounded up to 16], or null
     std::int64_t in, out;
+    const void* next;  // the weight that is wanted after this one: it is fetched meanwhile
 };
 
 struct Norm {
@@ -88,7 +89,8 @@ constexpr std::int64_t hidden_chunk = 768, hidden_most = hidden_chunk + 48;
 
 struct InferKernels {
     void (*embed)(const Memory&, std::int64_t begin, std::int64_t end, const Scratch&);
-    void (*query_key_value)(const Memory&, const Layer&, const float* x, std::int64_t begin, std::int64_t end, bool keys_only, const Scratch&);
+    void (*query_key_value)(const Memory&, const Layer&, const float* x, std::int64_t begin, std::int64_t end, bool keys_only,
+                            const Scratch&);
     void (*after_attention)(const Memory&, const Layer&, float* x, std::int64_t begin, std::int64_t end, const Scratch&);
     void (*last_layer)(const Memory&, std::int64_t begin, std::int64_t end, const Scratch&);  // images; of the class token alone
     void (*finish)(const Memory&, std::int64_t begin, std::int64_t end, const Scratch&);      // images

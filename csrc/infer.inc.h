@@ -1,5 +1,8 @@
-// The row blocks of infer.h, written once for float32 (CONVIT_BF16 0) and bfloat16 products (1). As in kernels.inc.h, everything has internal
-// linkage and nothing of the C++ library is called.
+// The row blocks of infer.h, written once for float32 (CONVIT_BF16 0) and bfloat16 products (1). As in kernels.inc.h, everything has
+// internal linkage and nothing of the C++ library is called.
+//
+// One register tile does all products: 8 rows by 3 vectors of columns, A by broadcast. While it works it asks for the panel that comes
+// next, one line a step: weights come from the third cache or from memory, and a panel's first tile would wait for them.
 
 typedef std::int64_t i64;
 typedef std::uint16_t u16;
@@ -48,6 +51,7 @@ struct Tile {
     i64 lda;
     const T* b;  // a panel: [depth][NV * W][step]
     i64 depth;   // in steps
+    const char* ahead;  // what the second cache should have next: a line of it for each step
 };
 
 template <int R, int NV>
@@ -57,10 +61,11 @@ INLINE void accumulate(const Tile& t, __m512 (&acc)[R][NV]) {
         UNROLL
         for (int n = 0; n < NV; ++n) acc[r][n] = _mm512_setzero_ps();
     }
-    // three pointers and one stride address up to nine rows without arithmetic: x86 scales an index by 1, 2, 4 and 8
+    // three pointers and one stride address eight rows without arithmetic: x86 scales an index by 1, 2, 4 and 8
     const i64 lda = t.lda;
     const T *a0 = t.a, *a3 = a0 + 3 * lda, *a6 = a0 + 6 * lda;
     const T* b = t.b;
+    const char* ahead = t.ahead;
     for (i64 k = 0; k < t.depth; ++k) {
 #if CONVIT_BF16
         __m512bh bv[NV];
@@ -74,12 +79,10 @@ INLINE void accumulate(const Tile& t, __m512 (&acc)[R][NV]) {
         UNROLL
         for (int n = 0; n < NV; ++n) bv[n] = _mm512_loadu_ps(b + n * W);
 #endif
-        __builtin_prefetch(b + 8 * NV * W * step);
-        if (NV > 1) __builtin_prefetch(b + 8 * NV * W * step + W * step);
-        if (NV > 2) __builtin_prefetch(b + 8 * NV * W * step + 2 * W * step);
+        __builtin_prefetch(ahead + k * 64, 0, 2);
         UNROLL
         for (int r = 0; r < R; ++r) {
-            const T* p = r == 0 ? a0 : r == 1 ? a0 + lda : r == 2 ? a0 + 2 * lda : r == 3 ? a3 : r == 4 ? a0 + 4 * lda : r == 5 ? a3 + 2 * lda : r == 6 ? a6 : a3 + 4 * lda;
+            const T* p = r < 3 || r == 4 ? a0 + r * lda : r == 6 ? a6 : a3 + (r - 3) * lda;
 #if CONVIT_BF16
             int pair;
             __builtin_memcpy(&pair, p, 4);
@@ -102,10 +105,11 @@ INLINE void accumulate(const Tile& t, __m512 (&acc)[R][NV]) {
 }
 
 template <int R, int NV, class Epilogue>
-INLINE void row_tiles(i64 row, i64 rows, i64 col, const T* a, i64 lda, const T* b, i64 depth, const Epilogue& epilogue) {
+INLINE void row_tiles(i64 row, i64 rows, i64 col, const T* a, i64 lda, const T* b, i64 depth, const char* ahead, const Epilogue& epilogue) {
     for (; row + R <= rows; row += R) {
         __m512 acc[R][NV];
-        accumulate<R, NV>({a + row * lda, lda, b, depth}, acc);
+        accumulate<R, NV>({a + row * lda, lda, b, depth, ahead}, acc);
+        ahead += depth * 64;
         UNROLL
         for (int r = 0; r < R; ++r) {
             UNROLL
@@ -113,7 +117,7 @@ INLINE void row_tiles(i64 row, i64 rows, i64 col, const T* a, i64 lda, const T* 
         }
     }
     if constexpr (R > 1)
-        if (row < rows) row_tiles<R / 2, NV>(row, rows, col, a, lda, b, depth, epilogue);
+        if (row < rows) row_tiles<R / 2, NV>(row, rows, col, a, lda, b, depth, ahead, epilogue);
 }
 
 // epilogue(row, column, vector) for a [rows][in] times the columns of a product from `begin` up to `end`, panel by panel, and for the rows
@@ -126,12 +130,14 @@ INLINE void multiply(const Product& p, i64 rows, const T* a, i64 lda, i64 begin,
         const i64 count = panel_vectors(vectors - v), col = v * W;
         if (col + count * W > begin) {
             const T* slice = b + from * count * W;
+            const bool more = v + count < vectors;
+            const char* ahead = more ? reinterpret_cast<const char*>(slice + total * step * count * W) : static_cast<const char*>(p.next);
             if (count == 3)
-                row_tiles<8, 3>(0, rows, col, a, lda, slice, depth, epilogue);
+                row_tiles<8, 3>(0, rows, col, a, lda, slice, depth, ahead, epilogue);
             else if (count == 2)
-                row_tiles<8, 2>(0, rows, col, a, lda, slice, depth, epilogue);
+                row_tiles<8, 2>(0, rows, col, a, lda, slice, depth, ahead, epilogue);
             else
-                row_tiles<8, 1>(0, rows, col, a, lda, slice, depth, epilogue);
+                row_tiles<8, 1>(0, rows, col, a, lda, slice, depth, ahead, epilogue);
         }
         b += total * step * count * W;
         v += count;

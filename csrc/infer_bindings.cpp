@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -23,7 +24,7 @@ using LayerOf = std::tuple<i64, float, bool, NormOf, NormOf, ProductOf, ProductO
 float* floats(Address x) { return reinterpret_cast<float*>(x); }
 convit::Norm norm(const NormOf& x) { return {floats(std::get<0>(x)), floats(std::get<1>(x)), std::get<2>(x)}; }
 convit::Product product(const ProductOf& x) {
-    return {reinterpret_cast<const void*>(std::get<0>(x)), floats(std::get<1>(x)), std::get<2>(x), std::get<3>(x)};
+    return {reinterpret_cast<const void*>(std::get<0>(x)), floats(std::get<1>(x)), std::get<2>(x), std::get<3>(x), nullptr};
 }
 
 struct Free {
@@ -37,8 +38,9 @@ struct Workspace {
 
 class Inference {
   public:
-    Inference(bool bfloat16, i64 dim, i64 channels, i64 patch_h, i64 patch_w, i64 prefix, i64 local, i64 classes, int pool, const ProductOf& patch,
-              const ProductOf& head, Address prefix_tokens, const NormOf& last, const std::vector<LayerOf>& layers) {
+    Inference(bool bfloat16, i64 dim, i64 channels, i64 patch_h, i64 patch_w, i64 prefix, i64 local, i64 classes, int pool,
+              const ProductOf& patch, const ProductOf& head, Address prefix_tokens, const NormOf& last,
+              const std::vector<LayerOf>& layers) {
         for (const LayerOf& x : layers) {
             const convit::Product fc1 = product(std::get<7>(x));
             layers_.push_back({std::get<0>(x), fc1.out, std::get<1>(x), std::get<2>(x), norm(std::get<3>(x)), norm(std::get<4>(x)),
@@ -47,6 +49,10 @@ class Inference {
         }
         net_ = {bfloat16 ? convit::DType::bfloat16 : convit::DType::float32, dim, channels, patch_h, patch_w, prefix, local, classes,
                 i64(layers_.size()), convit::Pool(pool), product(patch), product(head), floats(prefix_tokens), norm(last), layers_.data()};
+        std::vector<convit::Product*> order{&net_.patch};
+        for (convit::Layer& x : layers_) order.insert(order.end(), {&x.qkv, &x.proj, &x.fc1, &x.fc2});
+        order.push_back(&net_.head);
+        for (std::size_t i = 0; i < order.size(); ++i) order[i]->next = order[std::min(i + 1, order.size() - 1)]->weight;
     }
 
     void run(Address images, Address position, i64 batch, i64 gh, i64 gw, Address out, int threads) {
