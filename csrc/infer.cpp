@@ -83,7 +83,7 @@ struct Workspace {
     Scratch scratch{};
     char* threads = nullptr;
     i64 per_thread = 0, size = 0, block = 0;
-    float *lse, *none;
+    float* lse;
 
     Workspace(const Network& net, i64 batch, i64 gh, i64 gw, int threads_, void* base) {
         const i64 patches = gh * gw, tokens = patches + net.prefix, width = net.dtype == DType::float32 ? 4 : 2;
@@ -111,7 +111,6 @@ struct Workspace {
         memory.heads = take(batch * tokens * memory.ld_heads * width);
         memory.gelu = gelu_table(net.dtype);
         lse = reinterpret_cast<float*>(take(batch * heads * tokens * 4));
-        none = reinterpret_cast<float*>(take(heads * 4 * 4));
         scratch.rows = block;
         scratch.ldy = row_stride(std::max(net.dim, net.patch.in));
         scratch.ldh = row_stride(hidden);
@@ -204,16 +203,11 @@ void infer(const Network& net, const float* images, const float* position, i64 b
             return Heads{static_cast<char*>(m.qkv) + which * net.dim * width, tokens * m.ld_qkv, net.dim / layer.heads, m.ld_qkv};
         };
         Shape shape{batch, layer.heads, gh, gw, net.dim / layer.heads, layer.scale, net.dtype};
-        const float *pos_weight = layer.pos_weight, *gating = layer.gating;
-        if (pos_weight == nullptr) {  // a shut gate: no position
+        if (layer.pos_weight == nullptr) {
             shape.grid_h = 1;
             shape.grid_w = tokens;
-            std::fill(work.none, work.none + 3 * layer.heads, 0.f);
-            std::fill(work.none + 3 * layer.heads, work.none + 4 * layer.heads, -HUGE_VALF);
-            pos_weight = work.none;
-            gating = work.none + 3 * layer.heads;
         }
-        gpsa_forward(shape, part(0), part(1), part(2), pos_weight, gating,
+        gpsa_forward(shape, part(0), part(1), part(2), layer.pos_weight, layer.gating,
                      {m.heads, tokens * m.ld_heads, net.dim / layer.heads, m.ld_heads}, work.lse, threads);
         rows([&](i64 begin, i64 end, const Scratch& s) {
             kern.after_attention(m, layer, x, begin, end, s);

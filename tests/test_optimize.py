@@ -78,7 +78,7 @@ MODELS = {
     "fair accelerated": lambda: convit.accelerate(randomised(VisionTransformer())),
     "average, registers, biases": lambda: ours(global_pool="avg", reg_tokens=2, qkv_bias=True, img_size=(48, 80)),
     "tokens": lambda: ours(global_pool="", num_classes=0, use_pos_embed=False),
-    "all GPSA": lambda: ours(local_up_to_layer=4),
+    "all GPSA": lambda: ours(local_up_to_layer=4, global_pool="avg"),
     "all MHSA": lambda: ours(local_up_to_layer=0, patch_size=(8, 32)),
     "one block": lambda: ours(depth=1, local_up_to_layer=0, num_heads=1, in_chans=1),
     "odd widths": lambda: ours(embed_dim=33, num_heads=3, mlp_ratio=1.7, act_layer=lambda: nn.GELU("tanh"), img_size=32),

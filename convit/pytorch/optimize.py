@@ -229,7 +229,7 @@ def _read(model: nn.Module) -> Shape:
         raise _Unknown("without an MHSA block its class token never joins, a fault of timm's and FAIR's that ours does not repeat")
     bare = [block.attn for block in blocks[:local] if type(block.attn).__module__ != "convit.pytorch.gpsa"]
     if bare and shape.grid[0] != shape.grid[1]:
-        raise ValueError(f"this GPSA takes its {shape.grid[0]} x {shape.grid[1]} grid for a square: call convit.accelerate(model) first")
+        raise ValueError(f"this GPSA takes its {shape.grid[0]} x {shape.grid[1]} grid for a square: convit.accelerate(model, grid='image')")
     for attn in (block.attn for block in blocks[:local] if block.attn not in bare):
         if not ours and attn.default_grid not in (shape.grid, None if shape.grid[0] == shape.grid[1] else shape.grid):
             raise _Unknown(f"default_grid of a GPSA is {attn.default_grid}, not the model's grid {shape.grid}")
