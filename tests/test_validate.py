@@ -117,7 +117,8 @@ def test_unreadable_images_are_left_out_and_named(folder, weights, tmp_path, cap
     ("keys", "message"),
     [
         ({"ckpt_path": "missing.pth"}, "missing.pth"),
-        ({"num_classes": 7}, "head"),
+        ({"num_classes": 2}, "head"),
+        ({"num_classes": 7}, "has 3 classes, the model 7"),
         ({"model": "convit_tinny"}, "did you mean 'convit_tiny"),
         ({"data_dir": ""}, "data_dir must name the folder"),
         ({"device": "tpu9"}, "device 'tpu9' cannot be used"),

@@ -40,9 +40,12 @@ def run(args: argparse.Namespace) -> int | None:
         print(f"convit train: {error}", file=sys.stderr)
         return 1
     if not args.quiet:
+        scores = f": training loss {result.train_loss:.4f}"
+        if result.best_epoch >= 0:
+            best = f"best top-1 {result.best_top1:.2f} % (epoch {result.best_epoch + 1})"
+            scores = f": top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %; {best}"
         print(
-            f"{result.epochs} epochs in {result.seconds:.0f} s: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %; "
-            f"best top-1 {result.best_top1:.2f} % (epoch {result.best_epoch + 1}); {result.output}",
+            f"{result.epochs} epochs in {result.seconds:.0f} s{scores}; {result.output}",
             file=sys.stderr,
         )
     return None

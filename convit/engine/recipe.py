@@ -66,8 +66,9 @@ class Recipe:
     data_dir: str = key("", "folder of the data set, with one folder or file group per split")
     train_split: str = key("train", "name of the training split")
     val_split: str = key("val", "name of the validation split")
+    class_map: str = key("", "text file with the names of the classes in order, one a line (timm's option); empty: the data's own order")
     shuffle: bool = key(True, "shuffle the training data")
-    num_samples: int | None = key(None, "use only this many training samples", low=1)
+    num_samples: int | None = key(None, "use only this many training samples, as evenly from all classes as they allow", low=1)
     sampling_ratio: float = key(1.0, "share of each class to train on (FAIR's option)", low=0.0, high=1.0)
     batch_size: int = key(128, "images per device and forward pass", low=1)
     drop_remainder: bool = key(True, "drop the last incomplete global batch of an epoch")
@@ -138,7 +139,7 @@ class Recipe:
     channels_last: bool = key(False, "channels-last memory format")
     compile: bool = key(False, "torch.compile the model")
     fsdp: bool = key(False, "shard the model over the processes (FSDP2) in place of replicating it")
-    max_skipped_steps: int = key(10, "steps in a row that a NaN or infinite loss may skip before the run stops", low=0)
+    max_skipped_steps: int = key(10, "steps in a row that a NaN or infinite loss or gradient may skip before the run stops", low=0)
 
     # loss
     loss: str = key("CE", "CE: cross entropy; BCE: binary cross entropy per class", choices=("CE", "BCE"))
@@ -158,10 +159,11 @@ class Recipe:
     min_lr: float = key(1e-6, "final learning rate", low=0.0)
     warmup_epochs: int = key(3, "epochs of linear warm-up", low=0)
     warmup_factor: float = key(0.0, "warm-up starts at this share of lr", low=0.0, high=1.0)
+    warmup_lr: float | None = key(None, "warm-up starts at this rate, whatever lr is (timm, FAIR); null: at warmup_factor", low=0.0)
     warmup_prefix: bool = key(True, "the decay starts after the warm-up (MindCV); false: the warm-up hides its start (timm, FAIR)")
-    decay_epochs: int = key(100, "epochs of the decay, or between two steps of it", low=1)
-    decay_rate: float = key(0.9, "factor of step, multi-step and exponential decay; power of polynomial decay")
-    multi_step_decay_milestones: list[int] = key([30, 60, 90], "epochs of multi_step_decay")
+    decay_epochs: int = key(100, "epochs of a cosine, or between two steps of step_decay", low=1)
+    decay_rate: float = key(0.9, "factor of step, multi-step and (every epoch) exponential decay; power of polynomial decay")
+    multi_step_decay_milestones: list[int] = key([30, 60, 90], "epochs of multi_step_decay, counted as warmup_prefix says")
     lr_epoch_stair: bool = key(False, "change the learning rate once per epoch in place of every step")
     num_cycles: int = key(1, "cycles of the cosine", low=1)
     cycle_decay: float = key(1.0, "factor of lr from one cycle to the next")
@@ -176,6 +178,7 @@ class Recipe:
     eps: float = key(1e-8, "of adaptive optimisers (MindCV's default is 1e-10)", low=0.0)
     ema: bool = key(False, "keep and evaluate an exponential moving average of the weights")
     ema_decay: float = key(0.9999, "of the moving average", low=0.0, high=1.0)
+    ema_warmup: bool = key(True, "the average follows the weights closely at first (MindCV); false: ema_decay from the start (timm)")
 
 
 # MindCV keys that mean nothing here, with the only value that can be honoured: any other is an error, never a silent no.

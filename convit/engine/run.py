@@ -74,14 +74,15 @@ class Result:
 
 
 class Plan(NamedTuple):
-    """What an engine has built: the names of the classes, images, steps and global batch of an epoch, the learning rate, and a line about
-    device and precision."""
+    """What an engine has built: the names of the classes, images, steps and global batch of an epoch, the learning rate and that of every
+    step, and a line about device and precision."""
 
     classes: list[str]
     samples: int
     steps: int
     global_batch: int
     lr: float
+    rates: list[float]
     about: str
 
 
@@ -90,6 +91,7 @@ class Run(ABC):
 
     suffix: ClassVar[str]  # of checkpoints
     hint: ClassVar[str]  # what helps against losses that are not finite
+    before: ClassVar[dict[str, Any]] = {}  # what runs did before these keys were
     sharded = False
     whole_epochs = False  # a run that can only be resumed between two epochs
     model: Any
@@ -126,16 +128,16 @@ class Run(ABC):
         """Compute the gradients of one step; this process's share of its loss, the unreadable images met, the seconds waited for data."""
 
     @abstractmethod
-    def apply(self) -> None:
-        """Step the optimiser with the gradients, and the moving average."""
+    def gradient_norm(self) -> float:
+        """The norm of the gradients over all processes, as the optimiser would take them."""
+
+    @abstractmethod
+    def apply(self) -> float:
+        """Step the optimiser with the gradients, and the moving average; the norm of the new weights."""
 
     @abstractmethod
     def skip(self) -> None:
         """Drop the gradients; the schedule goes on."""
-
-    @abstractmethod
-    def rate(self) -> float:
-        """The learning rate of the step at ``progress``."""
 
     @abstractmethod
     def total(self, values: list[float]) -> list[float]:
@@ -158,8 +160,8 @@ class Run(ABC):
         """What last.* holds: all that ``restore`` needs. Every process calls it."""
 
     @abstractmethod
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Set ``state`` from what ``load`` has read."""
+    def restore(self, saved: dict[str, Any], old: Recipe) -> None:
+        """Set ``state`` from what ``load`` has read of a run with the recipe ``old``: what the keys say is that of the new recipe."""
 
     @staticmethod
     @abstractmethod
@@ -220,7 +222,7 @@ class Run(ABC):
         )
 
     def _resume(self, saved: dict[str, Any]) -> None:
-        old = Recipe(**{name: value for name, value in saved["recipe"].items() if name in FIELDS})
+        old = Recipe(**{name: value for name, value in (self.before | saved["recipe"]).items() if name in FIELDS})
         changed = {name: pair for name, pair in changed_keys(old, self.recipe).items() if name not in FREE}
         if changed:
             keys = ", ".join(f"{name} {before!r} -> {after!r}" for name, (before, after) in changed.items())
@@ -233,10 +235,14 @@ class Run(ABC):
                 "start as many processes as before, or change batch_size or gradient_accumulation_steps to match"
             )
         try:
-            self.restore(saved)
+            self.restore(saved, old)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.last} holds another model or optimiser than the recipe: {str(error).splitlines()[0]}") from None
         self.say(f"resumed {self.last}: epoch {at.epoch}, step {at.step} of {self.plan.steps}")
+
+    def rate(self) -> float:
+        """The learning rate of the step at ``progress``."""
+        return self.plan.rates[min(self.progress.epoch * self.plan.steps + self.progress.step, len(self.plan.rates) - 1)]
 
     # --- loop ---
 
@@ -287,13 +293,13 @@ class Run(ABC):
             if self.signals.noted:
                 self.save_last()
                 raise Interrupted(self.signals.noted, self.last)
-            if recipe.ckpt_save_steps and at.step % recipe.ckpt_save_steps == 0 and at.step < steps:
+            if recipe.ckpt_save_steps and at.step % recipe.ckpt_save_steps == 0 and at.step < steps and not at.skipped_in_row:
                 self.save_last()
         getattr(batches, "close", lambda: None)()
         self.finish_epoch(at.step - first, time.perf_counter() - began, lr=lr, data_seconds=round(waited, 3))
 
     def _step(self, batches: Iterator[Any]) -> tuple[float, float]:
-        """One optimiser step, skipped and counted if its loss is not finite: its loss, the seconds waited for data."""
+        """One optimiser step, skipped and counted if its loss or gradient is not finite: its loss, the seconds waited for data."""
         at, recipe = self.progress, self.recipe
         loss, bad, waited = self.gradients(batches)
         loss, stop, bad_total = self.total([loss, float(self.signals.noted), float(bad)])
@@ -302,22 +308,30 @@ class Run(ABC):
         at.bad_images += int(bad_total)
         if at.bad_images > recipe.max_bad_images:
             raise ValueError(f"{at.bad_images} unreadable images in epoch {at.epoch}; max_bad_images allows {recipe.max_bad_images}")
-        if math.isfinite(loss):
+        norm = self.gradient_norm() if math.isfinite(loss) else math.nan
+        if math.isfinite(loss) and math.isfinite(norm):
             at.skipped_in_row = 0
             at.loss_sum += loss
             at.loss_steps += 1
-            self.apply()
+            if not math.isfinite(self.apply()):
+                raise self.diverged("the weights are not finite after this step")
             return loss, waited
         at.skipped += 1
         at.skipped_in_row += 1
         self.skip()
-        logger.warning("epoch %d, step %d: the loss is %s; skipped this step", at.epoch, at.step, loss)
+        wrong = "loss" if not math.isfinite(loss) else "norm of the gradient"
+        logger.warning("epoch %d, step %d: the %s is %s; skipped this step", at.epoch, at.step, wrong, norm if wrong[0] == "n" else loss)
         if at.skipped_in_row > recipe.max_skipped_steps:
-            raise FloatingPointError(
-                f"the loss was not finite in {at.skipped_in_row} steps in a row (epoch {at.epoch}, step {at.step}); "
-                f"{self.last} is from before. Lower lr, clip the gradient (--clip_grad), or {self.hint}"
-            )
+            raise self.diverged(f"the {wrong} was not finite in {at.skipped_in_row} steps in a row")
         return loss, waited
+
+    def diverged(self, what: str) -> FloatingPointError:
+        """The error that ends a run whose numbers went astray; last.* holds the last state before."""
+        at = self.progress
+        saved = f"{self.last} is from before" if self.last.exists() else "no checkpoint had been written"
+        return FloatingPointError(
+            f"{what} (epoch {at.epoch}, step {at.step}); {saved}. Lower lr, clip the gradient (--clip_grad), or {self.hint}"
+        )
 
     # --- end of an epoch ---
 
@@ -350,14 +364,16 @@ class Run(ABC):
         at.epoch += 1
         at.step = at.loss_steps = at.skipped = at.bad_images = 0
         at.loss_sum = 0.0
-        self.save_last()
-        for name in dropped if self.chief else ():
-            (self.output / name).unlink(missing_ok=True)
+        # a state that is about to diverge does not take the place of a good one
+        if math.isfinite(record.get("val_loss", 0.0)) and not at.skipped_in_row:
+            self.save_last()
+            for name in dropped if self.chief else ():
+                (self.output / name).unlink(missing_ok=True)
 
     def _keep(self, record: dict[str, Any]) -> list[str]:
         """Write best.* and epoch_N.* where they are due; the names of those that are no longer kept."""
         at, recipe = self.progress, self.recipe
-        better = record.get("top1", -1.0) > at.best
+        better = record.get("top1", -1.0) > at.best and math.isfinite(record["val_loss"])
         keep = recipe.keep_checkpoint_max > 0 and (at.epoch + 1) % recipe.ckpt_save_interval == 0
         if better:
             at.best, at.best_epoch = record["top1"], at.epoch

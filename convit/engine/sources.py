@@ -1,6 +1,7 @@
 """Where images with labels come from: folders, tar shards, Hugging Face files, scikit-learn's digits. Imports no framework."""
 
 import io
+import logging
 import re
 import tarfile
 from pathlib import Path
@@ -9,28 +10,45 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from convit.dispatch import nearest
 from convit.engine.images import BadImage, image_suffixes, images_below, read_image
 from convit.engine.recipe import Recipe
 
+logger = logging.getLogger("convit")
+
+MOST_CLASSES = 100_000
 SPLITS = {"val": ("val", "validation", "valid", "test"), "validation": ("validation", "val", "valid"), "train": ("train", "training")}
 
 
-# a source has: targets, classes, name(index), open(index)
+# a source has: where, targets, classes, named (whether the classes have names of their own, or numbers), name(index), open(index)
 
 
 class FolderSource:
     """A folder of image folders, one per class, in the order in which timm reads them; images may lie deeper."""
 
+    named = True
+
     def __init__(self, root: Path) -> None:
+        self.where = str(root)
         folders = sorted(
             (entry for entry in root.iterdir() if entry.is_dir() and entry.name[:1] != "."), key=lambda entry: _natural(entry.name)
         )
         images = [(str(path), folder.name) for folder in folders for path in images_below(folder)]
+        stray = sorted(entry.name for entry in root.iterdir() if entry.suffix.lower() in image_suffixes() and entry.is_file())
         if not images:
-            raise ValueError(f"{root} holds no folders of images, one per class")
+            found = f"{len(stray)} images but " if stray else ""
+            raise ValueError(
+                f"{root} holds {found}no folders of images, one per class: move each image into a folder with the name of its class "
+                "(valprep.sh does it for the validation images of ILSVRC)"
+            )
+        if stray:
+            logger.warning("%s: left out %d images beside the class folders, the first is %s", root, len(stray), stray[0])
         images.sort(key=lambda image: _natural(image[0]))
         present = {name for _, name in images}
         self.classes = [folder.name for folder in folders if folder.name in present]
+        if len(present) < len(folders):
+            empty = [folder.name for folder in folders if folder.name not in present]
+            logger.warning("%s: no image in the folders %s: they are no classes", root, ", ".join(empty[:10]))
         number = {name: target for target, name in enumerate(self.classes)}
         self.paths = [path for path, _ in images]
         self.targets = [number[name] for _, name in images]
@@ -50,7 +68,10 @@ def _natural(name: str) -> list[Any]:
 class TarSource:
     """Tar shards in webdataset's layout: ``key.jpg`` beside ``key.cls``. Indexed, not streamed, so that any sample can be reached."""
 
+    named = False
+
     def __init__(self, shards: list[Path]) -> None:
+        self.where = str(shards[0].parent)
         self.samples: list[tuple[str, str, int, int]] = []  # shard, key, offset and size of the image
         self.targets: list[int] = []
         for shard in shards:
@@ -69,8 +90,11 @@ class TarSource:
                     key = f"{folder}/{stem}"
                     if f".{suffix.lower()}" in image_suffixes():
                         images[key] = (member.offset_data, member.size)
-                    elif suffix == "cls":
-                        labels[key] = int(tar.extractfile(member).read())  # type: ignore[union-attr]
+                    elif suffix == "cls" and member.isfile():
+                        text = tar.extractfile(member).read(20)  # type: ignore[union-attr]
+                        if not text.strip().isdigit() or int(text) >= MOST_CLASSES:
+                            raise ValueError(f"{member.name} holds the label {text!r}, expected 0 to {MOST_CLASSES - 1}")
+                        labels[key] = int(text)
         except (tarfile.TarError, ValueError, EOFError) as error:
             raise ValueError(f"{shard} is not an uncompressed tar of key.jpg and key.cls files: {error}") from None
         for key, (offset, size) in images.items():
@@ -111,8 +135,14 @@ class HfSource:
         self.label = next((name for name, kind in kinds.items() if kind == "ClassLabel"), "label" if "label" in kinds else None)
         if self.image is None or self.label is None:
             raise ValueError(f"{root} needs an image column and a label column, it has {kinds}")
-        self.targets = [int(label) for label in data[self.label]]
-        self.classes = getattr(data.features[self.label], "names", None) or [str(i) for i in range(max(self.targets) + 1)]
+        labels = data[self.label]
+        wrong = next((i for i, label in enumerate(labels) if not isinstance(label, int) or not 0 <= label < MOST_CLASSES), None)
+        if wrong is not None:
+            raise ValueError(f"{root}: row {wrong} has the label {labels[wrong]!r}, expected 0 to {MOST_CLASSES - 1}")
+        self.where, self.targets = str(root), list(labels)
+        names = getattr(data.features[self.label], "names", None)
+        self.named = bool(names)
+        self.classes = names or [str(i) for i in range(max(self.targets, default=0) + 1)]
         self.data = data.cast_column(self.image, datasets.Image(decode=False))
 
     def name(self, index: int) -> str:
@@ -120,6 +150,8 @@ class HfSource:
 
     def open(self, index: int) -> Any:
         image = self.data[index][self.image]
+        if image is None:
+            raise ValueError("the row has no image")
         return io.BytesIO(image["bytes"]) if image["bytes"] else open(image["path"], "rb")
 
 
@@ -127,6 +159,7 @@ class DigitsSource:
     """scikit-learn's digits: ``pixels`` [n, 8, 8] float32 in 0 to 1, a fixed stratified fifth kept for testing."""
 
     classes = [str(digit) for digit in range(10)]
+    named, where = True, "the digits"
 
     def __init__(self, train: bool) -> None:
         try:
@@ -144,13 +177,71 @@ class DigitsSource:
 Source = FolderSource | TarSource | HfSource | DigitsSource
 
 
-def open_source(recipe: Recipe, train: bool) -> Source:
-    """The split that ``recipe`` names.
+def open_source(recipe: Recipe, train: bool, classes: list[str] | None = None) -> Source:
+    """The split that ``recipe`` names, its classes numbered as in ``classes`` (of a checkpoint or the training split) or ``class_map``.
 
     Raises:
-        ValueError: ``data_dir`` is not set or holds no such data.
+        ValueError: ``data_dir`` is not set or holds no such data, or classes that are not among the given ones.
         FileNotFoundError: ``data_dir`` or the split does not exist.
     """
+    source = _open(recipe, train)
+    if recipe.class_map:
+        names = [line.strip() for line in Path(recipe.class_map).expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
+        match_classes(source, names, recipe.class_map)
+    elif classes:
+        match_classes(source, classes, "the checkpoint or the training data")
+    return source
+
+
+def match_classes(source: Source, classes: list[str], whose: str) -> None:
+    """Number the classes of ``source`` as in ``classes``: by name where both have names, else as they are.
+
+    Raises:
+        ValueError: Classes that ``classes`` lacks.
+    """
+    numbers = {name: number for number, name in enumerate(classes)}
+    unknown = [name for name in source.classes if name not in numbers]
+    numbered = classes == [str(i) for i in range(len(classes))] and len(unknown) == len(source.classes) == len(classes)
+    if numbered or (not source.named and len(source.classes) <= len(classes)):
+        source.classes = classes
+        return
+    if unknown:
+        raise ValueError(
+            f"{source.where}: {len(unknown)} of its {len(source.classes)} classes are not among the {len(classes)} of {whose}, "
+            f"the first is {unknown[0]!r}{nearest(unknown[0], classes)}. Classes are matched by name: rename them, or give the names "
+            "that the data has in the order of the model's classes, --class_map FILE"
+        )
+    source.targets = [numbers[source.classes[target]] for target in source.targets]
+    source.classes = classes
+
+
+def imagenet_classes() -> list[str]:
+    """The names of ImageNet-1K's folders, in the order of the classes; empty without timm, which knows them."""
+    try:
+        from timm.data import ImageNetInfo
+    except ImportError:
+        return []
+    return list(ImageNetInfo().label_names())
+
+
+def match_imagenet(source: Source, num_classes: int | None) -> None:
+    """Number the classes of ``source`` for a model whose checkpoint names none: by ImageNet's names, or as they are if it has as many.
+
+    Raises:
+        ValueError: It has fewer classes than the model, so that nobody knows which they are.
+    """
+    if num_classes is None or not source.named or len(source.classes) >= num_classes:
+        return
+    if num_classes == 1000 and set(source.classes) <= set(names := imagenet_classes()):
+        match_classes(source, names, "ImageNet-1K")
+        return
+    raise ValueError(
+        f"{source.where} has {len(source.classes)} classes, the model {num_classes}, and its checkpoint does not say which they are: "
+        "give their names in order, --class_map FILE"
+    )
+
+
+def _open(recipe: Recipe, train: bool) -> Source:
     if recipe.dataset == "digits":
         return DigitsSource(train)
     if not recipe.data_dir:
@@ -161,8 +252,13 @@ def open_source(recipe: Recipe, train: bool) -> Source:
     split = recipe.train_split if train else recipe.val_split
     names = SPLITS.get(split, (split,))
     shards = next((found for name in names if (found := sorted([*root.glob(f"{name}*.tar"), *root.glob(f"{name}/*.tar")]))), [])
+    folder = next((root / name for name in names if (root / name).is_dir()), None)
     kind = recipe.dataset
     if kind == "imagenet":
+        if shards and folder and shards[0].parent != folder:
+            raise ValueError(
+                f"{root} holds the shard {shards[0].name} and the folder {folder.name}: choose with --dataset wds or --dataset folder"
+            )
         saved = any((root / name).exists() for name in ("dataset_dict.json", "state.json", "dataset_info.json"))
         columns = any(next(root.glob(pattern), None) for pattern in ("*.parquet", "data/*.parquet", "*/*.parquet", "*.arrow"))
         kind = "wds" if shards else "hfds" if saved or columns else "folder"
@@ -172,22 +268,28 @@ def open_source(recipe: Recipe, train: bool) -> Source:
         if not shards:
             raise FileNotFoundError(f"no tar shards {split}*.tar or {split}/*.tar in {root}")
         return TarSource(shards)
-    folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
         raise FileNotFoundError(f"data_dir {root} has no folder {split!r}; --{'train' if train else 'val'}_split names another")
     return FolderSource(folder)
 
 
 def choose_samples(targets: list[int], num_classes: int | None, sampling_ratio: float = 1.0, num_samples: int | None = None) -> list[int]:
-    """Indices of the first ``num_classes`` classes, of each the first ``sampling_ratio`` share (rounded down, as FAIR does), at most
-    ``num_samples`` in all."""
+    """Indices of the first ``num_classes`` classes, of each the first ``sampling_ratio`` share (rounded down, as FAIR does); of these
+    at most ``num_samples``, as evenly from all classes as they allow."""
     labels = np.asarray(targets)
     keep = np.ones(len(labels), bool) if num_classes is None else labels < num_classes
     if sampling_ratio < 1.0:
         for label in np.unique(labels):
             where = np.flatnonzero(labels == label)
             keep[where[int(len(where) * sampling_ratio) :]] = False
-    chosen: list[int] = np.flatnonzero(keep)[:num_samples].tolist()
+    found = np.flatnonzero(keep)
+    if num_samples is not None and num_samples < len(found):
+        by_class = np.argsort(labels[found], kind="stable")
+        counts = np.unique(labels[found], return_counts=True)[1]
+        place = np.empty(len(found), np.int64)  # of each sample in its class
+        place[by_class] = np.concatenate([np.arange(count) for count in counts])
+        found = np.sort(found[np.argsort(place, kind="stable")[:num_samples]])
+    chosen: list[int] = found.tolist()
     if not chosen:
         raise ValueError(f"no sample left of {len(targets)} with num_classes={num_classes}, sampling_ratio={sampling_ratio}")
     return chosen

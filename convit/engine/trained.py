@@ -130,10 +130,8 @@ def variant_of(shape: dict[str, Any]) -> str | None:
 
 
 def class_names(recorded: list[str], num_classes: int) -> list[str]:
-    """Those that a checkpoint or data set gives, if it gives as many; ImageNet's for a head of 1000, if timm is there; else numbers."""
-    if len(recorded) == num_classes:
-        return recorded
-    if num_classes == 1000:
+    """Those that a checkpoint or data set gives; without any, ImageNet's for a head of 1000, if timm is there; numbers for the rest."""
+    if not recorded and num_classes == 1000:
         try:
             from timm.data import ImageNetInfo
         except ImportError:
@@ -141,7 +139,7 @@ def class_names(recorded: list[str], num_classes: int) -> list[str]:
         else:
             info = ImageNetInfo()
             return [info.index_to_description(i) for i in range(1000)]
-    return [str(i) for i in range(num_classes)]
+    return (recorded + [str(i) for i in range(len(recorded), num_classes)])[:num_classes]
 
 
 def _recipe(path: Path, facts: dict[str, Any]) -> Recipe | None:

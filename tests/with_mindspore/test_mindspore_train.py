@@ -253,6 +253,65 @@ def test_a_nan_loss_skips_the_step_and_stops_after_too_many(folder, tmp_path, mo
     assert at["epoch"] == 1 and all(np.isfinite(value).all() for value in state.values() if value.dtype.kind == "f")
 
 
+def test_an_infinite_gradient_skips_the_step_though_the_loss_is_finite(folder, tmp_path, monkeypatch, caplog):
+    gradients, calls = MindSporeRun.gradients, []
+
+    def poisoned(self, batches):
+        calls.append(1)
+        found = gradients(self, batches)
+        if len(calls) == 2:
+            self.summed = (self.summed[0] * float("inf"), *self.summed[1:])
+        return found
+
+    monkeypatch.setattr(MindSporeRun, "gradients", poisoned)
+    result = train(recipe(folder, mode=1, epoch_size=1, val_while_train=False), tmp_path / "run", progress=False)
+    assert result.history[0]["skipped_steps"] == 1 and "norm of the gradient" in caplog.text
+    assert all(np.isfinite(p.asnumpy()).all() for p in result.model.get_parameters())
+
+
+@pytest.mark.parametrize("stair", [False, True])
+@pytest.mark.parametrize(
+    "name", ["constant", "cosine_decay", "step_decay", "multi_step_decay", "exponential_decay", "polynomial_decay", "warmup_cosine_decay"]
+)
+def test_schedules_are_mindcvs_own(name, stair):
+    """The rates of both engines are those of MindCV's create_scheduler, at every step."""
+    from mindcv.scheduler import create_scheduler
+
+    from convit.engine.schedule import rates
+
+    for warmup, cycles in ((0, 1), (3, 1), (2, 3)):
+        keys = {"warmup_epochs": warmup, "warmup_factor": 0.1, "decay_epochs": 3, "min_lr": 0.001, "decay_rate": 0.7, "num_cycles": cycles}
+        keys |= {"lr_epoch_stair": stair, "cycle_decay": 0.5}
+        ours = rates(load_recipe(None, {**keys, "scheduler": name, "epoch_size": 12, "multi_step_decay_milestones": [2, 5]}), 0.02, 7)
+        theirs = create_scheduler(7, name.replace("warmup_", ""), lr=0.02, num_epochs=12, milestones=[2, 5], **keys)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-14, atol=3e-18)
+
+
+def test_classes_are_matched_by_name(finished, folder, tmp_path):
+    """A validation split without one class scores the others; a class that the model does not have is named."""
+    from convit.engine.mindspore.validate import validate
+
+    keys = {"ckpt_path": str(finished.output / "best.ckpt"), "amp_level": "O0", "mode": 1, "batch_size": 1}
+    whole = validate(recipe(folder, **keys), progress=False)
+    parts = []
+    for name in ("blue", "red"):
+        shutil.copytree(folder / "val" / name, tmp_path / name / "val" / name)
+        parts.append(validate(recipe(tmp_path / name, **keys), progress=False))
+    assert sum(part["samples"] * part["loss"] for part in parts) / 6 == pytest.approx(whole["loss"], rel=1e-5)
+    assert sum(part["samples"] * part["top1"] for part in parts) / 6 == pytest.approx(whole["top1"])
+    (tmp_path / "red/val/red").rename(tmp_path / "red/val/rot")
+    with pytest.raises(ValueError, match="1 of its 1 classes are not among the 2"):
+        validate(recipe(tmp_path / "red", **keys), progress=False)
+
+
+def test_another_optimiser_starts_its_state_anew(folder, tmp_path, caplog):
+    caplog.set_level("INFO", "convit")
+    keys = {"mode": 1, "val_while_train": False}
+    train(recipe(folder, epoch_size=1, opt="adamw", **keys), tmp_path / "run", progress=False)
+    result = train(recipe(folder, epoch_size=2, opt="momentum", **keys), tmp_path / "run", resume=True, progress=False)
+    assert "the state of adamw is of no use to momentum: it starts anew" in caplog.text and result.epochs == 2
+
+
 def test_a_full_disk_stops_the_run_and_loses_nothing(whole, folder, tmp_path):
     """The kernel refuses to let a file grow, as on a full disk: the run stops with a message, last.ckpt stays as it was."""
     resource = pytest.importorskip("resource")

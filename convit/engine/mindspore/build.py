@@ -1,4 +1,4 @@
-"""What a recipe describes, in MindSpore: the device, the model, and from MindCV the schedule, optimiser, loss and train step."""
+"""What a recipe describes, in MindSpore: the device, the model, and from MindCV the optimiser, loss and train step."""
 
 import os
 from typing import Any
@@ -19,7 +19,6 @@ ONLY = {
     "grad_checkpointing": False,
     "sampling_ratio": 1.0,
     "tensorboard": False,
-    "warmup_prefix": True,
     "shift": 0,
 }
 
@@ -75,28 +74,6 @@ def build_model(recipe: Recipe, num_classes: int, strict_head: bool = True) -> n
 def sinks(recipe: Recipe) -> bool:
     """Whether the device is fed a whole epoch at a time, by MindSpore's own loop; a CPU cannot be."""
     return recipe.dataset_sink_mode and ms.get_context("device_target") != "CPU"
-
-
-def build_schedule(recipe: Recipe, lr: float, steps: int) -> list[float]:
-    """MindCV's learning rate of every step."""
-    from mindcv.scheduler import create_scheduler
-
-    rates: list[float] = create_scheduler(
-        steps,
-        scheduler=recipe.scheduler.replace("warmup_", ""),
-        lr=lr,
-        min_lr=recipe.min_lr,
-        warmup_epochs=recipe.warmup_epochs,
-        warmup_factor=recipe.warmup_factor,
-        decay_epochs=recipe.decay_epochs,
-        decay_rate=recipe.decay_rate,
-        milestones=recipe.multi_step_decay_milestones,
-        num_epochs=recipe.epoch_size,
-        num_cycles=recipe.num_cycles,
-        cycle_decay=recipe.cycle_decay,
-        lr_epoch_stair=recipe.lr_epoch_stair,
-    )
-    return rates
 
 
 def build_trainer(recipe: Recipe, model: nn.Cell, schedule: list[float], sink: bool) -> Any:

@@ -1,7 +1,6 @@
 """Checkpoints of a run in MindSpore's format: parameters, and as one JSON string what else a resumed run or a reader needs."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,13 @@ FACTS = "convit_run"  # the name of the string
 def save(path: Path, tensors: dict[str, Any], facts: dict[str, Any]) -> None:
     """``mindspore.save_checkpoint``, atomically."""
     with writing(path) as file:
-        made = Path(f"{file.name}.ckpt")  # MindSpore opens the file itself, and wants this suffix
+        parameters = [{"name": name, "data": value} for name, value in tensors.items()]
         try:
-            parameters = [{"name": name, "data": value} for name, value in tensors.items()]
-            ms.save_checkpoint(parameters, str(made), append_dict={FACTS: json.dumps(facts)})
-            with open(made, "rb+") as written:
-                os.fsync(written.fileno())
-            os.replace(made, file.name)
+            ms.save_checkpoint(parameters, file.name, append_dict={FACTS: json.dumps(facts)})
         except ValueError as error:  # MindSpore's, for a full disk
             raise OSError(error) from error
         finally:
-            for part in (made, made.with_suffix(".tmp")):  # the second is MindSpore's own
-                part.unlink(missing_ok=True)
+            Path(file.name).with_suffix(".tmp").unlink(missing_ok=True)  # MindSpore's own
 
 
 def load(path: Path) -> dict[str, Any]:

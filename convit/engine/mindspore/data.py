@@ -4,6 +4,7 @@ MindSpore's augmentations draw from generators that the workers of a stage share
 the model takes nearly all of the time, there is one per stage, and an epoch can be repeated bit for bit; elsewhere as many as asked for.
 """
 
+import dataclasses
 import multiprocessing
 import random
 import threading
@@ -16,7 +17,7 @@ import mindspore.dataset as ds
 import numpy as np
 
 from convit.engine.recipe import Recipe
-from convit.engine.sources import DigitsSource
+from convit.engine.sources import DigitsSource, match_imagenet, open_source
 
 
 class _Digits:
@@ -50,14 +51,23 @@ class _Digits:
 class Data:
     """A split of the recipe's data set: ``pipeline`` gives batches of (images, targets).
 
-    ``classes`` are their names; ``samples`` and ``steps`` count images over all processes and batches of an epoch on this one.
+    ``classes`` are their names, in the order of those that are given, if any are: they are matched by name. ``samples`` and ``steps``
+    count images over all processes and batches of an epoch on this one.
 
     Raises:
         ValueError: ``data_dir`` is missing, or the split holds less than one batch.
         FileNotFoundError: It has no such split.
     """
 
-    def __init__(self, recipe: Recipe, train: bool, rank: int = 0, size: int = 1) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        train: bool,
+        rank: int = 0,
+        size: int = 1,
+        classes: list[str] | None = None,
+        num_classes: int | None = None,
+    ) -> None:
         self.recipe, self.train = recipe, train
         self.shards: dict[str, Any] = {"num_shards": size, "shard_id": rank} if size > 1 else {}
         asked = 1 if ms.get_context("device_target") == "CPU" else max(recipe.num_parallel_workers, 1)
@@ -66,14 +76,10 @@ class Data:
             self.digits = _Digits(recipe, train)
             self.classes, self.samples = DigitsSource.classes, len(self.digits)
         else:
-            split = recipe.train_split if train else recipe.val_split
-            if not recipe.data_dir:
-                raise ValueError(f"data_dir must name the folder of the data set ({recipe.dataset}); --config digits needs none")
-            self.root, self.split = Path(recipe.data_dir).expanduser(), split
-            if not (self.root / split).is_dir():
-                option = "train" if train else "val"
-                raise FileNotFoundError(f"data_dir {self.root} has no folder {split!r}; --{option}_split names another")
-            self.classes = sorted(entry.name for entry in (self.root / split).iterdir() if entry.is_dir())
+            self.source = open_source(dataclasses.replace(recipe, dataset="folder"), train, classes)
+            if not train and not classes:
+                match_imagenet(self.source, num_classes)
+            self.classes = self.source.classes
             self.samples = self._images().get_dataset_size() * size
         self.steps = self.pipeline(0).get_dataset_size()
         if not self.steps:
@@ -103,8 +109,9 @@ class Data:
         more = {"num_samples": recipe.num_samples, "num_aug_repeats": recipe.aug_repeats} if self.train else {}
         return create_dataset(
             "imagenet",
-            root=str(self.root),
-            split=self.split,
+            root=str(Path(self.source.where).parent),
+            split=Path(self.source.where).name,
+            class_indexing={name: number for number, name in enumerate(self.classes)},
             shuffle=self.train and recipe.shuffle,
             num_parallel_workers=self.workers,
             **{name: value for name, value in {**self.shards, **more}.items() if value},

@@ -35,17 +35,37 @@ class Sum(nn.Cell):
         return sums
 
 
-class Update(nn.Cell):
-    """Gradients, summed over ``count`` batches, to new weights."""
+class Mean(nn.Cell):
+    """Gradients, summed over ``count`` batches, to their means over batches and processes."""
 
-    def __init__(self, step: Any, count: int, clip: float | None) -> None:
+    def __init__(self, step: Any, count: int) -> None:
         super().__init__(auto_prefix=False)
-        self.reduce, self.optimizer, self.count, self.clip = step.grad_reducer, step.optimizer, count, clip
+        self.reduce, self.count = step.grad_reducer, count
 
-    def construct(self, *gradients: Tensor) -> Any:
+    def construct(self, *gradients: Tensor) -> tuple[Tensor, ...]:
         if self.count > 1:
             gradients = _times(gradients, 1 / self.count)
-        gradients = self.reduce(gradients)
+        return tuple(self.reduce(gradients))
+
+
+class Norm(nn.Cell):
+    """The norm of tensors taken together, in float32."""
+
+    def construct(self, *tensors: Tensor) -> Tensor:
+        total = ops.zeros((), ms.float32)
+        for tensor in tensors:
+            total = total + ops.square(ops.cast(tensor, ms.float32)).sum()
+        return ops.sqrt(total)
+
+
+class Update(nn.Cell):
+    """Gradients to new weights."""
+
+    def __init__(self, step: Any, clip: float | None) -> None:
+        super().__init__(auto_prefix=False)
+        self.optimizer, self.clip = step.optimizer, clip
+
+    def construct(self, *gradients: Tensor) -> Any:
         if self.clip is not None:
             gradients = ops.clip_by_global_norm(gradients, self.clip)
         return self.optimizer(gradients)

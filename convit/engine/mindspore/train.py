@@ -1,4 +1,4 @@
-"""Training in MindSpore with MindCV's data, losses, optimisers and schedules; the loop, recipe and files are those of PyTorch.
+"""Training in MindSpore with MindCV's data, losses and optimisers; the loop, recipe and files are those of PyTorch.
 
 The data of an epoch follows from its number, and so does stochastic depth, whose draws are handed to the graph before each step. So
 on one CPU process a run that is killed and resumed repeats, bit for bit, what the unbroken run does (with ``drop_rate`` 0: the state
@@ -21,12 +21,13 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from convit.engine.mindspore import checkpoint
-from convit.engine.mindspore.build import build_model, build_schedule, build_trainer, check_recipe, sinks, start
+from convit.engine.mindspore.build import build_model, build_trainer, check_recipe, sinks, start
 from convit.engine.mindspore.data import Data
-from convit.engine.mindspore.steps import Average, Gradients, Sum, Update
+from convit.engine.mindspore.steps import Average, Gradients, Mean, Norm, Sum, Update
 from convit.engine.mindspore.validate import evaluate, total
 from convit.engine.recipe import Recipe, load_recipe
 from convit.engine.run import Interrupted, Plan, Result, Run
+from convit.engine.schedule import average_decay, rates
 from convit.mindspore.layers import DropPath
 
 
@@ -65,38 +66,44 @@ class MindSporeRun(Run):
     def build(self) -> Plan:
         recipe, world = self.recipe, self.world
         self.data = Data(recipe, True, world.rank, world.size)
-        self.eval_data = Data(recipe, False, world.rank, world.size) if recipe.val_while_train else None
-        classes = self.data.classes if recipe.num_classes in (None, len(self.data.classes)) else list(map(str, range(recipe.num_classes)))
-        self.model: Any = build_model(recipe, len(classes), strict_head=False)
+        self.eval_data = Data(recipe, False, world.rank, world.size, self.data.classes) if recipe.val_while_train else None
+        classes = self.data.classes
+        self.model: Any = build_model(recipe, recipe.num_classes or len(classes), strict_head=False)
         batch = recipe.batch_size * world.size * recipe.gradient_accumulation_steps
         lr = recipe.lr * (batch / recipe.scale_lr_batch if recipe.scale_lr else 1.0)
         steps = self.data.steps // (1 if self.sink else recipe.gradient_accumulation_steps)
         if not steps:
             raise ValueError(f"gradient_accumulation_steps must be at most the {self.data.steps} batches of an epoch")
-        self.schedule = build_schedule(recipe, lr, steps)
-        self.trainer = build_trainer(recipe, self.model, self.schedule, self.sink)
+        schedule = rates(recipe, lr, steps)
+        self.trainer = build_trainer(recipe, self.model, schedule, self.sink)
         self.network = self.trainer.train_network
         self.average: Average | None = None
         self.paths: list[DropPath] = []
         if not self.sink:
             self.step_gradients = Gradients(self.network, recipe.loss_scale)
             self.sum = Sum()
-            self.update = Update(self.network, recipe.gradient_accumulation_steps, recipe.clip_value if recipe.clip_grad else None)
+            self.mean, self.norm = Mean(self.network, recipe.gradient_accumulation_steps), Norm()
+            self.update = Update(self.network, recipe.clip_value if recipe.clip_grad else None)
+            self.trained = list(self.model.trainable_params())
             if recipe.ema:
                 self.average = Average(self.model.get_parameters())
             self.paths = [cell for _, cell in self.model.cells_and_names() if isinstance(cell, DropPath) and cell.p > 0]
             for i, cell in enumerate(self.paths):
                 cell.take_draws(recipe.batch_size, f"drop_path_{i}")
         about = f"MindSpore {ms.__version__} on {ms.get_context('device_target')}, amp {recipe.amp_level}"
-        return Plan(classes, self.data.samples, steps, batch, lr, about)
+        return Plan(classes, self.data.samples, steps, batch, lr, schedule, about)
 
     def state(self) -> dict[str, Any]:
         known = [*self.network.get_parameters(), *(self.average.average if self.average else ())]
         left_out = {"learning_rate", *self._draws()}  # the recipe gives the schedule anew, gradients() the draws
         return {p.name: p for p in known if p.name not in left_out}
 
-    def restore(self, saved: dict[str, Any]) -> None:
+    def restore(self, saved: dict[str, Any], old: Recipe) -> None:
         own, found = self.state(), saved["parameters"]
+        if old.opt != self.recipe.opt:
+            self.say(f"the state of {old.opt} is of no use to {self.recipe.opt}: it starts anew")
+            kept = {*self.weights(), "global_step", *(p.name for p in (self.average.average if self.average else ()))}
+            own, found = ({name: value for name, value in all_.items() if name in kept} for all_ in (own, found))
         missing = [name for name in own if name not in found]
         if missing:
             raise ValueError(f"it lacks {len(missing)} parameters of this model and optimiser, the first is {missing[0]}")
@@ -125,9 +132,6 @@ class MindSporeRun(Run):
         self.network.set_train(True)
         return self.data.batches(epoch, step * self.recipe.gradient_accumulation_steps)
 
-    def rate(self) -> float:
-        return float(self.schedule[min(self.progress.updates, len(self.schedule) - 1)])
-
     def total(self, values: list[float]) -> list[float]:
         return total(values, self.world.size)
 
@@ -147,13 +151,16 @@ class MindSporeRun(Run):
             value += float(loss.asnumpy()) / count
         return value / self.world.size, 0, waited
 
-    def apply(self) -> None:
+    def gradient_norm(self) -> float:
+        self.summed = self.mean(*self.summed)
+        return float(self.norm(*self.summed).asnumpy())
+
+    def apply(self) -> float:
         self.update(*self.summed)
         if self.average:
-            at = self.progress
-            at.ema_updates += 1
-            decay = self.recipe.ema_decay * (1 - math.exp(-at.ema_updates / 2000))  # as MindCV
-            self.average(Tensor(decay, ms.float32))
+            self.progress.ema_updates += 1
+            self.average(Tensor(average_decay(self.recipe, self.progress.ema_updates), ms.float32))
+        return float(self.norm(*self.trained).asnumpy())
 
     def skip(self) -> None:
         counter = self.network.optimizer.global_step  # the schedule follows it
@@ -198,10 +205,7 @@ def _watch(run: MindSporeRun) -> Any:
             at, outputs = run.progress, run_context.original_args().net_outputs
             loss = float((outputs[0] if isinstance(outputs, (tuple, list)) else outputs).asnumpy().mean())
             if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss is {loss} in epoch {at.epoch}; {run.last} is from before. "
-                    f"Lower lr, clip the gradient (--clip_grad), or {run.hint}"
-                )
+                raise run.diverged(f"the loss is {loss}")
             at.loss_sum += loss
             at.loss_steps += 1
 

@@ -8,6 +8,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from convit.engine.mindspore.build import build_model, check_recipe, start
+from convit.engine.mindspore.checkpoint import facts_of
 from convit.engine.mindspore.data import Data
 from convit.engine.recipe import Recipe
 
@@ -16,8 +17,10 @@ def validate(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
     """Measure the model and checkpoint of ``recipe`` on its validation split; result and errors as the PyTorch engine's."""
     check_recipe(recipe)
     world = start(recipe)
-    data = Data(recipe, False, world.rank, world.size)
-    model = build_model(recipe, recipe.num_classes or len(data.classes))
+    classes = list(facts_of(recipe.ckpt_path).get("classes", [])) if recipe.ckpt_path else []
+    num_classes = recipe.num_classes or len(classes) or None
+    data = Data(recipe, False, world.rank, world.size, classes, num_classes)
+    model = build_model(recipe, num_classes or len(data.classes))
     if recipe.amp_level != "O0" and ms.get_context("device_target") != "CPU":
         model = ms.amp.auto_mixed_precision(model, recipe.amp_level)
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a recipe describes, in PyTorch: the model, its precision, and from timm the optimiser, schedule, mixing and loss."""
+"""What a recipe describes, in PyTorch: the model, its precision, and from timm the optimiser, mixing and loss."""
 
 from typing import Any
 
@@ -66,41 +66,6 @@ def build_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> torch.optim.
         layer_decay=recipe.layer_decay,
         **more,
     )
-
-
-def build_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, lr: float, steps: int) -> Any:
-    """timm's schedule for MindCV's words. Called once per step, or once per epoch with ``lr_epoch_stair``."""
-    from timm.scheduler import create_scheduler_v2
-
-    names = {
-        "constant": "constant",
-        "cosine_decay": "cosine",
-        "warmup_cosine_decay": "cosine",
-        "step_decay": "step",
-        "multi_step_decay": "multistep",
-        "exponential_decay": "step",
-        "polynomial_decay": "poly",
-    }
-    decay_rate, decay_epochs, units = recipe.decay_rate, float(recipe.decay_epochs), 1 if recipe.lr_epoch_stair else steps
-    if recipe.scheduler == "exponential_decay":  # a small step in every unit
-        decay_rate, decay_epochs = recipe.decay_rate ** (1 / (recipe.decay_epochs * units)), 1 / units
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        names[recipe.scheduler],
-        num_epochs=recipe.decay_epochs,
-        decay_epochs=decay_epochs,
-        decay_milestones=recipe.multi_step_decay_milestones,
-        decay_rate=decay_rate,
-        min_lr=recipe.min_lr,
-        warmup_lr=lr * recipe.warmup_factor,
-        warmup_epochs=recipe.warmup_epochs,
-        warmup_prefix=recipe.warmup_prefix and names[recipe.scheduler] in ("cosine", "poly"),
-        cycle_limit=recipe.num_cycles,
-        cycle_decay=recipe.cycle_decay,
-        step_on_epochs=recipe.lr_epoch_stair,
-        updates_per_epoch=steps,
-    )
-    return scheduler
 
 
 def build_loss(recipe: Recipe, num_classes: int) -> tuple[Any, nn.Module]:

@@ -56,6 +56,7 @@ class States:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, sharded: bool) -> None:
         self.model, self.optimizer, self.sharded = model, optimizer, sharded
+        self._name = {id(p): name for name, p in model.named_parameters()}
 
     def get(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Both states; if sharded, a collective call whose result is complete on rank 0."""
@@ -65,12 +66,38 @@ class States:
 
         return get_state_dict(self.model, self.optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
-    def set(self, model: dict[str, Any], optimizer: dict[str, Any]) -> None:
+    def set(self, model: dict[str, Any], saved: dict[str, Any] | None = None, old: torch.optim.Optimizer | None = None) -> None:
+        """Load the weights and, if given, the state that the optimiser ``old`` of the same model had saved.
+
+        It is matched by the parameters' names, whatever the groups were; the options of the groups stay those of our optimiser.
+        """
+        optimizer: Any = None
+        if saved is not None and old is not None:
+            keys = [key for group in saved["param_groups"] for key in group["params"]]
+            known = dict(zip(self._names(old), (saved["state"].get(key) for key in keys), strict=True))
+            names = self._names(self.optimizer)
+            state: dict[Any, Any]
+            if self.sharded:
+                groups, state = [], {name: known[name] for name in names if known[name]}
+                for group in self.optimizer.param_groups:
+                    own = [self._name[id(p)] for p in group["params"]]
+                    groups.append({key: value for key, value in group.items() if key != "params"} | {"params": own})
+                optimizer = {"state": state, "param_groups": groups}
+            else:
+                state = {i: known[name] for i, name in enumerate(names) if known[name]}
+                optimizer = {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
         if not self.sharded:
             self.model.load_state_dict(model)
-            self.optimizer.load_state_dict(optimizer)
+            if optimizer is not None:
+                self.optimizer.load_state_dict(optimizer)
             return
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 
         options = StateDictOptions(full_state_dict=True)
-        set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=options)
+        set_model_state_dict(self.model, model, options=options)
+        if optimizer is not None:
+            set_optimizer_state_dict(self.model, self.optimizer, optimizer, options=options)
+
+    def _names(self, optimizer: torch.optim.Optimizer) -> list[str]:
+        """Of the optimiser's parameters, in its order."""
+        return [self._name[id(p)] for group in optimizer.param_groups for p in group["params"]]

@@ -8,11 +8,12 @@ its loaders are not used, because they can only start at the beginning of an epo
 
 import hashlib
 import logging
+import math
 import random
 import signal
 import struct
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from convit.engine.images import BadImage
 from convit.engine.recipe import Recipe
-from convit.engine.sources import DigitsSource, Source, choose_samples, open_source, read_sample
+from convit.engine.sources import DigitsSource, Source, choose_samples, match_imagenet, open_source, read_sample
 from convit.engine.world import World
 
 logger = logging.getLogger("convit")
@@ -151,22 +152,6 @@ def _collate(samples: list[tuple[Tensor, int, list[BadImage]]]) -> tuple[Tensor,
     return torch.stack(images), torch.tensor(targets), [one for group in bad for one in group]
 
 
-class _Order:
-    """Batch sampler of one epoch from step ``start``: yields this process's forward passes as lists of (epoch, position, index)."""
-
-    def __init__(self, data: "TrainData") -> None:
-        self.data, self.epoch, self.start = data, 0, 0
-
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        order = self.data.order(self.epoch)
-        for step in range(self.start, self.data.steps_per_epoch):
-            for part in self.data.parts(step):
-                yield [(self.epoch, int(position), int(order[position])) for position in part]
-
-    def __len__(self) -> int:
-        return (self.data.steps_per_epoch - self.start) * self.data.accumulation
-
-
 class TrainData:
     """The training split, as batches of this process from any step of any epoch.
 
@@ -188,8 +173,7 @@ class TrainData:
         self.steps_per_epoch = whole + (not recipe.drop_remainder and rest >= self.shares)
         if not self.steps_per_epoch:
             raise ValueError(f"the global batch of {self.global_batch} exceeds the {self.samples_per_epoch} samples of an epoch")
-        self.worker_deaths = 0
-        self._loader: DataLoader[Any] | None = None
+        self._loader: _Loader | None = None
         if isinstance(self.source, DigitsSource):
             self._images, self._targets, self._blank = _digits(self.source, recipe)
 
@@ -207,10 +191,12 @@ class TrainData:
         return np.random.default_rng(mix_seed(recipe.seed, epoch)).permutation(count)
 
     def parts(self, step: int) -> list[np.ndarray]:
-        """Positions of this process's forward passes in ``step``."""
+        """Positions of this process's forward passes in ``step``. The copies of repeated augmentation go to different ones (as FAIR's)."""
         first = step * self.global_batch
-        last = min(first + self.global_batch, self.samples_per_epoch)
-        return np.array_split(np.arange(first, last), self.shares)[self.world.rank :: self.world.size]
+        positions = np.arange(first, min(first + self.global_batch, self.samples_per_epoch))
+        if self.recipe.aug_repeats > 1:
+            return [positions[share :: self.shares] for share in range(self.world.rank, self.shares, self.world.size)]
+        return np.array_split(positions, self.shares)[self.world.rank :: self.world.size]
 
     def batches(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """This process's batches of ``epoch`` from ``start``, ``accumulation`` of them per step."""
@@ -232,56 +218,100 @@ class TrainData:
                 rows, columns = shift[:, 0, None, None] + pixels[:, None], shift[:, 1, None, None] + pixels
                 yield padded[index[:, None, None], rows, columns].unsqueeze(1), self._targets[index], []
 
+    def _passes(self, epoch: int, first: int) -> Iterator[list[tuple[int, int, int]]]:
+        """This process's forward passes from number ``first`` of the epoch, as (epoch, position, index) of their samples."""
+        order = self.order(epoch)
+        for number in range(first, self.steps_per_epoch * self.accumulation):
+            step, part = divmod(number, self.accumulation)
+            yield [(epoch, int(position), int(order[position])) for position in self.parts(step)[part]]
+
     def _load(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, list[BadImage]]]:
+        if self._loader is None:
+            recipe = self.recipe
+            samples = _Samples(self.source, self.chosen, train_transform(recipe), recipe.in_channels, recipe.seed)
+            self._loader = _Loader(samples, _collate, recipe.num_parallel_workers, self.device)
+        return self._loader.run(lambda done: self._passes(epoch, start * self.accumulation + done))
+
+    def close(self) -> None:
+        """End the data-loading processes."""
+        if self._loader is not None:
+            self._loader.close()
+
+
+class _Batches:
+    """A batch sampler that yields whatever it is told to."""
+
+    keys: Iterable[list[Any]] = ()
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return iter(self.keys)
+
+
+class _Loader:
+    """A DataLoader that starts anywhere and outlives its workers: where one dies, new ones go on with the same batch."""
+
+    def __init__(self, samples: Dataset[Any], collate: Callable[[list[Any]], Any], workers: int, device: torch.device) -> None:
+        self.samples, self.collate, self.workers, self.device = samples, collate, workers, device
+        self.deaths = 0
+        self.keys = _Batches()
+        self.loader: DataLoader[Any] | None = None
+
+    def run(self, keys: Callable[[int], Iterable[list[Any]]]) -> Iterator[Any]:
+        """What ``collate`` makes of the batches of ``keys(done)``: those that are left when ``done`` are done."""
         done = 0
         while True:
-            loader = self._make_loader()
-            loader.batch_sampler.epoch, loader.batch_sampler.start = epoch, start + done // self.accumulation  # type: ignore[union-attr]
-            again = done % self.accumulation  # batches of a step that a dead worker cut in two
-            batches = iter(loader)
-            _quiet_child_signals()
+            self.keys.keys = keys(done)
+            batches = iter(self._start())
+            handler = _quiet_child_signals()
             try:
-                for images, targets, bad in batches:
-                    if again:
-                        again -= 1
-                        continue
+                for batch in batches:
                     done += 1
-                    yield images, targets, bad
+                    yield batch
                 return
             except (RuntimeError, OSError, EOFError) as error:
                 # a worker's own exception arrives as "Caught ..."; the rest are the many ways in which its death shows
-                if not self.recipe.num_parallel_workers or str(error).startswith("Caught "):
+                if not self.workers or str(error).startswith("Caught "):
                     raise
-                self.worker_deaths += 1
-                self._loader = None
-                if self.worker_deaths > WORKER_RESTARTS:
-                    raise RuntimeError(f"data-loading workers died {self.worker_deaths} times; the last: {error}") from None
+                self.deaths += 1
+                self.close()
+                if self.deaths > WORKER_RESTARTS:
+                    raise RuntimeError(f"data-loading workers died {self.deaths} times; the last: {error}") from None
                 logger.warning("a data-loading worker died (%s); started new ones, no sample is lost", error or type(error).__name__)
+            finally:
+                if handler is not None:
+                    signal.signal(signal.SIGCHLD, handler)
 
-    def _make_loader(self) -> DataLoader[Any]:
-        if self._loader is None:
-            recipe = self.recipe
-            self._loader = DataLoader(
-                _Samples(self.source, self.chosen, train_transform(recipe), recipe.in_channels, recipe.seed),
-                batch_sampler=_Order(self),
-                num_workers=recipe.num_parallel_workers,
-                collate_fn=_collate,
+    def _start(self) -> DataLoader[Any]:
+        if self.loader is None:
+            self.loader = DataLoader(
+                self.samples,
+                batch_sampler=self.keys,
+                num_workers=self.workers,
+                collate_fn=self.collate,
                 pin_memory=self.device.type == "cuda",
-                persistent_workers=recipe.num_parallel_workers > 0,
+                persistent_workers=self.workers > 0,
                 worker_init_fn=_one_thread,
                 generator=torch.Generator(),  # its own, so that starting an epoch in the middle draws nothing from ours
             )
-        return self._loader
+        return self.loader
+
+    def close(self) -> None:
+        """End the workers: they end with their loader, which nothing else holds."""
+        self.loader = None
 
 
 def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def _quiet_child_signals() -> None:
-    """Let a dead worker be noticed where its data is awaited: torch's handler raises wherever the training step happens to be."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+def _quiet_child_signals() -> Any:
+    """Let a dead worker be noticed where its data is awaited: torch's handler raises wherever the training step happens to be.
+
+    Returns the handler to set again afterwards, if there is one.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 # --- evaluation ---
@@ -309,40 +339,55 @@ def _collate_eval(samples: list[Any]) -> tuple[Tensor | None, Tensor | None, lis
 
 
 class EvalData:
-    """This process's part of the validation split, in order, nothing padded or repeated. Unreadable images are left out and named."""
+    """This process's part of the validation split, in order, nothing padded or repeated. Unreadable images are left out and named.
 
-    def __init__(self, recipe: Recipe, world: World, device: torch.device, num_classes: int | None = None) -> None:
+    Args:
+        recipe: Where it is, and how it is transformed.
+        world: The processes that share it.
+        device: Where its images go.
+        classes: Names of the model's classes in order, to match the split's by name; ``None``: as ``match_imagenet`` says.
+        num_classes: Of the model; images of classes beyond are left out.
+    """
+
+    def __init__(
+        self, recipe: Recipe, world: World, device: torch.device, classes: list[str] | None = None, num_classes: int | None = None
+    ) -> None:
         self.recipe = recipe
-        self.source = open_source(recipe, train=False)
+        self.source = open_source(recipe, train=False, classes=classes)
+        if not classes:
+            match_imagenet(self.source, num_classes)
         chosen = choose_samples(self.source.targets, num_classes)
         self.size = len(chosen)
+        most = math.ceil(self.size / world.size)  # images of a process
+        self.rounds = math.ceil(most / recipe.batch_size)
         self.chosen = np.array_split(chosen, world.size)[world.rank].tolist()
         self.bad: list[BadImage] = []
-        self._loader: DataLoader[Any] | None = None
+        self._loader: _Loader | None = None
         if isinstance(self.source, DigitsSource):
             self._images, self._targets, _ = _digits(self.source, recipe)
         else:
-            self._loader = DataLoader(
-                _EvalSamples(self.source, self.chosen, eval_transform(recipe), recipe.in_channels),
-                recipe.batch_size,
-                num_workers=recipe.num_parallel_workers,
-                collate_fn=_collate_eval,
-                pin_memory=device.type == "cuda",
-                worker_init_fn=_one_thread,
-                generator=torch.Generator(),
-            )
+            samples = _EvalSamples(self.source, self.chosen, eval_transform(recipe), recipe.in_channels)
+            self._loader = _Loader(samples, _collate_eval, recipe.num_parallel_workers, device)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images, targets) per batch; ``bad`` lists what this pass left out."""
+        """(images, targets) per batch, as many on every process, some of them empty; ``bad`` lists what this pass left out."""
         self.bad = []
+        batch, side = self.recipe.batch_size, self.recipe.image_resize
+        firsts = range(0, len(self.chosen), batch)
+        nothing = torch.empty(0, self.recipe.in_channels, side, side), torch.empty(0, dtype=torch.int64)
         if self._loader is None:
-            for first in range(0, len(self.chosen), self.recipe.batch_size):
-                index = torch.tensor(self.chosen[first : first + self.recipe.batch_size])
+            for first in firsts:
+                index = torch.tensor(self.chosen[first : first + batch])
                 yield self._images[index], self._targets[index]
-            return
-        batches = iter(self._loader)
-        _quiet_child_signals()
-        for images, targets, bad in batches:
-            self.bad += bad
-            if images is not None:
-                yield images, targets
+        else:
+            keys = [list(range(first, min(first + batch, len(self.chosen)))) for first in firsts]
+            for images, targets, bad in self._loader.run(lambda done: keys[done:]):
+                self.bad += bad
+                yield nothing if images is None else (images, targets)
+        for _ in range(self.rounds - len(firsts)):
+            yield nothing
+
+    def close(self) -> None:
+        """End the data-loading processes."""
+        if self._loader is not None:
+            self._loader.close()

@@ -1,5 +1,7 @@
 """Processes and devices in torch: join the others, take a device, add up over all."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -37,6 +39,15 @@ def choose_device(name: str, world: World) -> torch.device:
         device = torch.device(device.type, world.local_rank)
         torch.accelerator.set_device_index(world.local_rank)
     return device
+
+
+def gathered(values: list[Any], world: World) -> list[Any]:
+    """The lists of all processes, one after the other; the same on every process."""
+    if world.size == 1:
+        return values
+    lists: list[Any] = [None] * world.size
+    dist.all_gather_object(lists, values)
+    return [value for one in lists for value in one]
 
 
 def total(values: list[float], world: World, device: torch.device) -> list[float]:

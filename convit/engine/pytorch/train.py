@@ -1,4 +1,4 @@
-"""Training in PyTorch: optimisers, schedules, moving average, mixing and losses are timm's; the loop is that of ``convit.engine.run``.
+"""Training in PyTorch: optimisers, moving average, mixing and losses are timm's; the loop is that of ``convit.engine.run``.
 
 Before every forward pass the generator is seeded from (seed, epoch, step, rank, pass), and its data follows from (seed, epoch,
 step). So a run that is killed and resumed repeats, bit for bit on one CPU process, what the unbroken run does.
@@ -8,22 +8,23 @@ import logging
 import os
 import time
 from collections.abc import Generator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from convit.engine.pytorch import checkpoint
-from convit.engine.pytorch.build import amp_dtype, build_loss, build_model, build_optimizer, build_scheduler
+from convit.engine.pytorch.build import amp_dtype, build_loss, build_model, build_optimizer
 from convit.engine.pytorch.checkpoint import States
 from convit.engine.pytorch.data import Batch, EvalData, TrainData, mix_seed, seeded
-from convit.engine.pytorch.distributed import choose_device, start, total
+from convit.engine.pytorch.distributed import BACKENDS, choose_device, start, total
 from convit.engine.pytorch.validate import evaluate
 from convit.engine.recipe import Recipe, load_recipe
 from convit.engine.run import Plan, Result, Run
+from convit.engine.schedule import average_decay, rates
 from convit.pytorch.diagnostics import diagnose
 from convit.weights.load import settings_of
 
@@ -68,33 +69,41 @@ class TorchRun(Run):
 
     suffix = ".pth"
     hint = "use bfloat16 or float32"
+    before: ClassVar = {"ema_warmup": False}
     save = staticmethod(checkpoint.save)
     load = staticmethod(checkpoint.load)
-    own_group = False
-    probe: Tensor | None = None
+    closing = ExitStack()
 
     # --- set-up ---
 
     def join(self) -> None:
         self.device = choose_device(self.recipe.device, self.world)
+        self.closing = ExitStack()
+        self.closing.enter_context(_own_generators(self.device))
         start(self.world, self.device)
-        self.own_group = self.world.size > 1
+        if self.world.size > 1:
+            self.closing.callback(dist.destroy_process_group)
 
     def leave(self) -> None:
-        if self.own_group and dist.is_initialized():
-            dist.destroy_process_group()
+        self.closing.close()
 
     def build(self) -> Plan:
         from timm.utils import ModelEmaV3
 
         recipe, world = self.recipe, self.world
         self.data = data = TrainData(recipe, world, self.device)
-        self.eval_data = EvalData(recipe, world, self.device, data.num_classes) if recipe.val_while_train else None
+        self.closing.callback(data.close)
+        self.eval_data = None
+        if recipe.val_while_train:
+            self.eval_data = EvalData(recipe, world, self.device, data.classes, data.num_classes)
+            self.closing.callback(self.eval_data.close)
         model: Any = build_model(recipe, data.num_classes, strict_head=False).to(self.device)
         if recipe.channels_last:
             model = model.to(memory_format=torch.channels_last)
         model.set_grad_checkpointing(recipe.grad_checkpointing)
         self.model = model
+        self.probe: Tensor | None = None
+        self.norm: Tensor | None = None
         self.ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema else None
         self.sharded = recipe.fsdp and world.size > 1
         if self.sharded:
@@ -106,7 +115,6 @@ class TorchRun(Run):
 
         lr = recipe.lr * (data.global_batch / recipe.scale_lr_batch if recipe.scale_lr else 1.0)
         self.optimizer = build_optimizer(recipe, model, lr)
-        self.scheduler = build_scheduler(recipe, self.optimizer, lr, data.steps_per_epoch)
         self.states = States(model, self.optimizer, self.sharded)
         if recipe.compile:
             model.compile()
@@ -123,18 +131,24 @@ class TorchRun(Run):
         if self.dtype is None and recipe.amp_level != "O0":
             precision += f" (amp_level {recipe.amp_level} is for accelerators; --amp_dtype bfloat16 forces it)"
         about = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {self.device.type}, {precision}"
-        return Plan(list(data.classes), data.samples_per_epoch, data.steps_per_epoch, data.global_batch, lr, about)
+        steps = data.steps_per_epoch
+        return Plan(list(data.classes), data.samples_per_epoch, steps, data.global_batch, lr, rates(recipe, lr, steps), about)
 
     def state(self) -> dict[str, Any]:
         model, optimizer = self.states.get()
         state = {"state_dict": model, "optimizer": optimizer, "scaler": self.scaler.state_dict(), "convit": settings_of(self.model)}
         return state | ({"state_dict_ema": self.ema.module.state_dict()} if self.ema is not None else {})
 
-    def restore(self, saved: dict[str, Any]) -> None:
-        self.states.set(saved["state_dict"], saved["optimizer"])
+    def restore(self, saved: dict[str, Any], old: Recipe) -> None:
+        if old.opt == self.recipe.opt:
+            self.states.set(saved["state_dict"], saved["optimizer"], build_optimizer(old, self.model, self.plan.lr))
+        else:
+            self.say(f"the state of {old.opt} is of no use to {self.recipe.opt}: it starts anew")
+            self.states.set(saved["state_dict"])
         if self.ema is not None:
             self.ema.module.load_state_dict(saved.get("state_dict_ema") or saved["state_dict"])
-        self.scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(saved["scaler"])
 
     def weights(self) -> dict[str, Any]:
         weights = self.ema.module.state_dict() if self.ema is not None else self.states.get()[0]
@@ -146,22 +160,18 @@ class TorchRun(Run):
         self.parallel.train()
         return self.data.batches(epoch, step)
 
-    def rate(self) -> float:
-        return float(max(group["lr"] for group in self.optimizer.param_groups))
-
     def total(self, values: list[float]) -> list[float]:
         return total(values, self.world, self.device)
 
     def gradients(self, batches: Any) -> tuple[float, int, float]:
         at, recipe, world = self.progress, self.recipe, self.world
-        if recipe.lr_epoch_stair:
-            self.scheduler.step(at.epoch)
-        else:
-            self.scheduler.step_update(at.epoch * self.data.steps_per_epoch + at.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate() * group.get("lr_scale", 1.0)
+        self.norm = None
         waited, loss_sum, bad = 0.0, 0.0, 0
         for part in range(self.data.accumulation):
             began = time.perf_counter()
-            batch = next(batches)
+            batch = self._next(batches)
             images = batch.images.to(self.device, non_blocking=True)
             targets = batch.targets.to(self.device, non_blocking=True)
             waited += time.perf_counter() - began
@@ -181,18 +191,40 @@ class TorchRun(Run):
             loss_sum += loss.item() * batch.share
         return loss_sum, bad, waited
 
-    def apply(self) -> None:
+    def _next(self, batches: Any) -> Batch:
+        """The next batch; where one process cannot read its data, all of them stop."""
+        batch = error = None
+        try:
+            batch = next(batches)
+        except Exception as failed:
+            error = failed
+        if self.world.size > 1 and self.total([float(error is not None)])[0] and error is None:
+            raise RuntimeError("another process cannot read its data; its message says why")
+        if error is not None:
+            raise error
+        return batch  # type: ignore[return-value]
+
+    def gradient_norm(self) -> float:
+        self.scaler.unscale_(self.optimizer)
+        self.norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return _number(self.norm)
+
+    def apply(self) -> float:
+        parameters = list(self.model.parameters())
         if self.recipe.clip_grad:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_value)
+            nn.utils.clip_grads_with_norm_(parameters, self.recipe.clip_value, self.norm)  # type: ignore[arg-type]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.progress.ema_updates += 1
-            self.ema.update(self.model, self.progress.ema_updates)
+            self.ema.decay = average_decay(self.recipe, self.progress.ema_updates)
+            self.ema.update(self.model)
+        return _number(nn.utils.get_total_norm(parameters))
 
     def skip(self) -> None:
+        if self.norm is not None:
+            self.scaler.update()  # a smaller scale, if it was that which overflowed
         self.optimizer.zero_grad(set_to_none=True)
 
     def _mix(self, images: Tensor, targets: Tensor, part: int) -> tuple[Tensor, Tensor]:
@@ -217,7 +249,7 @@ class TorchRun(Run):
 
     def evaluate(self) -> dict[str, float]:
         assert self.eval_data is not None
-        scores = evaluate(self.finished(), self.eval_data, self.world, self.device, self.dtype)
+        scores = evaluate(self.finished(), self.eval_data, self.world, self.device, self.dtype, sharded=self.sharded)
         for image in scores.bad:
             logger.warning("left out the unreadable validation image %s (%s)", image.name, image.reason)
         return {"val_loss": scores.loss, "top1": scores.top1, "top5": scores.top5}
@@ -227,10 +259,13 @@ class TorchRun(Run):
         compiled, or nothing validates."""
         if self.eval_data is None or self.sharded or self.recipe.compile:
             return {"gating": self._gating()}
+        if not self.chief:
+            return {}
         if self.probe is None:
-            self.probe = next(iter(self.eval_data))[0][:32].to(self.device)
-        found = diagnose(self.model, self.probe) if self.chief else {}
-        return {name: _rounded(value) for name, value in found.items()}
+            self.probe = next((images[:32].to(self.device) for images, _ in self.eval_data if len(images)), None)
+        if self.probe is None:
+            return {"gating": self._gating()}
+        return {name: _rounded(value) for name, value in diagnose(self.model, self.probe).items()}
 
     def _gating(self) -> list[list[float]]:
         """sigmoid(gating_param) per GPSA block and head: 1 is all position, 0 all content."""
@@ -246,6 +281,17 @@ class TorchRun(Run):
         """The model, or its moving average, in evaluation mode."""
         model: nn.Module = self.ema.module if self.ema is not None else self.model
         return model.eval()
+
+
+def _number(norm: Any) -> float:
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def _own_generators(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, torch's generators are seeded at will; afterwards they are as the caller had them."""
+    if device.type not in BACKENDS:
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([device.index or 0], device_type=device.type)
 
 
 def _rounded(value: Any) -> Any:

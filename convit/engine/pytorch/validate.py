@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from convit.engine.images import BadImage
 from convit.engine.pytorch.build import amp_dtype, build_model
+from convit.engine.pytorch.checkpoint import facts_of
 from convit.engine.pytorch.data import EvalData
-from convit.engine.pytorch.distributed import choose_device, start, total
+from convit.engine.pytorch.distributed import choose_device, gathered, start, total
 from convit.engine.recipe import Recipe
 from convit.engine.world import World, find_world
 
@@ -29,9 +30,17 @@ class Scores(NamedTuple):
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, data: EvalData, world: World, device: torch.device, dtype: torch.dtype | None = None, progress: bool = False
+    model: nn.Module,
+    data: EvalData,
+    world: World,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+    sharded: bool = False,
 ) -> Scores:
     """Score ``model``, left in evaluation mode, on ``data``. On several processes each takes its part and all get the sums.
+
+    A ``sharded`` model meets the other processes in every forward pass: one that has no image left passes a blank one, not counted.
 
     Raises:
         ValueError: No image could be read.
@@ -44,22 +53,26 @@ def evaluate(
         from rich.console import Console
         from rich.progress import track
 
-        size = -(-len(data.chosen) // data.recipe.batch_size)
-        batches = track(data, "validating", total=size, console=Console(stderr=True))  # type: ignore[assignment]
+        batches = track(data, "validating", total=data.rounds, console=Console(stderr=True))  # type: ignore[assignment]
     for images, targets in batches:
+        if not len(targets) and not sharded:
+            continue
+        if not len(targets):
+            images = images.new_zeros(1, *images.shape[1:])
         targets = targets.to(device, non_blocking=True)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            logits = model(images.to(device, non_blocking=True)).float()
+            logits = model(images.to(device, non_blocking=True)).float()[: len(targets)]
         ranks = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         loss += F.cross_entropy(logits, targets, reduction="sum").item()
         top1 += ranks[:, 0].sum().item()
         top5 += ranks.any(dim=1).sum().item()
         count += len(targets)
     count, loss, top1, top5 = total([count, loss, top1, top5], world, device)
+    bad = gathered(data.bad, world)
     if not count:
-        raise ValueError("no validation image could be read" + (f", from {data.bad[0].name} ({data.bad[0].reason})" if data.bad else ""))
+        raise ValueError("no validation image could be read" + (f", from {bad[0].name} ({bad[0].reason})" if bad else ""))
     seconds = time.perf_counter() - began
-    return Scores(int(count), 100 * top1 / count, 100 * top5 / count, loss / count, count / seconds, data.bad)
+    return Scores(int(count), 100 * top1 / count, 100 * top5 / count, loss / count, count / seconds, bad)
 
 
 def validate(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
@@ -75,15 +88,20 @@ def validate(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
     world = find_world()
     device = choose_device(recipe.device, world)
     start(world, device)
+    data = None
     try:
-        data = EvalData(recipe, world, device, recipe.num_classes)
-        model = build_model(recipe, recipe.num_classes or len(data.source.classes)).to(device)
+        classes = list(facts_of(recipe.ckpt_path).get("classes", [])) if recipe.ckpt_path else []
+        num_classes = recipe.num_classes or len(classes) or None
+        data = EvalData(recipe, world, device, classes, num_classes)
+        model = build_model(recipe, num_classes or len(data.source.classes)).to(device)
         if recipe.channels_last:
             model = model.to(memory_format=torch.channels_last)
         if recipe.compile:
             model.compile()
         scores = evaluate(model, data, world, device, amp_dtype(recipe, device), progress and world.rank == 0)
     finally:
+        if data:
+            data.close()
         if world.size > 1:
             dist.destroy_process_group()
     return {

@@ -1,0 +1,184 @@
+"""Where images come from: classes matched by name, folders as strangers leave them, even shares, workers that die."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("timm")
+np = pytest.importorskip("numpy")
+torch = pytest.importorskip("torch")
+
+from PIL import Image  # noqa: E402
+
+from convit.engine.pytorch import data as data_module  # noqa: E402
+from convit.engine.pytorch.data import EvalData, TrainData  # noqa: E402
+from convit.engine.pytorch.train import train  # noqa: E402
+from convit.engine.pytorch.validate import validate  # noqa: E402
+from convit.engine.recipe import load_recipe  # noqa: E402
+from convit.engine.sources import FolderSource, choose_samples, open_source  # noqa: E402
+from convit.engine.world import World  # noqa: E402
+
+COLOURS = {"a": (200, 0, 0), "b": (0, 200, 0), "c": (0, 0, 200)}
+SMALL = {"model": "convit", "embed_dim": 16, "depth": 2, "num_heads": 2, "local_up_to_layer": 1, "patch_size": 16, "image_resize": 32}
+SMALL |= {"num_parallel_workers": 0, "batch_size": 6, "amp_level": "O0", "drop_path_rate": 0, "epoch_size": 6, "warmup_epochs": 0}
+SMALL |= {"decay_epochs": 6, "lr": 0.01, "opt": "adamw", "color_jitter": None, "scale": [0.5, 1.0]}
+CPU = torch.device("cpu")
+
+
+def paint(folder, colour, count=6):
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.new("RGB", (40, 40 + i), tuple(min(value + 5 * i, 255) for value in colour)).save(folder / f"{i}.png")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Three classes that colour tells apart."""
+    root = tmp_path_factory.mktemp("colours")
+    for name, colour in COLOURS.items():
+        paint(root / "train" / name, colour)
+        paint(root / "val" / name, colour, 2)
+    return root
+
+
+def recipe(root, **keys):
+    return load_recipe(None, {**SMALL, "data_dir": str(root), **keys})
+
+
+@pytest.fixture(scope="module")
+def run(root, tmp_path_factory):
+    result = train(recipe(root), tmp_path_factory.mktemp("run") / "run", progress=False)
+    assert result.top1 == 100
+    return result.output
+
+
+def test_validation_of_some_classes_scores_those(root, run, tmp_path):
+    """Without class b: 100 %, where numbers counted from the folders that are there would give half of it."""
+    shutil.copytree(root, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data/val/b")
+    result = validate(recipe(tmp_path / "data", ckpt_path=str(run / "best.pth")), progress=False)
+    assert (result["samples"], result["top1"]) == (4, 100)
+    assert train(recipe(tmp_path / "data"), tmp_path / "run", progress=False).best_top1 == 100
+
+
+def test_a_class_that_is_not_the_models_is_named(root, run, tmp_path):
+    shutil.copytree(root, tmp_path / "data")
+    (tmp_path / "data/val/b").rename(tmp_path / "data/val/bb")
+    for keys in ({"ckpt_path": str(run / "best.pth")}, {}):
+        with pytest.raises(ValueError, match="1 of its 3 classes are not among the 3 of .*'bb'; did you mean 'b'"):
+            validate(recipe(tmp_path / "data", **keys), progress=False) if keys else train(recipe(tmp_path / "data"), tmp_path / "run")
+    (tmp_path / "names.txt").write_text("a\nbb\nc\n")
+    found = validate(recipe(tmp_path / "data", ckpt_path=str(run / "best.pth"), class_map=str(tmp_path / "names.txt")), progress=False)
+    assert found["top1"] == 100
+
+
+def test_without_recorded_names_fewer_classes_are_imagenets_or_refused(root, tmp_path):
+    paint(tmp_path / "val" / "n02124075", (9, 9, 9), 1)
+    paint(tmp_path / "val" / "n01440764", (9, 9, 9), 1)
+    data = EvalData(recipe(tmp_path), World(), CPU, None, 1000)
+    assert [data.source.targets[i] for i in data.chosen] == [0, 285]  # tench, Egyptian cat
+    with pytest.raises(ValueError, match="3 classes, the model 5, and its checkpoint does not say which they are"):
+        EvalData(recipe(root), World(), CPU, None, 5)
+
+
+def test_tar_labels_are_the_models_numbers(tmp_path):
+    import io
+    import tarfile
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+
+    def shard(path, labels):
+        path.parent.mkdir(exist_ok=True)
+        with tarfile.open(path, "w") as tar:
+            for i, label in enumerate(labels):
+                for suffix, content in (("png", buffer.getvalue()), ("cls", label)):
+                    member = tarfile.TarInfo(f"{i}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+    shard(tmp_path / "data/val.tar", [b"1", b"2"])
+    source = open_source(recipe(tmp_path / "data"), train=False, classes=["a", "b", "c", "d"])
+    assert source.targets == [1, 2]
+    for label in (b"-1", b"1000000000", b"", b"cat"):
+        shard(tmp_path / "data/train.tar", [b"0", label])
+        with pytest.raises(ValueError, match=r"train\.tar .*1\.cls holds the label .*, expected 0 to 99999"):
+            open_source(recipe(tmp_path / "data"), train=True)
+
+
+def test_folders_as_strangers_leave_them(root, tmp_path, caplog):
+    """A flat folder and a shard beside the folder are refused; top folders are the classes; stray images and empty folders are told."""
+    paint(tmp_path / "flat" / "val", (0, 0, 0))
+    with pytest.raises(ValueError, match="holds 6 images but no folders of images, one per class: move each image"):
+        open_source(recipe(tmp_path / "flat"), train=False)
+    shutil.copytree(root, tmp_path / "deep")
+    paint(tmp_path / "deep/train/a/more/of it", (255, 0, 0), 3)
+    (tmp_path / "deep/train/zzz").mkdir()
+    shutil.copy(root / "train/a/0.png", tmp_path / "deep/train/stray.png")
+    source = FolderSource(tmp_path / "deep/train")
+    assert source.classes == ["a", "b", "c"] and source.targets.count(0) == 9
+    assert "left out 1 images beside the class folders" in caplog.text and "no image in the folders zzz" in caplog.text
+    (tmp_path / "deep/train.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds the shard train\.tar and the folder train: choose with --dataset wds or --dataset folder"):
+        open_source(recipe(tmp_path / "deep"), train=True)
+    assert open_source(recipe(tmp_path / "deep", dataset="folder"), train=True).classes == ["a", "b", "c"]
+
+
+def test_num_samples_are_an_even_share_of_each_class():
+    targets = [0] * 50 + [1] * 3 + [2] * 50
+    chosen = choose_samples(targets, None, num_samples=13)
+    assert [sum(targets[i] == label for i in chosen) for label in range(3)] == [5, 3, 5] and chosen == sorted(chosen)
+    assert choose_samples(targets, None, num_samples=500) == list(range(103))
+
+
+def test_a_worker_that_dies_while_validating_costs_nothing(root, run, tmp_path, monkeypatch):
+    read, once = data_module.read_sample, tmp_path / "once"
+
+    def dying_read(source, index, channels):
+        if index == 3 and not once.exists():
+            once.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(source, index, channels)
+
+    monkeypatch.setattr(data_module, "read_sample", dying_read)
+    keys = {"ckpt_path": str(run / "best.pth"), "num_parallel_workers": 1, "batch_size": 2}
+    result = validate(recipe(root, **keys), progress=False)
+    assert once.exists() and (result["samples"], result["top1"]) == (6, 100)
+
+
+def test_training_leaves_nothing_behind(root, tmp_path):
+    """No process, no reseeded generator, no handler: whoever calls train() goes on as before."""
+    import random
+
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    train(recipe(root, num_parallel_workers=2, epoch_size=1), tmp_path / "run", progress=False)
+    assert (
+        torch.equal(before[0], torch.get_rng_state()) and np.random.get_state()[1].tolist() == before[1] and random.getstate() == before[2]
+    )
+    assert {each: signal.getsignal(each) for each in handlers} == handlers
+    children = f"/proc/{os.getpid()}/task/{os.getpid()}/children"
+    if os.path.exists(children):
+        with open(children) as file:
+            names = [Path(f"/proc/{child}/cmdline").read_text() for child in file.read().split()]
+        assert not [name for name in names if "resource_tracker" not in name]
+
+
+def test_every_process_makes_as_many_batches(root):
+    for size in (1, 2, 4, 5):
+        datas = [EvalData(recipe(root, batch_size=2), World(rank, size), CPU) for rank in range(size)]
+        batches = [[len(targets) for _, targets in data] for data in datas]
+        assert len({len(each) for each in batches}) == 1 and sum(map(sum, batches)) == 6
+
+
+def test_copies_of_repeated_augmentation_go_to_different_processes(root):
+    keys = recipe(root, aug_repeats=3, batch_size=2)
+    datas = [TrainData(keys, World(rank, 3), CPU) for rank in range(3)]
+    order = datas[0].order(0)
+    for step in range(datas[0].steps_per_epoch):
+        taken = [[int(order[i]) for part in data.parts(step) for i in part] for data in datas]
+        assert taken[0] == taken[1] == taken[2] and len(set(taken[0])) == 2
