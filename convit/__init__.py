@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from convit.engine.pytorch.trained import save_pretrained as save_pretrained
     from convit.ops import gpsa as gpsa
     from convit.pytorch.accelerate import accelerate as accelerate
+    from convit.pytorch.accelerate import accelerated as accelerated
     from convit.pytorch.gpsa import GPSA as GPSA
     from convit.pytorch.gpsa import MHSA as MHSA
     from convit.pytorch.model import ConViT as ConViT
@@ -28,6 +29,7 @@ _HOMES = {
     "GPSA": "convit.pytorch.gpsa",
     "MHSA": "convit.pytorch.gpsa",
     "accelerate": "convit.pytorch.accelerate",
+    "accelerated": "convit.pytorch.accelerate",
     "ConViT": "convit.pytorch.model",
     "create_model": "convit.pytorch.model",
     "list_models": "convit.pytorch.model",

@@ -7,6 +7,7 @@ automatic choice moves on to the next, and it logs why once. Nothing is imported
 import importlib
 import logging
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -43,6 +44,15 @@ ORDER = {
 }
 
 _forced: ContextVar[str | None] = ContextVar("convit_backend", default=None)
+
+
+class _Traced(threading.local):
+    """What ``_forced`` holds, where a compiler can read it and guard on it; of the thread, not of the task."""
+
+    forced: str | None = None
+
+
+_traced = _Traced()
 _loaded: dict[str, ModuleType | str] = {}
 _logged: set[tuple[str, str]] = set()
 
@@ -66,6 +76,12 @@ class Problem(NamedTuple):
         return f"gpsa(q={shape} {self.dtype} on {self.device}, grid={self.grid}{dropout})"
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` for an unknown ``name``, or nothing."""
+    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
 def check_name(name: str) -> str:
     """Return ``name`` if it is a backend's; raise ``ValueError`` with the nearest one otherwise."""
     if name in MODULES:
@@ -73,15 +89,14 @@ def check_name(name: str) -> str:
     raise ValueError(f"unknown backend {name!r}{nearest(name, MODULES)} (known: {', '.join(MODULES)})")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` for an unknown ``name`` that is close to a known one, else nothing."""
-    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
 def _module(name: str, framework: str) -> ModuleType | str:
     """The backend's module, or the reason why it could not be imported."""
     home = FRAMEWORK_MODULES.get((framework, name), MODULES[name])
+    _load(home)
+    return _loaded[home]
+
+
+def _load(home: str) -> bool:
     if home not in _loaded:
         try:
             _loaded[home] = importlib.import_module(home)
@@ -92,7 +107,20 @@ def _module(name: str, framework: str) -> ModuleType | str:
                 _loaded[home] = f"{error.name} is not installed"
         except Exception as error:  # a broken installation is a reason, and it must read as itself
             _loaded[home] = f"failed to import: {type(error).__name__}: {error}"
-    return _loaded[home]
+    return True
+
+
+# torch.compile calls a function so marked when it traces, in place of tracing an import
+_load._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def runnable(name: str, problem: Problem) -> ModuleType | str:
+    """The module of backend ``name`` if it can run ``problem``, else why not."""
+    module = _module(check_name(name), problem.framework)
+    if isinstance(module, str):
+        return module
+    reason: str | None = module.why_not(problem)
+    return module if reason is None else reason
 
 
 def why_not(name: str, problem: Problem) -> str | None:
@@ -102,8 +130,8 @@ def why_not(name: str, problem: Problem) -> str | None:
         name: One of ``convit.backends()``.
         problem: What ``convit.gpsa`` would be asked; see ``Problem``.
     """
-    module = _module(check_name(name), problem.framework)
-    return module if isinstance(module, str) else module.why_not(problem)
+    answer = runnable(name, problem)
+    return answer if isinstance(answer, str) else None
 
 
 def backends() -> tuple[str, ...]:
@@ -123,18 +151,22 @@ def use_backend(name: str | None) -> Iterator[None]:
     Raises:
         ValueError: ``name`` is no backend.
     """
-    token = _forced.set("" if name is None else check_name(name))
+    choice = "" if name is None else check_name(name)
+    before = _traced.forced
+    token = _forced.set(choice)
+    _traced.forced = choice
     try:
         yield
     finally:
+        _traced.forced = before
         _forced.reset(token)
 
 
-def forced_backend(argument: str | None) -> str | None:
+def forced_backend(argument: str | None, tracing: bool = False) -> str | None:
     """The backend that the argument, the context or the environment forces, in this order; ``None`` if none does."""
     name = argument
     if name is None:
-        name = _forced.get()
+        name = _traced.forced if tracing else _forced.get()
     if name is None:
         name = os.environ.get("CONVIT_BACKEND") or None
     if not name or name == "auto":
@@ -142,8 +174,8 @@ def forced_backend(argument: str | None) -> str | None:
     return check_name(name)
 
 
-def choose(problem: Problem, forced: str | None) -> ModuleType:
-    """The module that runs ``problem``: the forced backend, else the first of the device's that can.
+def choose(problem: Problem, forced: str | None, quiet: bool = False) -> ModuleType:
+    """The module that runs ``problem``: the forced backend, else the first of the device's that can, noted in the log unless ``quiet``.
 
     Raises:
         RuntimeError: The forced backend cannot run the problem, or none can; the message lists each one's reason.
@@ -151,14 +183,12 @@ def choose(problem: Problem, forced: str | None) -> ModuleType:
     names = (forced,) if forced else order(problem)
     reasons: dict[str, str] = {}
     for name in names:
-        reason = why_not(name, problem)
-        if reason is None:
-            if reasons:
+        answer = runnable(name, problem)
+        if not isinstance(answer, str):
+            if reasons and not quiet:
                 _log_once(problem, name, reasons)
-            module = _module(name, problem.framework)
-            assert isinstance(module, ModuleType)
-            return module
-        reasons[name] = reason
+            return answer
+        reasons[name] = answer
     raise RuntimeError(_refusal(problem, forced, reasons))
 
 

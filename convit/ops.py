@@ -1,13 +1,13 @@
 """``convit.gpsa`` for torch tensors: check the arguments, choose a backend, call it. Beside it, the plain attention and linear layers."""
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from convit.dispatch import Problem, choose, forced_backend, why_not
-from convit.kernels.eager import eager
+from convit.dispatch import Problem, choose, forced_backend, runnable
+from convit.kernels.eager import autocast_dtype, bare, eager
+from convit.kernels.gpsa import any_sdpa, reference
 from convit.kernels.linear import cpu_onednn
 
 Grid: TypeAlias = tuple[int, int]
@@ -50,56 +50,63 @@ def gpsa(
     _check(q, k, v, pos_weight, gating, grid, dropout_p)
     batch, heads, tokens, head_dim = q.shape
     device = q.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(device)
+    if dtype is not None and q.dtype != torch.float64:  # which autocast leaves alone
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    elif not q.dtype == k.dtype == v.dtype:
+    if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     gh, gw = grid
     problem = Problem("torch", device, str(q.dtype)[6:], batch, heads, tokens, head_dim, (gh, gw), dropout_p)
-    kernel = choose(problem, forced_backend(backend))
+    compiling = torch.compiler.is_compiling()
+    kernel = choose(problem, forced_backend(backend, compiling), quiet=compiling)
     scale = head_dim**-0.5 if scale is None else float(scale)
-    return kernel.gpsa(q, k, v, pos_weight, gating, (gh, gw), scale, dropout_p)
+    out: Tensor = kernel.gpsa(q, k, v, pos_weight, gating, (gh, gw), scale, dropout_p)
+    return out
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float = 0.0) -> Tensor:
-    """Plain softmax attention, as ``scaled_dot_product_attention``; float32 on CPU, N queries to N keys, through the faster ``cpp`` kernel.
+    """Plain softmax attention, as ``scaled_dot_product_attention``; on CPU, N queries to N keys, through the faster ``cpp`` kernel.
 
-    PyTorch's own runs where another backend is forced, and where autocast, a tracer, a mode or a function transform is at work.
+    PyTorch's own runs where ``cpp`` cannot, and where autocast, a tracer, a mode or a function transform is at work; the definition, where
+    backend ``reference`` is forced.
     """
+    forced = forced_backend(None, torch.compiler.is_compiling())
+    if forced == "reference":
+        return reference.plain_attention(q, k, v, scale, dropout_p)
     usual = q.device.type != "cpu" or q.dtype != torch.float32 or k.shape != q.shape or torch.is_autocast_enabled("cpu")
-    if usual or forced_backend(None) not in (None, "cpp") or not (torch.compiler.is_compiling() or eager(q, k, v)):
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+    if usual or forced not in (None, "cpp") or not (torch.compiler.is_compiling() or eager(q, k, v)):
+        return any_sdpa.fused_attention(q, k, v, scale, dropout_p)
     batch, heads, tokens, head_dim = q.shape
     problem = Problem("torch", "cpu", "float32", batch, heads, tokens, head_dim, (1, tokens), dropout_p)
-    if why_not("cpp", problem):
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
-    return choose(problem, "cpp").attention(q, k, v, scale)
+    kernel = runnable("cpp", problem)
+    if isinstance(kernel, str):
+        return any_sdpa.fused_attention(q, k, v, scale, dropout_p)
+    out: Tensor = kernel.attention(q, k, v, scale)
+    return out
 
 
 def linear(layer: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
-    """``layer(x)``, then ``act``: for a plain ``nn.Linear`` on CPU the same numbers from a faster product.
+    """``layer(x)``, then ``act``: for a bare ``nn.Linear`` on CPU the same numbers from a faster product.
 
-    Layers that somebody has replaced, subclassed or hooked are called as they are, and so is every layer where a backend other than
-    ``cpp`` is forced: those run PyTorch's own operators.
+    Whatever else the layer is, it is called, and so is every layer where a backend other than ``cpp`` is forced: those run PyTorch's own
+    operators.
     """
-    if type(layer) is nn.Linear and bare(layer) and forced_backend(None) in (None, "cpp") and cpu_onednn.why_not(x, layer.weight) is None:
-        gelu = act.approximate if type(act) is nn.GELU and bare(act) else None
+    if (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and bare(layer, nn.Linear)
+        and cpu_onednn.why_not(x, layer.weight, layer.bias) is None
+        and forced_backend(None) in (None, "cpp")
+    ):
+        gelu = act.approximate if isinstance(act, nn.GELU) and bare(act, nn.GELU) else None
         y = cpu_onednn.linear(x, layer.weight, layer.bias, gelu)
         return y if act is None or gelu else act(y)
     y = layer(x)
     return y if act is None else act(y)
 
 
-def bare(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs the ``forward`` of its class and nothing else: no hook, no replacement on the instance."""
-    own = nn.modules.module
-    everywhere = own._global_forward_pre_hooks or own._global_forward_hooks or own._global_backward_pre_hooks or own._global_backward_hooks
-    here = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
-    return not (everywhere or here or "forward" in module.__dict__)
-
-
-def _check(q, k, v, pos_weight, gating, grid, dropout_p) -> None:
+def _check(q: Any, k: Any, v: Any, pos_weight: Any, gating: Any, grid: Any, dropout_p: float) -> None:
     tensors = {"q": q, "k": k, "v": v, "pos_weight": pos_weight, "gating": gating}
     for name, x in tensors.items():
         if not isinstance(x, Tensor):

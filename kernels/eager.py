@@ -1,20 +1,126 @@
-"""Whether a call with torch tensors is plain eager execution, which may take short cuts past torch's dispatcher."""
+"""What a call with torch tensors or modules may skip. Every private name of torch that the PyTorch side reads is in this file.
+
+Where a version of torch lacks such a name, the answer is the plain path: through torch's dispatcher, through the module's ``forward``.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = (Tensor, nn.Parameter)
 
 
-def eager(*tensors: Tensor) -> bool:
+def _named(path: str) -> Any:
+    found: Any = torch
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+_dispatch_modes = _named("_C._len_torch_dispatch_stack")
+_function_modes = _named("_C._len_torch_function_stack")
+_transforms = _named("_C._are_functorch_transforms_active")
+_tracing_state = _named("_C._get_tracing_state")
+_profiler = _named("_C._autograd._profiler_enabled")
+_legacy_batched = _named("_C._functorch.is_legacy_batchedtensor")
+_complete = None not in (_dispatch_modes, _function_modes, _transforms, _tracing_state, _profiler, _legacy_batched) and hasattr(
+    forward_ad, "_current_level"
+)
+
+
+def eager(*tensors: Tensor | None) -> bool:
     """Whether nothing but autograd and the profiler would see the call: no compiler, mode, transform, subclass or lazy view."""
     return (
         not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
+        and _complete
+        and _dispatch_modes() == 0
+        and _function_modes() == 0
+        and not _transforms()
+        and _tracing_state() is None
         and forward_ad._current_level < 0
-        and all(type(x) in _PLAIN and not x.is_neg() for x in tensors)
+        and all(x is None or (type(x) in _PLAIN and not x.is_neg()) for x in tensors)
     )
+
+
+def profiled() -> bool:
+    """Whether a profiler runs: to see operators."""
+    return _profiler is None or bool(_profiler())
+
+
+def exporting() -> bool:
+    """Whether a program is being traced for ``torch.export`` (where torch cannot tell from ``torch.compile``, for either)."""
+    told: bool = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+    return told
+
+
+def transformed() -> bool:
+    """Whether the call stands inside ``torch.func``: grad, vjp, jvp, vmap and what is made of them."""
+    return bool(_transforms()) if _transforms is not None else False
+
+
+def tangents() -> bool:
+    """Whether the call may carry tangents of forward-mode differentiation."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def batched_gradient(grad: Tensor) -> bool:
+    """Whether ``grad`` stands for many gradients at once (``is_grads_batched``)."""
+    return _legacy_batched is None or bool(_legacy_batched(grad))
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The type that autocast asks for on a device type; None where it is off, or where the device has none."""
+    if device not in ("cpu", "cuda") and not torch.amp.autocast_mode.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """A context in which autocast is off."""
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
+
+
+# class -> the ``forward`` that it had when it became known here
+_forwards: dict[type[nn.Module], Callable[..., Any]] = {}
+
+
+def know(*classes: type[nn.Module]) -> None:
+    """Note the ``forward`` of these classes as the one that ``bare`` vouches for."""
+    _forwards.update({cls: cls.forward for cls in classes})
+
+
+know(nn.Linear, nn.Dropout, nn.Identity, nn.GELU, nn.ReLU, nn.SiLU, nn.LayerNorm)
+
+
+def unhooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs the ``forward`` of its class and nothing else: no hook, no replacement on the instance."""
+    try:
+        own = nn.modules.module
+        watched = (
+            own._global_forward_pre_hooks
+            or own._global_forward_hooks
+            or own._global_backward_pre_hooks
+            or own._global_backward_hooks
+            or module._forward_pre_hooks
+            or module._forward_hooks
+            or module._backward_pre_hooks
+            or module._backward_hooks
+            or module._compiled_call_impl
+        )
+    except AttributeError:  # of another version of torch: nobody can tell
+        return False
+    return not (watched or "forward" in module.__dict__)
+
+
+def bare(module: Any, *classes: type[nn.Module]) -> bool:
+    """Whether calling ``module`` runs the ``forward`` of exactly one of ``classes``, as that was when it became known, and nothing else.
+
+    Not so with a subclass (parametrised, quantised, sharded, adapted), a hook (pruned, offloaded, watched), a ``forward`` replaced on the
+    instance or the class, or a compiled one.
+    """
+    cls = type(module)
+    return cls in classes and cls.forward is _forwards.get(cls) and unhooked(module)

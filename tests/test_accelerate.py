@@ -70,28 +70,121 @@ def test_twice_and_on_ours_is_harmless():
     assert convit.accelerate(ours) is ours
 
 
-def test_geometry_comes_from_the_patch_embedding():
-    """A model of timm built for 32 x 128 patches a 2 x 8 grid that timm takes for 4 x 4; ours is the definition's."""
-    model = timm_model(img_size=(32, 128)).eval()
-    convit.accelerate(model)
-    ours = convit.ConViT(img_size=(32, 128), num_classes=7, embed_dim=48, depth=4, num_heads=4, local_up_to_layer=3).eval()
+def nonsquare(image=(32, 128)):
+    return timm_model(img_size=image).eval(), torch.randn(1, 3, *image)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda m: m, torch.nn.Sequential, timm.utils.ModelEmaV2, torch.nn.DataParallel], ids=["bare", "in", "ema", "dp"]
+)
+def test_patches_stay_on_timms_square_wherever_the_model_stands(wrap):
+    """A model of timm built for 32 x 128 has 2 x 8 patches, which timm lays on 4 x 4: weights trained so need that."""
+    model, x = nonsquare()
+    expected = model(x)
+    wrapped = wrap(model)
+    with pytest.warns(UserWarning, match="2 x 8 patches, and this model's attention lays them on 4 x 4"):
+        convit.accelerate(wrapped)
+    close(next(m for m in wrapped.modules() if isinstance(m, type(model)))(x), expected)
+
+
+@pytest.mark.parametrize("image, layout", [((32, 128), "image"), ((32, 48), "square")], ids=str)
+def test_the_images_own_grid(image, layout):
+    """By an argument, or where timm cannot lay a square; also after deepcopy, and after the input size has changed."""
+    model, x = nonsquare(image)
+    ours = convit.ConViT(img_size=image, num_classes=7, embed_dim=48, depth=4, num_heads=4, local_up_to_layer=3).eval()
     ours.load_state_dict(model.state_dict())
-    x = torch.randn(1, 3, 32, 128)
-    close(model(x), ours(x))
+    moved = copy.deepcopy(convit.accelerate(model, grid=layout))
+    close(moved(x), ours(x))
+    moved.patch_embed.set_input_size((image[1], image[0]))
+    ours.set_input_size((image[1], image[0]))
+    ours.pos_embed = moved.pos_embed
+    close(moved(x.mT), ours(x.mT))
 
 
-def test_perceptrons():
-    """Ours take over, unless there is a norm between the layers, which ours would leave out."""
+def _own_method(model):
+    model.blocks[0].attn.get_attention = model.blocks[0].attn.get_attention
+
+
+def _subclass(model):
+    class GPSA(timm.models.convit.GPSA):
+        def get_attention(self, x):
+            return super().get_attention(x) / 2
+
+    model.blocks[0].attn.__class__ = GPSA
+
+
+def _further_layer(model):
+    class Mlp(timm.layers.Mlp):
+        def forward(self, x):
+            return self.drop2(self.fc2(self.middle(self.act(self.fc1(x)))))
+
+    model.blocks[0].mlp.__class__ = Mlp
+    model.blocks[0].mlp.middle = torch.nn.Conv1d(16, 16, 3, padding=1)
+
+
+def _further_parameter(model):
+    model.blocks[0].attn.temperature = torch.nn.Parameter(torch.ones(1))
+
+
+def _lookalike(model):
+    class Mlp(torch.nn.Module):
+        __init__ = timm.layers.Mlp.__init__
+
+        def forward(self, x):
+            return self.fc2(self.act(self.fc1(x))) * 1.01
+
+    model.blocks[0].mlp.__class__ = Mlp
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (_own_method, "holds more than ours: get_attention"),
+        (_subclass, "overrides get_attention of timm's"),
+        (_further_layer, "holds more than ours: middle"),
+        (_further_parameter, "holds more than ours: temperature"),
+        (_lookalike, "computes something else"),
+    ],
+)
+def test_what_is_not_exactly_theirs_is_left_and_said(change, reason, caplog):
     model = timm_model().eval()
-    model.blocks[0].mlp.norm = torch.nn.LayerNorm(model.blocks[0].mlp.fc1.out_features)
+    change(model)
     expected = model(X)
     convit.accelerate(model)
-    assert [type(block.mlp).__module__.split(".")[0] for block in model.blocks] == ["timm"] + ["convit"] * 3
+    close(model(X), expected)
+    done = convit.accelerated(model)
+    assert len(done.swapped) == 7 and [reason in why for why in done.left.values()] == [True]
+    assert reason in caplog.records[-1].getMessage() and caplog.records[-1].levelname == "WARNING"
+
+
+def test_undo():
+    model = timm_model().eval()
+    before = [type(module) for module in model.modules()]
+    expected = model(X)
+    convit.accelerate(model)
+    done = convit.accelerated(model)
+    assert done.swapped["blocks.0.attn"] == "timm.models.convit.GPSA" and len(done.swapped) == 8 and not done.left
+    done.undo()
+    assert [type(module) for module in model.modules()] == before and not convit.accelerated(model).swapped
+    assert torch.equal(model(X), expected)
+    with pytest.raises(ValueError, match="'square' or 'image', got 'wide'"):
+        convit.accelerate(model, grid="wide")
+
+
+def test_norms_and_hooks_inside_an_mlp_act():
+    model = timm_model().eval()
+    norm = torch.nn.LayerNorm(model.blocks[0].mlp.fc1.out_features)
+    torch.nn.init.normal_(norm.weight)
+    model.blocks[0].mlp.norm = norm
+    model.blocks[1].mlp.norm.register_forward_hook(lambda module, args, out: out * 1.5)
+    expected = model(X)
+    convit.accelerate(model)
+    assert all(type(block.mlp).__module__.startswith("convit") for block in model.blocks)
     close(model(X), expected)
 
 
 def test_fair_like_modules():
-    """FAIR's modules have other bases, cache the indices as a plain attribute, and its perceptrons hold one dropout for both places."""
+    """FAIR's modules have other bases, cache the indices as a plain attribute, and its MLPs hold one dropout for both places."""
 
     class GPSA(timm.models.convit.GPSA):
         pass
@@ -99,6 +192,13 @@ def test_fair_like_modules():
     class Mlp(torch.nn.Module):
         def forward(self, x):
             return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+        def __init__(self, in_features, hidden_features=None, drop=0.0):
+            super().__init__()
+            self.fc1 = torch.nn.Linear(in_features, hidden_features or in_features)
+            self.act = torch.nn.GELU()
+            self.fc2 = torch.nn.Linear(hidden_features or in_features, in_features)
+            self.drop = torch.nn.Dropout(drop)
 
     model = timm_model().eval()
     expected = model(X)

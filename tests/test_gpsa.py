@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import convit
 from convit import ops
 from convit.dispatch import MODULES, Problem
-from convit.kernels.gpsa import reference
+from convit.kernels.gpsa import any_sdpa, reference
 
 TORCH_BACKENDS = ("reference", "sdpa", "cpp", "triton")
 
@@ -70,7 +70,7 @@ def test_extreme_but_finite_input_gives_finite_output(backend, scale, strength, 
 
 @pytest.mark.parametrize("backend", TORCH_BACKENDS)
 @pytest.mark.parametrize("gates", [(0.5, -200.0), (-math.inf, -math.inf)])
-def test_shut_gates_leave_plain_attention(backend, gates):
+def test_closed_gates_leave_plain_attention(backend, gates):
     case = Case(2, 2, 24, (5, 7))
     reason = convit.why_not(backend, problem(case, torch.float32))
     if reason:
@@ -115,12 +115,14 @@ def test_plain_attention_leaves_the_rest_to_pytorch(monkeypatch):
     q = torch.randn(1, 2, 9, 8)
     ours = ops.attention(q, q, q, scale=0.3)
     seen = []
-    monkeypatch.setattr(ops.F, "scaled_dot_product_attention", lambda *args, **kwargs: seen.append(kwargs) or args[0])
+    monkeypatch.setattr(any_sdpa.F, "scaled_dot_product_attention", lambda *args, **kwargs: seen.append(kwargs) or args[0])
     assert ops.attention(q, q, q, scale=0.3).equal(ours) and not seen
     ops.attention(q, q, q, scale=0.3, dropout_p=0.5)
     ops.attention(q.bfloat16(), q.bfloat16(), q.bfloat16(), scale=0.3)
-    with convit.use_backend("reference"):
+    with convit.use_backend("sdpa"):
         ops.attention(q, q, q, scale=0.3)
+    with convit.use_backend("reference"):  # the definition: in full, differentiable to any order
+        torch.testing.assert_close(ops.attention(q, q, q, scale=0.3), ours)
     assert len(seen) == 3 and seen[0]["dropout_p"] == 0.5
 
 

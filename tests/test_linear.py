@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -59,6 +60,41 @@ def test_values_and_gradients(shape, bias, approximate, products):
         assert error(actual, truth) <= max(2 * error(other, truth), 2e-7)
 
 
+@pytest.mark.parametrize(
+    "weight, bias",
+    [
+        (lambda: torch.randn(6, 4), lambda: torch.arange(12.0).view(6, 2)[:, 1]),
+        (lambda: torch.randn(6, 4), lambda: torch.ones(1).expand(6)),
+        (lambda: torch.randn(6, 4), lambda: torch.ones(1)),
+        (lambda: torch.randn(6, 8)[:, ::2], lambda: torch.randn(6)),
+        (lambda: torch.randn(4, 6).t(), lambda: torch.randn(6)),
+        (lambda: torch.randn(6, 1).expand(6, 4), lambda: torch.randn(6)),
+        (lambda: torch.randn(30).as_strided((6, 4), (2, 1)), lambda: torch.randn(6)),
+        (lambda: torch.randn(6, 4).to_sparse_csr(), lambda: torch.randn(6)),
+    ],
+    ids=["strided bias", "expanded bias", "bias of one", "columns", "transposed", "expanded", "overlapping", "sparse"],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_every_layout_that_the_layer_takes(weight, bias):
+    fc = layer(4, 6)
+    fc.weight, fc.bias = nn.Parameter(weight()), nn.Parameter(bias())
+    for x in (torch.randn(3, 4), torch.randn(4, 3).t(), torch.randn(2, 1, 4).expand(2, 5, 4)):
+        torch.testing.assert_close(ops.linear(fc, x), fc(x))
+
+
+def test_shapes_that_do_not_fit_are_refused_by_the_layer():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        ops.linear(layer(4, 6), torch.randn(2, 5))
+
+
+def test_the_output_may_be_written_to(products):
+    fc, x = layer(), torch.randn(2, 3, 24)
+    y = ops.linear(fc, x)
+    y += 1
+    nn.Dropout(inplace=True)(ops.linear(fc, x)).sum().backward()
+    assert len(products) == 3 and torch.equal(y, ops.linear(fc, x) + 1)
+
+
 def test_nan_infinity_and_large_values():
     fc = layer(1, 1, bias=False)
     nn.init.ones_(fc.weight)
@@ -94,7 +130,7 @@ def test_a_changed_weight_is_seen(products):
     assert products
 
 
-def test_hooks_and_replacements_are_called(products):
+def test_hooks_and_replacements_are_called(products, monkeypatch):
     x = torch.randn(5, 24)
     hooked, seen = layer(), []
     handle = hooked.register_forward_hook(lambda *args: seen.append("layer"))
@@ -111,9 +147,16 @@ def test_hooks_and_replacements_are_called(products):
     replaced = layer()
     replaced.forward = lambda x: seen.append("replaced")
     ops.linear(replaced, x)
+    compiled = layer()
+    compiled._compiled_call_impl = lambda x: seen.append("compiled")
+    ops.linear(compiled, x)
     lora = nn.Sequential(layer())
     torch.testing.assert_close(ops.linear(lora, x), lora(x))
-    assert seen == ["layer", "act", "global", "replaced"] and len(products) == 1
+    pruned = torch.nn.utils.prune.l1_unstructured(layer(), "weight", 0.5)
+    torch.testing.assert_close(ops.linear(pruned, x), pruned(x))
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: seen.append("class"))
+    ops.linear(layer(), x)
+    assert seen == ["layer", "act", "global", "replaced", "compiled", "class"] and len(products) == 1
 
 
 def test_who_watches_the_operators_sees_them(products):

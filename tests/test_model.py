@@ -90,7 +90,7 @@ def test_initialisation_is_the_papers():
     ours.local_init()
     torch.testing.assert_close(ours.pos_proj.weight, theirs.pos_proj.weight, rtol=0, atol=0)
     assert torch.equal(ours.v.weight, torch.eye(144)) and torch.equal(ours.gating_param, torch.ones(9))
-    for block in small(depth=2, local_up_to_layer=2).blocks:
+    for block in small(depth=2, local_up_to_layer=2, global_pool="avg").blocks:
         assert torch.equal(block.attn.v.weight, torch.eye(24))
 
 
@@ -145,7 +145,7 @@ def test_position_embedding_is_resampled_as_timm_does():
     torch.testing.assert_close(resample_position_embedding(pos_embed, (14, 14), (12, 16)), theirs, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("local", [0, 1, 3])
+@pytest.mark.parametrize("local", [0, 1, 2])
 def test_class_token_always_reaches_the_head(local):
     model = small(local_up_to_layer=local)
     assert [block.use_gpsa for block in model.blocks] == [i < local for i in range(3)]
@@ -153,6 +153,17 @@ def test_class_token_always_reaches_the_head(local):
     before = model(images())
     model.cls_token.data += 1
     assert not torch.allclose(before, model(images()))
+
+
+def test_a_class_token_that_would_see_no_image_is_refused():
+    """With GPSA blocks alone it joins after the last: its logits would be the same for every image."""
+    with pytest.raises(ValueError, match="local_up_to_layer = depth .* Choose global_pool='avg'"):
+        small(local_up_to_layer=3)
+    model = small(local_up_to_layer=3, global_pool="avg")
+    first, second = model(images())
+    assert not torch.allclose(first, second)
+    with pytest.raises(ValueError, match="Choose global_pool='avg'"):
+        model.reset_classifier(5, "token")
 
 
 def test_register_tokens_and_pooling():
@@ -183,6 +194,95 @@ def test_forward_intermediates_as_timms():
     assert patches.shape == last.shape == (2, 16, 48) and prefix.shape == (2, 0, 48) and cls.shape == (2, 1, 48)
     with pytest.raises(ValueError, match="indices must choose among 4 blocks, got 9"):
         ours.get_intermediate_layers(x, 9)
+
+
+@pytest.mark.parametrize("forced", ["reference", "sdpa"])
+def test_checkpointed_blocks_run_again_on_the_backend_of_the_first_time(forced):
+    model = small().train()
+    model.set_grad_checkpointing()
+    with convit.use_backend(forced):
+        loss = model(images()).square().sum()
+    loss.backward()
+    gradient = model.blocks[0].attn.gating_param.grad.clone()
+    model.set_grad_checkpointing(False)
+    model.zero_grad()
+    with convit.use_backend(forced):
+        model(images()).square().sum().backward()
+    assert torch.equal(model.blocks[0].attn.gating_param.grad, gradient)
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_models_from_the_meta_device_are_initialised_whole(norm):
+    model = small(norm_layer=norm, use_pos_embed=True, qkv_bias=True, device="meta").to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    torch.manual_seed(0)
+    model.init_weights()
+    built = small(norm_layer=norm, use_pos_embed=True, qkv_bias=True)
+    for (name, ours), expected in zip(model.named_parameters(), built.parameters(), strict=True):
+        assert ours.isfinite().all(), name
+        if not expected.std() > 0:  # ones and zeros: gates, norms, biases
+            assert torch.equal(ours, expected), name
+        else:
+            assert 0.7 < ours.std() / expected.std() < 1.4, name
+
+
+def test_the_meta_device_and_an_empty_batch():
+    assert small(device="meta")(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 5)
+    for options in ({}, {"global_pool": "avg"}, {"reg_tokens": 2}):
+        model = small(**options)
+        assert model(images()[:0]).shape == (0, 5)
+        assert [x.shape for x in model.get_intermediate_layers(images()[:0], 2, reshape=True)] == [(0, 24, 4, 4)] * 2
+        model.train()(images()[:0]).sum().backward()
+
+
+def test_layers_by_name():
+    model = small(norm_layer="layernorm", act_layer="gelu_tanh")
+    assert model.norm.eps == 1e-6 and model.blocks[0].mlp.act.approximate == "tanh"
+    assert small(norm_layer="rmsnorm2d").norm is not None  # timm's
+    with pytest.raises(ValueError, match="unknown act_layer 'geluu'; did you mean 'gelu'"):
+        small(act_layer="geluu")
+
+
+def test_images_are_padded_to_whole_patches():
+    model, padded = small(dynamic_img_size=True), small(dynamic_img_pad=True)
+    x = images(29, 41)
+    with pytest.raises(ValueError, match="must be a multiple of the patch size"):
+        model(x)
+    torch.testing.assert_close(padded(x), model(torch.nn.functional.pad(x, (0, 7, 0, 3))))
+
+
+def test_another_patch_size():
+    from timm.layers import resample_patch_embed
+
+    model = small()
+    kernel = resample_patch_embed(model.patch_embed.proj.weight, [4, 4])
+    model.set_input_size(patch_size=4)
+    assert torch.equal(model.patch_embed.proj.weight, kernel) and model.patch_embed.grid_size == (8, 8)
+    assert model(images()).shape == (2, 5) and model.feature_info[0]["reduction"] == 4
+
+
+@pytest.mark.parametrize("indices, kept, token", [(1, 3, True), ([0, 1], 2, False), ([-2], 2, False)])
+def test_pruning_keeps_what_the_intermediates_need(indices, kept, token):
+    model = small(reg_tokens=1)
+    expected = model.forward_intermediates(images(), indices, intermediates_only=True)
+    taken = model.prune_intermediate_layers(indices)
+    assert len(model.blocks) == kept and (model.cls_token is not None) == token and isinstance(model.head, torch.nn.Identity)
+    for ours, theirs in zip(model.forward_intermediates(images(), taken, intermediates_only=True), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert model(images()).shape == (2, 16 + 2 * token, 24)
+
+
+def test_rates_of_stochastic_depth_and_their_mean():
+    model = small(drop_path_rate=0.3)
+    assert [block.drop_path.drop_prob for block in model.blocks] == [0.0, pytest.approx(0.15), pytest.approx(0.3)]
+    torch.manual_seed(0)
+    dropped = model.train().blocks[2].drop_path(torch.ones(4000, 1, 1))
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7]) and abs(dropped.mean() - 1) < 0.05
+
+
+def test_no_decay_for_tokens():
+    assert small(reg_tokens=1).no_weight_decay() == {"pos_embed", "cls_token", "reg_token"}
 
 
 def test_gradient_checkpointing_changes_no_bit():
@@ -318,11 +418,17 @@ def test_last_block_computes_what_the_head_reads(monkeypatch):
     x = torch.randn(2, 3, 32, 48)
     options = {"img_size": (32, 48), "embed_dim": 32, "depth": 4, "num_heads": 4, "num_classes": 5}
     seen = []
-    norm = torch.nn.LayerNorm.forward
-    monkeypatch.setattr(torch.nn.LayerNorm, "forward", lambda self, x: seen.append(x.shape[1]) or norm(self, x))
+    features = convit.ConViT._features
+
+    def watched(*args):
+        out = features(*args)
+        seen.append(out.shape[1])
+        return out
+
+    monkeypatch.setattr(convit.ConViT, "_features", watched)
 
     def tokens(model, x=x):
-        """How many tokens reach the final norm; the logits must be those of all tokens."""
+        """How many tokens leave the final norm; the logits must be those of all tokens."""
         seen.clear()
         logits = model(x)
         last = seen[-1]
@@ -346,11 +452,26 @@ def test_last_block_computes_what_the_head_reads(monkeypatch):
         assert tokens(model) == 1
         model.reset_classifier(5, "avg")
         assert tokens(model) == every
-        assert tokens(convit.ConViT(**options | {"local_up_to_layer": 4}).eval()) == every
 
         class Extended(convit.ConViT):
             def forward_features(self, x):
                 return 2 * super().forward_features(x)
 
-        model = Extended(**options).eval()
-        assert tokens(model) == every
+        class Mixing(torch.nn.Module):
+            def forward(self, x, grid=None):
+                return x + x.mean(1, keepdim=True) if grid is None else block(x, grid)
+
+        assert tokens(Extended(**options).eval()) == every
+        for place in ("norm", "blocks.3.mlp", "blocks.3.norm2", "blocks.3.mlp.act", "blocks.3.drop_path", "blocks.3"):
+            model = convit.ConViT(**options).eval()
+            block = model.blocks[3]
+            parent, _, name = place.rpartition(".")
+            setattr(model.get_submodule(parent), name, Mixing())
+            tokens(model)
+        model = convit.ConViT(**options).eval()
+        model.blocks[-1].norm1 = torch.nn.LayerNorm((every, 32))
+        tokens(model)
+        model = convit.ConViT(**options).eval()
+        head = model.forward_head
+        model.forward_head = lambda x: head(x + x.mean(1, keepdim=True))
+        tokens(model)

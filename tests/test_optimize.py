@@ -73,7 +73,7 @@ MODELS = {
     "ours": ours,
     "timm": theirs,
     "accelerated": lambda: convit.accelerate(theirs()),
-    "timm not square": lambda: convit.accelerate(theirs(img_size=(32, 128))),
+    "timm not square": lambda: convit.accelerate(theirs(img_size=(32, 128)), grid="image"),
     "fair": lambda: randomised(VisionTransformer()),
     "fair accelerated": lambda: convit.accelerate(randomised(VisionTransformer())),
     "average, registers, biases": lambda: ours(global_pool="avg", reg_tokens=2, qkv_bias=True, img_size=(48, 80)),

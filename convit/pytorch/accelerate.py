@@ -1,73 +1,281 @@
-"""``convit.accelerate``: the attention modules and perceptrons of an existing model run through ConViT's kernels."""
+"""``convit.accelerate``: the attention modules and MLPs of an existing model run through ConViT's kernels.
 
-from typing import TypeVar
+A module is swapped only if its class is known to compute what ours does: timm's own, untouched, or a copy of it (FAIR's) that has no
+methods but those that the paper's code has and gives our numbers on a trial of the class. Everything else is left as it is, and said so.
+"""
 
+import inspect
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
 from torch import Tensor, nn
 
 from convit import ops
+from convit.dispatch import use_backend
+from convit.kernels.eager import know
 from convit.pytorch.gpsa import GPSA, MHSA
 from convit.pytorch.model import Mlp
 
+logger = logging.getLogger("convit")
 
-class _OneDropMlp(Mlp):
-    """FAIR's perceptron: one dropout module serves both places."""
+Model = TypeVar("Model", bound=nn.Module)
+Layout = Literal["square", "image"]
 
+
+class _NormMlp(nn.Module):
+    """timm's MLP: dropout in two places, a norm between the layers."""
+
+    fc1: nn.Module
+    act: nn.Module
+    drop1: nn.Module
+    norm: nn.Module
+    fc2: nn.Module
+    drop2: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            x = self.norm(self.drop1(self.act(self.fc1(x))))
+            return self.drop2(self.fc2(x))
+        else:
+            x = self.norm(self.drop1(ops.linear(self.fc1, x, self.act)))
+            return self.drop2(ops.linear(self.fc2, x))  # type: ignore[no-any-return]
+
+
+class _OneDropMlp(nn.Module):
+    """FAIR's MLP: one dropout module serves both places."""
+
+    fc1: nn.Module
+    act: nn.Module
+    fc2: nn.Module
     drop: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(ops.linear(self.fc2, self.drop(ops.linear(self.fc1, x, self.act))))
+        if torch.jit.is_scripting():
+            return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        else:
+            return self.drop(ops.linear(self.fc2, self.drop(ops.linear(self.fc1, x, self.act))))  # type: ignore[no-any-return]
 
 
-# Name of a module's class, ours, and all that ours needs: what timm's, FAIR's and our modules have in common, so that ours can take
-# over such an instance as it is.
-_COUNTERPARTS: list[tuple[str, type[nn.Module], set[str]]] = [
-    ("GPSA", GPSA, {"num_heads", "scale", "locality_strength", "qk", "v", "attn_drop", "proj", "pos_proj", "proj_drop", "gating_param"}),
-    ("MHSA", MHSA, {"num_heads", "scale", "qkv", "attn_drop", "proj", "proj_drop"}),
-    ("Mlp", Mlp, {"fc1", "act", "drop1", "fc2", "drop2"}),
-    ("Mlp", _OneDropMlp, {"fc1", "act", "drop", "fc2"}),
+know(_NormMlp, _OneDropMlp)
+
+_ATTENTION = {"num_heads", "scale", "attn_drop", "proj", "proj_drop"}
+_GPSA = _ATTENTION | {"locality_strength", "qk", "v", "pos_proj", "gating_param"}
+
+# Name of a module's class, ours, all that an instance must hold, and what else it may hold without being another module.
+_COUNTERPARTS: list[tuple[str, type[nn.Module], set[str], set[str]]] = [
+    ("GPSA", GPSA, _GPSA, {"dim", "rel_indices", "current_grid_size", "default_grid"}),
+    ("MHSA", MHSA, _ATTENTION | {"qkv"}, set()),
+    ("Mlp", Mlp, {"fc1", "act", "drop1", "fc2", "drop2"}, set()),
+    ("Mlp", _NormMlp, {"fc1", "act", "drop1", "norm", "fc2", "drop2"}, set()),
+    ("Mlp", _OneDropMlp, {"fc1", "act", "drop", "fc2"}, set()),
 ]
+_OURS = (GPSA, MHSA, Mlp, _NormMlp, _OneDropMlp)
 
-_NO_NORM = (nn.Identity, type(None))
+# where timm keeps the originals
+_TIMM = {"GPSA": "timm.models.convit", "MHSA": "timm.models.convit", "Mlp": "timm.layers.mlp"}
+_METHODS = {"__init__", "_init_weights", "forward", "get_attention", "get_attention_map", "local_init", "get_rel_indices"}
+_METHODS |= {"init_non_persistent_buffers"}
 
-Model = TypeVar("Model", bound=nn.Module)
+_THEIRS = "_accelerated_from"  # on a swapped module: the class that it had
+_MODULE_ATTRIBUTES = set(nn.Module().__dict__)
 
 
-def accelerate(model: Model) -> Model:
-    """Make every GPSA and MHSA of a timm, FAIR or ConViT model ours, and the perceptrons beside them, in place.
+class Accelerated(NamedTuple):
+    """What ``accelerate`` did to a model: by module name, the class that was swapped, or why it was left."""
+
+    model: nn.Module
+    swapped: dict[str, str]
+    left: dict[str, str]
+
+    def undo(self) -> None:
+        """Give every swapped module its own class back."""
+        for name in self.swapped:
+            _restore(self.model.get_submodule(name))
+
+    def __str__(self) -> str:
+        def classes(found: dict[str, str]) -> str:
+            return ", ".join(f"{list(found.values()).count(each)} {each}" for each in dict.fromkeys(found.values())) or "none"
+
+        return f"{type(self.model).__name__}: swapped {classes(self.swapped)}; left {classes(self.left)}"
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
+
+
+def accelerate(model: Model, grid: Layout = "square") -> Model:
+    """Make every GPSA and MHSA of a timm, FAIR or ConViT model ours, and the MLPs beside them, in place.
 
     The module objects stay: their parameters, hooks, mode, device and dtype are untouched, and optimisers or wrappers that hold
-    them keep working; only their class changes, and the relative-position cache goes. State dicts stay the same. If the model has a
-    ``patch_embed.grid_size``, GPSA takes its geometry from there, so that models built for non-square images are right too.
+    them keep working; only their class changes, and the relative-position cache goes. State dicts stay the same. Modules that are not
+    exactly theirs are left alone; ``accelerated`` says which, and undoes it all.
 
     Args:
-        model: Any module that contains attention modules named GPSA or MHSA with timm's attributes.
+        model: Any module that contains attention modules named GPSA or MHSA with timm's attributes, also inside wrappers.
+        grid: How N patches lie where the model does not say, as timm's does not. "square" is what timm does wherever N is a square,
+            and what weights trained so need: numbers stay the same. "image" takes the grid of the ``patch_embed`` beside the blocks, which
+            is right for images that are not square, and is what "square" falls back to where N is no square.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: It contains no such attention module.
+        ValueError: It contains no such attention module, or ``grid`` is neither.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    found = [(module, ours) for module in model.modules() if (ours := _counterpart(module))]
-    if not any(ours in (GPSA, MHSA) for _, ours in found):
+    if grid not in ("square", "image"):
+        raise ValueError(f"grid must be 'square' or 'image', got {grid!r}")
+    verdicts = [(name, module, _counterpart(module)) for name, module in model.named_modules()]
+    candidates = [(name, module, ours) for name, module, ours in verdicts if ours is not None]
+    if not any(type(module).__name__ in ("GPSA", "MHSA") for _, module, _ in candidates):
         raise ValueError(f"{type(model).__name__} contains no GPSA or MHSA module of a ConViT: nothing to accelerate")
-    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    for module, ours in found:
-        module.__class__ = ours
-        module._buffers.pop("rel_indices", None)
-        module._non_persistent_buffers_set.discard("rel_indices")
-        module.__dict__.pop("rel_indices", None)
-        if isinstance(module, GPSA) and grid is not None:
-            module.default_grid = tuple(grid)
+    for name, module, ours in candidates:
+        if not isinstance(ours, str) and type(module) is not ours:
+            _swap(module, ours)
+        if isinstance(module, GPSA) and hasattr(module, _THEIRS):
+            module.patch_embed = _patch_embed(model, name)
+            module.image_grid = grid == "image"
+    _register_with_timm()
+    _warn_of_other_grids(model, grid)
+    done = accelerated(model)
+    logger.log(logging.WARNING if done.left else logging.INFO, "accelerate: %s", done)
     return model
 
 
-def _counterpart(module: nn.Module) -> type[nn.Module] | None:
-    for name, ours, needs in _COUNTERPARTS:
-        # timm's Mlp may hold a norm between its layers, which ours has not
-        if type(module).__name__ == name and all(hasattr(module, n) for n in needs) and isinstance(getattr(module, "norm", None), _NO_NORM):
-            return ours
-    return None
+def accelerated(model: nn.Module) -> Accelerated:
+    """Which modules of ``model`` run through ConViT's kernels since ``accelerate``, and which were left, and why."""
+    swapped, left = {}, {}
+    for name, module in model.named_modules():
+        theirs = module.__dict__.get(_THEIRS)
+        if theirs is not None:
+            swapped[name] = f"{theirs.__module__}.{theirs.__qualname__}"
+        elif isinstance(reason := _counterpart(module), str):
+            left[name] = reason
+    return Accelerated(model, swapped, left)
+
+
+def _swap(module: nn.Module, ours: type[nn.Module]) -> None:
+    module.__dict__[_THEIRS] = type(module)
+    module.__class__ = ours
+    module._buffers.pop("rel_indices", None)
+    module._non_persistent_buffers_set.discard("rel_indices")
+    module.__dict__.pop("rel_indices", None)
+
+
+def _restore(module: nn.Module) -> None:
+    theirs = module.__dict__.pop(_THEIRS)
+    module.__class__ = theirs
+    module.__dict__.pop("patch_embed", None)
+    module.__dict__.pop("image_grid", None)
+    if issubclass(theirs, nn.Module) and "gating_param" in module._parameters:  # their cache of one patch: they make it anew for others
+        gating = module._parameters["gating_param"]
+        module.register_buffer("rel_indices", torch.zeros(1, 1, 1, 3, dtype=gating.dtype, device=gating.device), persistent=False)  # type: ignore[union-attr]
+
+
+def _patch_embed(model: nn.Module, name: str) -> tuple[nn.Module, ...]:
+    """The ``patch_embed`` of the innermost module around ``name`` that has one; in a tuple, so that it is no submodule."""
+    parts = name.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        found = getattr(model.get_submodule(".".join(parts[:depth])), "patch_embed", None)
+        if isinstance(found, nn.Module) and getattr(found, "grid_size", None) is not None:
+            return (found,)
+    return ()
+
+
+def _warn_of_other_grids(model: nn.Module, grid: Layout) -> None:
+    for module in model.modules():
+        embed = module.__dict__.get("patch_embed") or ()
+        if grid == "square" and embed and embed[0].grid_size[0] != embed[0].grid_size[1] and _side(embed[0].grid_size) is not None:
+            (gh, gw), side = embed[0].grid_size, _side(embed[0].grid_size)
+            warnings.warn(
+                f"the image has {gh} x {gw} patches, and this model's attention lays them on {side} x {side}, as it did before "
+                "(timm knows square grids only). Keep it for weights trained so; else accelerate(model, grid='image')",
+                stacklevel=3,
+            )
+            return
+
+
+def _side(grid: tuple[int, int]) -> int | None:
+    tokens = grid[0] * grid[1]
+    side = round(tokens**0.5)
+    return side if side * side == tokens else None
+
+
+def _counterpart(module: nn.Module) -> type[nn.Module] | str | None:
+    """Our class for ``module``; why there is none, if its name or its parts suggest one; None for every other module."""
+    cls = type(module)
+    if cls in _OURS:
+        return cls if module.__dict__.get(_THEIRS) is not None or cls in (GPSA, MHSA) else None
+    if not (cls.__name__ in _TIMM or hasattr(module, "gating_param")):
+        return None
+    named = [entry for entry in _COUNTERPARTS if entry[0] == cls.__name__]
+    if not named:
+        return f"{_name(cls)} is a class of its own"
+    has = (set(module.__dict__) - _MODULE_ATTRIBUTES) | set(module._modules) | set(module._parameters) | set(module._buffers)
+    fitting = [(ours, has - needs - may) for _, ours, needs, may in named if needs <= has]
+    if not fitting:
+        return f"{_name(cls)} lacks {', '.join(sorted(named[-1][2] - has))}"
+    ours, more = min(fitting, key=lambda each: len(each[1]))
+    if more:
+        return f"{_name(cls)} holds more than ours: {', '.join(sorted(more))}"
+    reason = _why_not_class(cls, ours)
+    return ours if reason is None else f"{_name(cls)} {reason}"
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _why_not_class(cls: type[nn.Module], ours: type[nn.Module]) -> str | None:
+    """Why a class named like ours may compute something else; None where it does not."""
+    original = getattr(sys.modules.get(_TIMM[cls.__name__]), cls.__name__, None)
+    own: list[type] = [each for each in cls.__mro__ if each not in nn.Module.__mro__ and each is not original]
+    methods = {name for each in own for name, value in vars(each).items() if callable(value) or isinstance(value, (property, classmethod))}
+    if more := methods - _METHODS:
+        return f"has methods that ours has not: {', '.join(sorted(more))}"
+    if original is not None and issubclass(cls, original):
+        if own_methods := methods - {"__init__", "__annotate__"}:
+            return f"overrides {', '.join(sorted(own_methods))} of timm's"
+        touched = [name for name, value in vars(original).items() if inspect.isfunction(value) and value.__module__ != original.__module__]
+        if touched:
+            return f"has been patched: {', '.join(touched)}"
+    return None if _same_numbers(cls, ours) else "computes something else"
+
+
+def _same_numbers(cls: type[nn.Module], ours: type[nn.Module]) -> bool:
+    """Whether a small module of class ``cls`` gives our numbers, in training with dropout and in evaluation."""
+    options: dict[str, Any] = {"drop": 0.2} if ours not in (GPSA, MHSA) else {"num_heads": 2, "attn_drop": 0.2, "proj_drop": 0.2}
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad(), use_backend("reference"):
+            torch.manual_seed(0)
+            theirs = cls(8, **options).double()
+            for parameter in theirs.parameters():
+                nn.init.normal_(parameter)
+            x = torch.randn(2, 9, 8, dtype=torch.float64)
+            for mode in (True, False):
+                theirs.train(mode)
+                results = []
+                for each in (cls, ours):
+                    theirs.__class__ = each
+                    torch.manual_seed(1)
+                    results.append(theirs(x))
+                theirs.__class__ = cls
+                if not torch.allclose(*results, rtol=1e-6, atol=1e-9):
+                    return False
+            return True
+    except Exception:  # a class that cannot even be tried is not known
+        return False
+
+
+def _register_with_timm() -> None:
+    """Tell timm's feature extraction, if timm is there, not to trace into ours: as it does for its own."""
+    features: Any = sys.modules.get("timm.models._features_fx")
+    register: Callable[[type[nn.Module]], Any] | None = getattr(features, "register_notrace_module", None)
+    if register is not None:
+        for each in _OURS:
+            register(each)

@@ -1,12 +1,13 @@
 """The attention modules of ConViT: GPSA and MHSA, with timm's signatures and state dicts."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from convit import ops
+from convit.kernels.eager import bare, know
 from convit.kernels.gpsa import reference
 
 
@@ -48,8 +49,9 @@ class GPSA(nn.Module):
         ValueError: ``num_heads`` does not divide ``dim``.
     """
 
-    # The grid that forward assumes if it is given none and this one has N patches; else the square one.
-    default_grid: tuple[int, int] | None = None
+    # Set by ``accelerate``, for models that give no grid: who knows the image's, and whether that comes before the square.
+    patch_embed: tuple[nn.Module, ...] = ()
+    image_grid: bool = False
 
     def __init__(
         self,
@@ -82,7 +84,7 @@ class GPSA(nn.Module):
 
         Args:
             x: [B, N, C], patches in row-major order, no class token.
-            grid: (gh, gw) with gh * gw == N; default ``default_grid`` if it fits, else square.
+            grid: (gh, gw) with gh * gw == N; default square.
 
         Returns:
             [B, N, C].
@@ -91,18 +93,27 @@ class GPSA(nn.Module):
             ValueError: N does not fit the grid, or is no square and no grid is given.
         """
         batch, tokens, dim = x.shape
-        q, k = self._query_key(x)
-        v = ops.linear(self.v, x).view(batch, tokens, self.num_heads, -1).transpose(1, 2)
-        dropout_p = self.attn_drop.p if self.training else 0.0
-        out = ops.gpsa(q, k, v, self._position_weight(), self.gating_param, self._grid(tokens, grid), scale=self.scale, dropout_p=dropout_p)
-        return self.proj_drop(ops.linear(self.proj, out.transpose(1, 2).reshape(batch, tokens, dim)))
+        v = ops.linear(self.v, x).view(batch, tokens, self.num_heads, dim // self.num_heads).transpose(1, 2)
+        dropout_p = _dropout(self.attn_drop)
+        if dropout_p is None or not bare(self.pos_proj, nn.Linear) or _own(self, GPSA, "get_attention"):
+            out = self.get_attention(x, grid) @ v
+        else:
+            q, k = self._query_key(x)
+            grid = self._grid(tokens, grid)
+            out = ops.gpsa(q, k, v, self._position_weight(), self.gating_param, grid, scale=self.scale, dropout_p=dropout_p)
+        return cast(Tensor, self.proj_drop(ops.linear(self.proj, out.transpose(1, 2).reshape(batch, tokens, dim))))
 
     def get_attention(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """The gated mix of the two softmaxes, [B, H, N, N], after attention dropout; formed in full, for looking at."""
         q, k = self._query_key(x)
         grid = self._grid(x.shape[1], grid)
-        attn = reference.attention_map(q, k, self._position_weight(), self.gating_param, grid, self.scale)
-        return self.attn_drop(attn.to(x.dtype))
+        if bare(self.pos_proj, nn.Linear):
+            attn = reference.attention_map(q, k, self._position_weight(), self.gating_param, grid, self.scale)
+        else:  # somebody's own: asked for its output, as in timm
+            rel = reference.relative_positions(grid, x.device).to(self.gating_param.dtype)
+            position = self.pos_proj(rel.expand(len(x), -1, -1, -1)).permute(0, 3, 1, 2).softmax(dim=-1)
+            attn = reference.gated_mix(q, k, position, self.gating_param, self.scale)
+        return cast(Tensor, self.attn_drop(attn.to(q.dtype)))
 
     def get_attention_map(self, x: Tensor, return_map: bool = False, grid: tuple[int, int] | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Mean attention distance in patches per head, [H]; with ``return_map`` also the map averaged over the batch, [H, N, N]."""
@@ -122,13 +133,13 @@ class GPSA(nn.Module):
         return f"dim={self.dim}, num_heads={self.num_heads}"
 
     def _query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        batch, tokens, _ = x.shape
-        q, k = ops.linear(self.qk, x).view(batch, tokens, 2, self.num_heads, -1).unbind(2)
+        batch, tokens, dim = x.shape
+        q, k = ops.linear(self.qk, x).view(batch, tokens, 2, self.num_heads, dim // self.num_heads).unbind(2)
         return q.transpose(1, 2), k.transpose(1, 2)
 
     def _position_weight(self) -> Tensor:
         weight, bias = self.pos_proj.weight, self.pos_proj.bias
-        if torch.is_grad_enabled() and bias.requires_grad and not torch.jit.is_tracing():
+        if bias is not None and torch.is_grad_enabled() and bias.requires_grad and not torch.jit.is_tracing():
             # the softmax cancels the bias; zero times it gives the optimiser and DDP its gradient, exactly zero
             weight = weight + 0.0 * bias[:, None]
         return weight
@@ -136,9 +147,10 @@ class GPSA(nn.Module):
     def _grid(self, tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
         if grid is not None:
             return grid
-        default = self.default_grid
-        if default is not None and default[0] * default[1] == tokens:
-            return default
+        if self.patch_embed:
+            gh, gw = self.patch_embed[0].grid_size  # type: ignore[misc]
+            if gh * gw == tokens and (self.image_grid or math.isqrt(tokens) ** 2 != tokens):
+                return gh, gw
         return square_grid(tokens)
 
 
@@ -180,9 +192,13 @@ class MHSA(nn.Module):
         """Attend over all tokens: [B, N, C] -> [B, N, C], or only from the ``first`` ones: [B, first, C]."""
         batch, _, dim = x.shape
         q, k, v = self._query_key_value(x)
-        dropout_p = self.attn_drop.p if self.training else 0.0
-        out = ops.attention(q[:, :, :first], k, v, scale=self.scale, dropout_p=dropout_p)
-        return self.proj_drop(ops.linear(self.proj, out.transpose(1, 2).reshape(batch, -1, dim)))
+        q = q[:, :, :first]
+        dropout_p = _dropout(self.attn_drop)
+        if dropout_p is None:
+            out = self.attn_drop(((q @ k.transpose(-2, -1)) * self.scale).softmax(dim=-1)) @ v
+        else:
+            out = ops.attention(q, k, v, scale=self.scale, dropout_p=dropout_p)
+        return cast(Tensor, self.proj_drop(ops.linear(self.proj, out.transpose(1, 2).reshape(batch, q.shape[2], dim))))
 
     def get_attention_map(self, x: Tensor, return_map: bool = False, grid: tuple[int, int] | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Mean attention distance in patches per head, [H]; with ``return_map`` also the map averaged over the batch, [H, N, N].
@@ -204,8 +220,24 @@ class MHSA(nn.Module):
         return f"dim={self.qkv.in_features}, num_heads={self.num_heads}"
 
     def _query_key_value(self, x: Tensor) -> tuple[Tensor, ...]:
-        batch, tokens, _ = x.shape
-        return ops.linear(self.qkv, x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        batch, tokens, dim = x.shape
+        return ops.linear(self.qkv, x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+know(GPSA, MHSA)
+
+
+def _dropout(module: nn.Module) -> float | None:
+    """The probability at which a bare dropout module drops now; None if it has to be called to know what it does."""
+    if not isinstance(module, (nn.Dropout, nn.Identity)) or not bare(module, nn.Dropout, nn.Identity):
+        return None
+    p = module.p if isinstance(module, nn.Dropout) and module.training else 0.0
+    return p if p < 1 else None
+
+
+def _own(module: nn.Module, cls: type[nn.Module], name: str) -> bool:
+    """Whether ``module`` has a method ``name`` other than that of ``cls``: of a subclass, or of the instance."""
+    return getattr(type(module), name) is not getattr(cls, name) or name in module.__dict__
 
 
 def _check_heads(dim: int, num_heads: int) -> None:

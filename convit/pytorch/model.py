@@ -1,6 +1,7 @@
 """The ConViT model and its six variants, with timm's state dict and the interface of timm's VisionTransformer."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -13,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import convit
 from convit import ops
 from convit.architecture import VARIANTS
-from convit.dispatch import nearest
+from convit.dispatch import forced_backend, nearest, use_backend
+from convit.kernels.eager import bare, eager, exporting, know
 from convit.pytorch.gpsa import GPSA, MHSA
 
 Size = int | tuple[int, int]
@@ -25,51 +27,76 @@ def _pair(size: Size) -> tuple[int, int]:
 
 def resample_position_embedding(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Resample a position embedding [1, gh * gw, C] from grid ``old`` to grid ``new``: bicubic with antialiasing, as timm does."""
-    if old == new:
+    if not exporting() and old == new:  # an exported program takes other sizes than the one it is traced at
         return pos_embed
-    image = pos_embed.float().reshape(1, *old, -1).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=new, mode="bicubic", antialias=True)
+    image = pos_embed.float().reshape(1, old[0], old[1], -1).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=[new[0], new[1]], mode="bicubic", antialias=True)
     return image.permute(0, 2, 3, 1).reshape(1, new[0] * new[1], -1).to(pos_embed.dtype)
 
 
 class PatchEmbed(nn.Module):
-    """Images to patch tokens by one convolution: [B, in_chans, H, W] -> [B, gh * gw, C] and the grid."""
+    """Images to patch tokens by one convolution: [B, in_chans, H, W] -> [B, gh * gw, C] and the grid.
 
-    def __init__(self, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int, dynamic: bool, **where: Any) -> None:
+    A dynamic one takes images of any multiple of the patch size; with ``pad`` of any size, with zeros to the right and below.
+    """
+
+    def __init__(
+        self, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int, dynamic: bool, pad: bool = False, **where: Any
+    ) -> None:
         super().__init__()
         self.patch_size = _pair(patch_size)
-        self.dynamic = dynamic
+        self.dynamic = dynamic or pad
+        self.pad = pad
         self.set_input_size(img_size)
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_size, **where)
 
     def set_input_size(self, img_size: Size) -> None:
         self.img_size = _pair(img_size)
-        self.grid_size = self._grid(*self.img_size)
+        self.grid_size = self._grid(self.img_size[0], self.img_size[1])
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
+    def set_patch_size(self, patch_size: tuple[int, int]) -> None:
+        """Resample the kernel to patches of ``patch_size`` as FlexiViT does; the caller sets the input size afterwards."""
+        try:
+            from timm.layers import resample_patch_embed
+        except ImportError as error:
+            raise ImportError("another patch size needs timm, which resamples the kernel: install convit[train]") from error
+        old = self.proj
+        kernel = resample_patch_embed(old.weight.detach(), list(patch_size))
+        where: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype}
+        self.proj = nn.Conv2d(old.in_channels, old.out_channels, patch_size, patch_size, bias=old.bias is not None, **where)
+        self.proj.weight = nn.Parameter(kernel, requires_grad=old.weight.requires_grad)
+        self.proj.bias = old.bias
+        self.proj.train(old.training)
+        self.patch_size = patch_size
+
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        height, width = x.shape[-2:]
+        height, width = x.shape[-2], x.shape[-1]
         if self.dynamic:
             grid = self._grid(height, width)
-        elif (height, width) == self.img_size:
+        elif height == self.img_size[0] and width == self.img_size[1]:
             grid = self.grid_size
         else:
             raise ValueError(
                 f"this model takes images of {self.img_size[0]} x {self.img_size[1]}, got {height} x {width}: "
                 "call set_input_size, or build it with dynamic_img_size=True"
             )
+        if self.pad:
+            x = F.pad(x, [0, grid[1] * self.patch_size[1] - width, 0, grid[0] * self.patch_size[0] - height])
         # contiguous tokens: else the residual stream inherits the convolution's layout, and every norm and addition pays for it
         return self.proj(x).flatten(2).transpose(1, 2).contiguous(), grid
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
-        (ph, pw) = self.patch_size
+        ph, pw = self.patch_size
+        if self.pad:
+            return (height + ph - 1) // ph, (width + pw - 1) // pw
         if height % ph or width % pw or height < ph or width < pw:
             raise ValueError(f"the image size must be a multiple of the patch size {ph} x {pw}, got {height} x {width}")
         return height // ph, width // pw
 
 
 class Mlp(nn.Module):
-    """The two-layer perceptron of a block."""
+    """The MLP of a block: two linear layers."""
 
     def __init__(self, dim: int, hidden: int, act_layer: Callable[[], nn.Module], drop: float, **where: Any) -> None:
         super().__init__()
@@ -142,17 +169,18 @@ class ConViT(nn.Module):
         embed_dim: Total width C (timm's ConVit takes the width per head).
         depth: Blocks.
         num_heads: Heads H, a divisor of ``embed_dim``.
-        mlp_ratio: Hidden width of the perceptrons over C.
+        mlp_ratio: Hidden width of the MLPs over C.
         qkv_bias: Whether query, key and value projections have biases.
         drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: Dropout before the head, after the position embedding, after the
             projections and on the attention.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0.
-        norm_layer, act_layer: Constructors of the norm (called with a width) and of the activation.
+        norm_layer, act_layer: Constructors of the norm (called with a width) and of the activation, or timm's names for them.
         local_up_to_layer: Number of GPSA blocks, 0 to ``depth``; the class token joins after them.
         locality_strength: Of the local initialisation.
         use_pos_embed: Whether a learned position embedding is added to the patches.
         reg_tokens: Register tokens that join with the class token (Darcet et al. 2024).
-        dynamic_img_size: Take images of any size; the position embedding is resampled for each.
+        dynamic_img_size: Take images of any multiple of the patch size; the position embedding is resampled for each.
+        dynamic_img_pad: Take images of any size, padded with zeros to the next multiple.
 
     Raises:
         ValueError: An argument is out of range, or sizes do not divide.
@@ -175,13 +203,14 @@ class ConViT(nn.Module):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        norm_layer: Callable[..., nn.Module] = partial(nn.LayerNorm, eps=1e-6),  # noqa: B008
-        act_layer: Callable[[], nn.Module] = nn.GELU,
+        norm_layer: str | Callable[..., nn.Module] = partial(nn.LayerNorm, eps=1e-6),  # noqa: B008
+        act_layer: str | Callable[[], nn.Module] = nn.GELU,
         local_up_to_layer: int = 10,
         locality_strength: float = 1.0,
         use_pos_embed: bool = True,
         reg_tokens: int = 0,
         dynamic_img_size: bool = False,
+        dynamic_img_pad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -189,18 +218,19 @@ class ConViT(nn.Module):
         if not 0 <= local_up_to_layer <= depth:
             raise ValueError(f"local_up_to_layer must be in 0..depth = 0..{depth}, got {local_up_to_layer}")
         where: dict[str, Any] = {"device": device, "dtype": dtype}
+        norm_layer, act_layer = _layer("norm", norm_layer), _layer("act", act_layer)
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.global_pool = _check_pool(global_pool)
         self.local_up_to_layer = local_up_to_layer
+        self.global_pool = _check_pool(global_pool, local_up_to_layer == depth)
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_reg_tokens = reg_tokens
         self.num_prefix_tokens = 1 + reg_tokens
         self.grad_checkpointing = False
         self.pretrained_cfg: dict[str, Any] = {}
 
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, dynamic_img_size, **where)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **where))
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, dynamic_img_size, dynamic_img_pad, **where)
+        self.cls_token: nn.Parameter | None = nn.Parameter(torch.zeros(1, 1, embed_dim, **where))
         self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim, **where)) if reg_tokens else None
         patches = self.patch_embed.num_patches
         self.pos_embed = nn.Parameter(torch.zeros(1, patches, embed_dim, **where)) if use_pos_embed else None
@@ -220,10 +250,21 @@ class ConViT(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes, **where) if num_classes > 0 else nn.Identity()
         reduction = max(self.patch_embed.patch_size)
         self.feature_info = [{"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)]
-        self.init_weights()
+        self._init_weights()
 
     def init_weights(self) -> None:
-        """Initialise as the paper: truncated normals of 0.02, then the local initialisation of every GPSA."""
+        """Initialise every parameter: the framework's for norms and patch embedding, the paper's for the rest.
+
+        That is truncated normals of 0.02, gates of sigmoid(1), then the local initialisation of every GPSA.
+        """
+        for module in self.modules():
+            if isinstance(module, GPSA):
+                nn.init.ones_(module.gating_param)
+            elif not isinstance(module, nn.Linear) and callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+        self._init_weights()
+
+    def _init_weights(self) -> None:
         for token in (self.cls_token, self.reg_token, self.pos_embed):
             if token is not None:
                 nn.init.trunc_normal_(token, std=0.02)
@@ -238,7 +279,10 @@ class ConViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] to logits [B, num_classes]."""
-        return self.forward_head(self._features(x, 1) if self._only_class_token_matters() else self.forward_features(x))
+        if torch.jit.is_scripting():
+            return self.forward_head(self.forward_features(x))
+        else:
+            return self.forward_head(self._features(x, 1) if self._only_class_token_matters(x) else self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images to normalised tokens: [B, prefix + N, C], class and register tokens first."""
@@ -286,10 +330,10 @@ class ConViT(nn.Module):
             x = self._block(i, block, x, grid)
             if i in take:
                 y = self.norm(x) if norm else x
-                prefix = 0 if i < self.local_up_to_layer else self.num_prefix_tokens
+                prefix = 0 if i < self.local_up_to_layer or self.cls_token is None else self.num_prefix_tokens
                 patches, tokens = y[:, prefix:], y[:, :prefix]
                 if output_fmt == "NCHW":
-                    patches = patches.reshape(x.shape[0], *grid, -1).permute(0, 3, 1, 2).contiguous()
+                    patches = patches.reshape(x.shape[0], *grid, x.shape[-1]).permute(0, 3, 1, 2).contiguous()
                 outputs.append((patches, tokens) if return_prefix_tokens else patches)
             if stop_early and i == max(take):
                 break
@@ -305,10 +349,37 @@ class ConViT(nn.Module):
         output_fmt = "NCHW" if reshape else "NLC"
         return self.forward_intermediates(x, n, return_prefix_tokens, norm, output_fmt=output_fmt, intermediates_only=True)
 
-    def set_input_size(self, img_size: Size) -> None:
-        """Take images of ``img_size`` from now on: any multiple of the patch size, square or not."""
+    def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
+        """Drop the blocks after the last of ``indices`` (as in ``forward_intermediates``) and, if asked, the norm and the head.
+
+        Where no MHSA block is left, the class token goes too, and with it a head that reads it.
+
+        Returns:
+            The indices, counted from the start.
+        """
+        take = self._indices(indices)
+        self.blocks = self.blocks[: max(take) + 1]
+        if max(take) < self.local_up_to_layer:
+            self.cls_token = self.reg_token = None
+            self.num_prefix_tokens = self.num_reg_tokens = 0
+            prune_head = prune_head or self.global_pool == "token"
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return sorted(take)
+
+    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
+        """Take images of ``img_size`` from now on, any multiple of the patch size, cut into patches of ``patch_size``.
+
+        The position embedding is resampled to the new grid, the patch embedding's kernel to the new size (FlexiViT, with timm).
+        """
         old = self.patch_embed.grid_size
-        self.patch_embed.set_input_size(img_size)
+        if patch_size is not None and _pair(patch_size) != self.patch_embed.patch_size:
+            self.patch_embed.set_patch_size(_pair(patch_size))
+            reduction = max(self.patch_embed.patch_size)
+            self.feature_info = [info | {"reduction": reduction} for info in self.feature_info]
+        self.patch_embed.set_input_size(self.patch_embed.img_size if img_size is None else img_size)
         if self.pos_embed is not None and self.patch_embed.grid_size != old:
             resampled = resample_position_embedding(self.pos_embed.detach(), old, self.patch_embed.grid_size)
             self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
@@ -319,9 +390,10 @@ class ConViT(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give the model a fresh head for ``num_classes`` (0 for none), and optionally another pooling."""
         if global_pool is not None:
-            self.global_pool = _check_pool(global_pool)
+            self.global_pool = _check_pool(global_pool, self.local_up_to_layer >= len(self.blocks))
         self.num_classes = num_classes
-        where: dict[str, Any] = {"device": self.cls_token.device, "dtype": self.cls_token.dtype}
+        parameter = next(self.parameters())
+        where: dict[str, Any] = {"device": parameter.device, "dtype": parameter.dtype}
         self.head = nn.Linear(self.embed_dim, num_classes, **where) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
         if isinstance(self.head, nn.Linear):
@@ -358,39 +430,68 @@ class ConViT(nn.Module):
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """timm's other name for ``pretrained_cfg``."""
+        return self.pretrained_cfg
+
     def _features(self, x: Tensor, first: int | None = None) -> Tensor:
         """``forward_features``, or the ``first`` of its tokens, where the last block is MHSA."""
         x, grid = self._embed(x)
         for i, block in enumerate(self.blocks):
             x = self._block(i, block, x, grid, first if i == len(self.blocks) - 1 else None)
-        if self.local_up_to_layer == len(self.blocks):
+        if self.local_up_to_layer >= len(self.blocks):
             x = self._join_prefix(x)
         return self.norm(x)
 
-    def _only_class_token_matters(self) -> bool:
-        """Whether nobody would see that the last block leaves out the tokens that the head does not read."""
-        if self.global_pool != "token" or self.training or torch.is_grad_enabled() or self.local_up_to_layer == len(self.blocks):
+    def _only_class_token_matters(self, x: Tensor) -> bool:
+        """Whether the head reads the class token alone, and nobody could tell that the last block leaves out the others.
+
+        Known are our own classes and the framework's that act on each token by itself; bare, so that no hook would see fewer tokens.
+        """
+        if self.global_pool != "token" or self.training or torch.is_grad_enabled() or self.local_up_to_layer >= len(self.blocks):
             return False
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(self).forward_features is not ConViT.forward_features:
+        if type(self) is not ConViT or not _METHODS.isdisjoint(self.__dict__) or not eager(x):
             return False
-        return "forward_features" not in self.__dict__ and all(ops.bare(module) for module in [*self.blocks[-1].modules(), self.norm])
+        block = self.blocks[-1]
+        if not (bare(block, Block) and bare(block.attn, MHSA) and bare(block.mlp, Mlp) and "_query_key_value" not in block.attn.__dict__):
+            return False
+        attn, mlp = block.attn, block.mlp
+        return (
+            all(bare(module, nn.Linear) for module in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))
+            and all(bare(module, nn.LayerNorm) and len(module.normalized_shape) == 1 for module in (block.norm1, block.norm2, self.norm))
+            and all(bare(module, nn.Dropout, nn.Identity) for module in (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2))
+            and bare(block.drop_path, DropPath, nn.Identity)
+            and bare(mlp.act, nn.GELU, nn.ReLU, nn.SiLU)
+        )
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         x, grid = self.patch_embed(x)
         if self.pos_embed is not None:
-            x = x + resample_position_embedding(self.pos_embed, self.patch_embed.grid_size, grid)
+            if torch.jit.is_scripting() or self.patch_embed.dynamic:
+                x = x + resample_position_embedding(self.pos_embed, self.patch_embed.grid_size, grid)
+            else:
+                x = x + self.pos_embed
         return self.pos_drop(x), grid
 
     def _block(self, i: int, block: nn.Module, x: Tensor, grid: tuple[int, int], first: int | None = None) -> Tensor:
         if i == self.local_up_to_layer:
             x = self._join_prefix(x)
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, grid, use_reentrant=False)
+            forced = forced_backend(None, torch.compiler.is_compiling())
+            if forced is None:
+                return checkpoint(block, x, grid, use_reentrant=False)
+            # what ``use_backend`` says now holds for the second run too, wherever that happens
+            return checkpoint(block, x, grid, use_reentrant=False, context_fn=lambda: (nullcontext(), use_backend(forced)))
         return block(x, grid) if first is None else block(x, grid, first)
 
     def _join_prefix(self, x: Tensor) -> Tensor:
-        prefix = [self.cls_token] if self.reg_token is None else [self.cls_token, self.reg_token]
-        return torch.cat([*(token.expand(x.shape[0], -1, -1) for token in prefix), x], dim=1)
+        tokens = [x]
+        if self.reg_token is not None:
+            tokens.insert(0, self.reg_token.expand(x.shape[0], -1, -1))
+        if self.cls_token is not None:
+            tokens.insert(0, self.cls_token.expand(x.shape[0], -1, -1))
+        return torch.cat(tokens, dim=1)
 
     def _indices(self, indices: int | Sequence[int] | None) -> set[int]:
         depth = len(self.blocks)
@@ -402,10 +503,48 @@ class ConViT(nn.Module):
         return set(wanted)
 
 
-def _check_pool(global_pool: str) -> str:
+# what ``forward`` runs between the images and the logits
+_METHODS = {"forward_features", "forward_head", "_features", "_embed", "_block", "_join_prefix"}
+
+know(Mlp, DropPath, Block)
+
+
+def _check_pool(global_pool: str, no_class_token: bool) -> str:
     if global_pool not in ("token", "avg", ""):
         raise ValueError(f"global_pool must be 'token', 'avg' or '', got {global_pool!r}")
+    if global_pool == "token" and no_class_token:
+        raise ValueError(
+            "global_pool='token' needs a block after the class token joins: with local_up_to_layer = depth nothing of the image would "
+            "reach it. Choose global_pool='avg', or a smaller local_up_to_layer"
+        )
     return global_pool
+
+
+# timm's names for the layers that need no timm
+_LAYERS: dict[str, dict[str, Callable[..., nn.Module]]] = {
+    "norm": {"layernorm": partial(nn.LayerNorm, eps=1e-6), "rmsnorm": partial(nn.RMSNorm, eps=1e-6)},
+    "act": {"gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, "tanh"), "relu": nn.ReLU, "silu": nn.SiLU, "swish": nn.SiLU},
+}
+
+
+def _layer(kind: str, given: str | Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """The constructor that ``given`` is, or names: here, or in timm where it is installed."""
+    if not isinstance(given, str):
+        return given
+    known = _LAYERS[kind]
+    if given in known:
+        return known[given]
+    try:
+        from timm.layers import get_act_layer, get_norm_layer
+
+        found: Callable[..., nn.Module] | None = get_norm_layer(given) if kind == "norm" else get_act_layer(given)
+    except (ImportError, KeyError, AssertionError):
+        found = None
+    if found is None:
+        raise ValueError(
+            f"unknown {kind}_layer {given!r}{nearest(given, known)} (known: {', '.join(known)}, and timm's where it is installed)"
+        )
+    return found
 
 
 def list_models() -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from convit import ops
+from convit.kernels.eager import unhooked
 from convit.kernels.linear import cpu_infer, cpu_packed
 from convit.pytorch.model import ConViT
 from convit.pytorch.network import Network, Plain, Shape, forward
@@ -175,7 +176,7 @@ _PARTS = {
     "blocks.*.attn.proj_drop": "Dropout",
     **{f"blocks.*.attn.{name}": "Linear" for name in ("qk", "v", "qkv", "proj", "pos_proj")},
     "blocks.*.drop_path": "DropPath Identity",
-    "blocks.*.mlp": "Mlp _OneDropMlp",
+    "blocks.*.mlp": "Mlp _NormMlp _OneDropMlp",
     "blocks.*.mlp.act": "GELU",
     "blocks.*.mlp.norm": "Identity",
     **{f"blocks.*.mlp.{name}": "Dropout" for name in ("drop", "drop1", "drop2")},
@@ -231,8 +232,10 @@ def _read(model: nn.Module) -> Shape:
     if bare and shape.grid[0] != shape.grid[1]:
         raise ValueError(f"this GPSA takes its {shape.grid[0]} x {shape.grid[1]} grid for a square: convit.accelerate(model, grid='image')")
     for attn in (block.attn for block in blocks[:local] if block.attn not in bare):
-        if not ours and attn.default_grid not in (shape.grid, None if shape.grid[0] == shape.grid[1] else shape.grid):
-            raise _Unknown(f"default_grid of a GPSA is {attn.default_grid}, not the model's grid {shape.grid}")
+        if not ours and (laid := attn._grid(shape.grid[0] * shape.grid[1], None)) != shape.grid:
+            raise _Unknown(
+                f"a GPSA lays the patches on {laid}, not on the image's {shape.grid}: convit.accelerate(model, grid='image'), or"
+            )
     return shape
 
 
@@ -247,7 +250,7 @@ def _check(path: str, module: nn.Module, home: str) -> None:
             known = True  # torch's, with a faster path of its own
         if kind not in allowed or not known:
             raise _Unknown(f"{path} is a {kind} of {source}")
-    if not ops.bare(module):
+    if not unhooked(module):
         raise _Unknown(f"{path or 'the model'} has hooks or a forward of its own: remove them, or")
     replaced = [name for name in vars(module) if callable(getattr(type(module), name, None))]
     if replaced:

@@ -119,7 +119,7 @@ def _backward(
 
 
 if _C is not None:
-    torch_operator.register("CPU", _forward, _backward)
+    torch_operator.register("CPU", _forward, _backward, reads_out=False)
 
 
 def describe() -> dict[str, str]:

@@ -13,9 +13,16 @@ computed in float32 for narrower inputs, in the input's own type otherwise; one 
 ``position_tables`` gives the exact factors of the position softmax that the fast paths use in place of the N x N matrix.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from convit.kernels.eager import without_autocast
+
+if TYPE_CHECKING:
+    from convit.dispatch import Problem
 
 
 def relative_positions(grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
@@ -50,25 +57,38 @@ def position_tables(pos_weight: Tensor, grid: tuple[int, int]) -> tuple[Tensor, 
     return table(gw, pos_weight[:, 0]), table(gh, pos_weight[:, 1])
 
 
-def why_not(problem) -> str | None:
+def why_not(problem: "Problem") -> str | None:
     if problem.framework != "torch":
         return "the tensors are not torch tensors"
     return None
 
 
-def attention_map(q: Tensor, k: Tensor, pos_weight: Tensor, gating: Tensor, grid: tuple[int, int], scale: float) -> Tensor:
-    """The gated mix of the two softmaxes, [B, H, N, N], in the type it is computed in."""
+def gated_mix(q: Tensor, k: Tensor, position: Tensor, gating: Tensor, scale: float) -> Tensor:
+    """(1 - g) Pc + g P, [B, H, N, N], from the position softmax P [H, N, N] or [B, H, N, N], in the type it is computed in."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     content = ((q.to(dtype) @ k.to(dtype).transpose(-2, -1)) * scale).softmax(dim=-1)
-    position = position_attention(pos_weight.to(dtype), grid)
     gate = torch.sigmoid(gating.to(dtype)).view(1, -1, 1, 1)
-    return (1 - gate) * content + gate * position
+    return (1 - gate) * content + gate * position.to(dtype)
+
+
+def attention_map(q: Tensor, k: Tensor, pos_weight: Tensor, gating: Tensor, grid: tuple[int, int], scale: float) -> Tensor:
+    """The gated mix of the two softmaxes, [B, H, N, N], in the type it is computed in."""
+    position = position_attention(pos_weight.to(torch.promote_types(q.dtype, torch.float32)), grid)
+    return gated_mix(q, k, position, gating, scale)
 
 
 def gpsa(
     q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gating: Tensor, grid: tuple[int, int], scale: float, dropout_p: float
 ) -> Tensor:
     """The definition; arguments as ``convit.gpsa`` checked them. Returns [B, H, N, D]."""
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         attn = F.dropout(attention_map(q, k, pos_weight, gating, grid, scale), dropout_p)
         return (attn @ v.to(attn.dtype)).to(v.dtype)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0) -> Tensor:
+    """softmax(scale q k^T) v formed in full, in float32 for narrower inputs: differentiable to any order, in any mode."""
+    with without_autocast(q.device.type):
+        dtype = torch.promote_types(v.dtype, torch.float32)
+        attn = ((q.to(dtype) @ k.to(dtype).transpose(-2, -1)) * scale).softmax(dim=-1)
+        return (F.dropout(attn, dropout_p) @ v.to(dtype)).to(v.dtype)

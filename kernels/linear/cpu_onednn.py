@@ -16,7 +16,8 @@ from convit.kernels.eager import eager
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], gelu or "")
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], gelu or "")
+    return y
 
 
 class _Linear(torch.autograd.Function):
@@ -25,26 +26,32 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return _product(x.flatten(0, -2), weight, bias)  # of rows: of more dimensions it is a view, which nobody may write to
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        grad = grads[0].contiguous()
-        rows = grad.flatten(0, -2)
-        dx = _Linear.apply(grad, weight.t(), None) if needs_x else None
+        rows = grads[0].contiguous()
+        dx = _Linear.apply(rows, weight.t(), None).view(x.shape) if needs_x else None
         dweight = _Linear.apply(rows.t(), x.flatten(0, -2).t(), None) if needs_weight else None
         return dx, dweight, rows.sum(0) if needs_bias else None
 
 
-def why_not(x: Tensor, weight: Tensor) -> str | None:
+def why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
     """Why ``linear`` cannot take these tensors, or should not; ``None`` if it can."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return f"{x.dtype} on {x.device}: float32 on CPU only"
-    if not eager(x, weight):
+    dense = weight.layout == torch.strided and weight.ndim == 2 and weight.device == x.device and weight.is_contiguous()
+    if not dense or x.ndim < 2 or x.shape[-1] != weight.shape[1]:
+        return f"the weight must be contiguous [O, I] on CPU, x [..., I]; got {list(weight.shape)} and {list(x.shape)}"
+    if bias is not None and not (
+        bias.dtype == torch.float32 and bias.device == x.device and bias.shape == weight.shape[:1] and bias.is_contiguous()
+    ):
+        return f"the bias must be contiguous float32 [{len(weight)}]"
+    if not eager(x, weight, bias):
         return "a compiler, mode, transform or tensor subclass chooses its own product"
-    if x.ndim < 2 or x.numel() == 0:
+    if x.numel() == 0 or weight.numel() == 0:
         return f"nothing to gain for shape {list(x.shape)}"
     if not (torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return "this PyTorch has no oneDNN, or it is switched off"
@@ -56,6 +63,6 @@ def why_not(x: Tensor, weight: Tensor) -> str | None:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None = None) -> Tensor:
     """The formula of the module's docstring; ``gelu`` is None, "none" (exact) or "tanh", as in ``torch.nn.functional.gelu``."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        y = _Linear.apply(x, weight, bias)
+        y = _Linear.apply(x, weight, bias).view(*x.shape[:-1], len(weight))
         return nn.functional.gelu(y, approximate=gelu) if gelu else y
     return _product(x, weight, bias, gelu)
