@@ -49,7 +49,8 @@ _forced: ContextVar[str | None] = ContextVar("convit_backend", default=None)
 class _Traced(threading.local):
     """What ``_forced`` holds, where a compiler can read it and guard on it; of the thread, not of the task."""
 
-    forced: str | None = None
+    def __init__(self) -> None:  # once per thread: a default of the class would not be guarded
+        self.forced: str | None = None
 
 
 _traced = _Traced()
@@ -94,6 +95,12 @@ def _module(name: str, framework: str) -> ModuleType | str:
     home = FRAMEWORK_MODULES.get((framework, name), MODULES[name])
     _load(home)
     return _loaded[home]
+
+
+def load(*names: str) -> None:
+    """Import the modules of these backends of torch now: while a compiler traces it is too late for more than one."""
+    for name in names:
+        _load(MODULES[name])
 
 
 def _load(home: str) -> bool:

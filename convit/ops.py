@@ -1,16 +1,22 @@
-"""``convit.gpsa`` for torch tensors: check the arguments, choose a backend, call it. Beside it, the plain attention and linear layers."""
+"""``convit.gpsa`` for torch tensors: check the arguments, choose a backend, call it. Beside it, the plain attention and linear layers.
+
+Importing this module registers the operator ``convit::gpsa``: do so before loading a program that was saved by ``torch.export`` or
+``torch.jit``.
+"""
 
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from convit.dispatch import Problem, choose, forced_backend, runnable
+from convit.dispatch import Problem, choose, forced_backend, load, runnable
 from convit.kernels.eager import autocast_dtype, bare, eager
 from convit.kernels.gpsa import any_sdpa, reference
 from convit.kernels.linear import cpu_onednn
 
 Grid: TypeAlias = tuple[int, int]
+
+load("reference", "sdpa", "cpp")  # with them comes the operator that saved programs ask for
 
 
 def gpsa(

@@ -57,11 +57,13 @@ def exporting() -> bool:
     return told
 
 
+@torch.compiler.assume_constant_result  # of the call being traced; the compiler guards on the transforms by itself
 def transformed() -> bool:
     """Whether the call stands inside ``torch.func``: grad, vjp, jvp, vmap and what is made of them."""
     return bool(_transforms()) if _transforms is not None else False
 
 
+@torch.compiler.assume_constant_result
 def tangents() -> bool:
     """Whether the call may carry tangents of forward-mode differentiation."""
     return getattr(forward_ad, "_current_level", 0) >= 0

@@ -42,7 +42,7 @@ class _SecondDerivative(torch.autograd.Function):
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0) -> Tensor:
     """The framework's ``scaled_dot_product_attention``, with every derivative."""
-    if not torch.compiler.is_compiling() and (tangents() or transformed()):
+    if tangents() or transformed():
         return plain_attention(q, k, v, scale, dropout_p)
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     if not out.requires_grad or dropout_p > 0 or not eager(q, k, v):

@@ -203,13 +203,12 @@ def gpsa(
     """Run the operator on arguments that ``convit.gpsa`` checked and a ``why_not`` accepted. Returns [B, H, N, D]."""
     inputs = q, k, v, pos_weight.float().contiguous(), gating.float().contiguous()
     out: Tensor
-    if torch.compiler.is_compiling():
-        out = torch.ops.convit.gpsa(*inputs, *grid, scale)[0]
-    elif tangents():
+    compiling = torch.compiler.is_compiling()
+    if tangents() or (compiling and transformed()):
         out = _definition(q, k, v, pos_weight, gating, grid, scale)
-    elif transformed():
+    elif not compiling and transformed():
         out = _Transformed.apply(*inputs, *grid, scale)[0]
-    elif not _short(*inputs):
+    elif compiling or not _short(*inputs):
         out = torch.ops.convit.gpsa(*inputs, *grid, scale)[0]
     elif torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         out = _Eager.apply(*inputs, *grid, scale)
