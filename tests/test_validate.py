@@ -77,7 +77,7 @@ def by_hand(model, root, keys):
 @pytest.mark.parametrize("name", ["timm.pth", "fair.pth", "ours.safetensors", "mindcv.ckpt"])
 def test_every_kind_of_checkpoint_validates(folder, weights, name):
     model, root = weights
-    result = validate(recipe(folder, ckpt_path=str(root / name)), progress=False)
+    result = validate(recipe(folder, ckpt_path=str(root / name)), progress=False, precision="float32")
     top1, loss = by_hand(model, folder, recipe(folder))
     assert result["samples"] == 15 and result["top5"] == 100.0 and result["bad_images"] == []
     assert result["top1"] == pytest.approx(top1, abs=1e-9)
@@ -91,7 +91,7 @@ def test_the_result_is_reproducible_to_the_digit(folder, weights, capsys):
     for workers in ("0", "1"):
         assert cli.main([*words, "--num_parallel_workers", workers]) == 0
         results.append(json.loads(capsys.readouterr().out))
-    assert set(results[0]) == {"model", "checkpoint", "samples", "top1", "top5", "loss", "images_per_second", "bad_images"}
+    assert set(results[0]) == {"model", "checkpoint", "samples", "top1", "top5", "loss", "precision", "images_per_second", "bad_images"}
     for result in results:
         assert result.pop("images_per_second") > 0
     assert results[0] == results[1]
@@ -102,7 +102,7 @@ def test_processes_add_up(folder, weights):
     parts = [EvalData(recipe(folder), World(rank, 3), torch.device("cpu")) for rank in range(3)]
     assert sorted(i for part in parts for i in part.chosen) == list(range(15))
     scores = [evaluate(weights[0], part, World(), torch.device("cpu")) for part in parts]
-    whole = validate(recipe(folder, ckpt_path=str(weights[1] / "timm.pth")), progress=False)
+    whole = validate(recipe(folder, ckpt_path=str(weights[1] / "timm.pth")), progress=False, precision="float32")
     assert sum(s.loss * s.samples for s in scores) / 15 == pytest.approx(whole["loss"], rel=1e-6)
 
 
@@ -141,12 +141,25 @@ def digits(tmp_path_factory):
 @pytest.mark.parametrize("name", ["best.pth", "last.pth"])
 def test_a_run_validates_without_its_recipe(digits, capsys, name):
     """The recipe is in the checkpoint; the scores are those of the log, of the moving average."""
-    assert cli.main(["validate", "--ckpt_path", str(digits.output / name), "--json"]) == 0
+    words = ["validate", "--ckpt_path", str(digits.output / name), "--json", "--precision"]
+    assert cli.main([*words, "float32"]) == 0
     result = json.loads(capsys.readouterr().out)
     log = [json.loads(line) for line in (digits.output / "log.jsonl").read_text().splitlines()]
     epochs = {record["epoch"]: record for record in log if record["kind"] == "epoch"}
     record = epochs[digits.best_epoch if name == "best.pth" else 1]
-    assert (result["top1"], result["loss"], result["samples"]) == (record["top1"], record["val_loss"], 360)
+    assert (result["top1"], result["samples"], result["precision"]) == (record["top1"], 360, "float32")
+    assert result["loss"] == pytest.approx(record["val_loss"], rel=1e-6)
+    assert cli.main([*words, "bfloat16"]) == 0
+    narrow = json.loads(capsys.readouterr().out)
+    assert narrow["precision"] == "bfloat16" and abs(narrow["top1"] - result["top1"]) <= 0.3
+
+
+def test_precision_where_it_has_no_say(digits, capsys):
+    words = ["validate", "--precision", "bfloat16"]
+    recorded = ["--ckpt_path", str(digits.output / "best.pth"), "--amp_level", "O2"]
+    for more, reason in ((recorded, "it sets amp_level"), (["--framework", "mindspore"], "is of PyTorch on CPU")):
+        assert cli.main([*words, *more]) != 0
+        assert reason in capsys.readouterr().err
 
 
 def test_infer_names_the_digits(digits, tmp_path, capsys):
@@ -156,7 +169,7 @@ def test_infer_names_the_digits(digits, tmp_path, capsys):
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
     words = ["--ckpt_path", str(digits.output / "best.pth"), "--json", "--topk", "10", "--crop_pct", "1.0"]
-    assert cli.main(["infer", str(tmp_path), *words]) == 0
+    assert cli.main(["infer", str(tmp_path), *words, "--precision", "float32"]) == 0
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [result["image"][-5:] for result in results] == ["0.png", "1.png", "2.png"]
     recipe = load_recipe("digits", {"depth": 2, "local_up_to_layer": 1, "ckpt_path": str(digits.output / "best.pth")})

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from convit.cli.validate import engine, evaluation_recipe
+from convit.cli.validate import add_precision, engine, evaluation_recipe, precision
 from convit.engine.recipe import add_recipe_arguments
 
 
@@ -13,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes to show [5]")
     parser.add_argument("--json", action="store_true", help="print one JSON object per image")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    add_precision(parser)
     add_recipe_arguments(parser)
 
 
@@ -20,8 +21,10 @@ def run(args: argparse.Namespace) -> int | None:
     if args.topk < 1:
         raise ValueError(f"--topk must be at least 1, got {args.topk}")
     recipe = evaluation_recipe(args)
-    failed = 0
-    results = engine(recipe.framework, "infer").infer(recipe, args.images, args.topk, progress=not args.quiet and sys.stderr.isatty())
+    failed, options = 0, precision(args, recipe)
+    results = engine(recipe.framework, "infer").infer(
+        recipe, args.images, args.topk, progress=not args.quiet and sys.stderr.isatty(), **options
+    )
     for result in results:
         if "error" in result:
             failed += 1

@@ -13,6 +13,7 @@ from convit.engine.world import find_world
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    add_precision(parser)
     add_recipe_arguments(parser)
 
 
@@ -21,7 +22,8 @@ def run(args: argparse.Namespace) -> int | None:
     if args.print_config:
         print(dump_recipe(recipe), end="")
         return None
-    result = engine(recipe.framework, "validate").validate(recipe, progress=not args.quiet and sys.stderr.isatty())
+    options = precision(args, recipe)
+    result = engine(recipe.framework, "validate").validate(recipe, progress=not args.quiet and sys.stderr.isatty(), **options)
     if find_world().rank:
         return None
     if args.json:
@@ -31,10 +33,29 @@ def run(args: argparse.Namespace) -> int | None:
     print(
         f"top-1 {result['top1']:.3f} %   top-5 {result['top5']:.3f} %   "
         f"loss {result['loss']:.5f}   {result['images_per_second']:.1f} images/s"
+        + (f", {result['precision']}" if "precision" in result else "")
     )
     if result["bad_images"]:
         print(f"left out {len(result['bad_images'])} unreadable images: {', '.join(result['bad_images'][:10])}", file=sys.stderr)
     return None
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of convit.optimize, through which PyTorch models run on CPU; auto: bfloat16 where the chip multiplies it [auto]",
+    )
+
+
+def precision(args: argparse.Namespace, recipe: Recipe) -> dict[str, str]:
+    """The argument of the engines that have one."""
+    if recipe.framework == "pytorch":
+        return {"precision": args.precision}
+    if args.precision != "auto":
+        raise ValueError(f"--precision is of PyTorch on CPU, the framework is {recipe.framework}")
+    return {}
 
 
 def engine(framework: str, module: str) -> Any:

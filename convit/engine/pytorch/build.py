@@ -50,6 +50,23 @@ def amp_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported() else torch.float16
 
 
+def fastest(model: nn.Module, recipe: Recipe, device: torch.device, precision: str) -> nn.Module:
+    """On CPU the model's ``convit.optimize`` in ``precision`` ("auto", "float32" or "bfloat16"); ``model`` itself on another device, or
+    where the recipe's ``amp_level`` or ``compile`` say how it is to run.
+
+    Raises:
+        ValueError: A precision is asked for where it has no say.
+    """
+    import convit
+
+    said = "device" if device.type != "cpu" else "amp_level" if recipe.amp_level != "O0" else "compile" if recipe.compile else None
+    if said is None:
+        return convit.optimize(model, None if precision == "auto" else precision)
+    if precision != "auto":
+        raise ValueError(f"precision {precision} is of inference on CPU, where the recipe does not choose otherwise: it sets {said}")
+    return model
+
+
 def build_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """timm's optimiser, with its groups for weight decay and layer decay."""
     from timm.optim import create_optimizer_v2

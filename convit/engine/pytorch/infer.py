@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from convit.engine.images import classify, find_images, need_weights
-from convit.engine.pytorch.build import build_model
+from convit.engine.pytorch.build import build_model, fastest
 from convit.engine.pytorch.checkpoint import facts_of
 from convit.engine.pytorch.data import eval_transform
 from convit.engine.pytorch.distributed import choose_device
@@ -17,8 +17,8 @@ from convit.engine.trained import class_names
 from convit.engine.world import World
 
 
-def infer(recipe: Recipe, images: list[str], topk: int = 5, progress: bool = False) -> Iterator[dict[str, Any]]:
-    """Yield, per image, {image, classes: [{index, name, probability}, ...]} or {image, error}.
+def infer(recipe: Recipe, images: list[str], topk: int = 5, progress: bool = False, precision: str = "auto") -> Iterator[dict[str, Any]]:
+    """Yield, per image, {image, classes: [{index, name, probability}, ...]} or {image, error}; ``precision`` as in ``build.fastest``.
 
     Raises:
         ValueError: Neither a checkpoint nor published weights are chosen, or they do not fit the model.
@@ -29,7 +29,7 @@ def infer(recipe: Recipe, images: list[str], topk: int = 5, progress: bool = Fal
     recorded = list(facts_of(recipe.ckpt_path).get("classes", [])) if recipe.ckpt_path else []
     num_classes = recipe.num_classes or len(recorded) or 1000
     device = choose_device(recipe.device, World())
-    model = build_model(recipe, num_classes).to(device).eval()
+    model = fastest(build_model(recipe, num_classes).to(device).eval(), recipe, device, precision)
     transform = eval_transform(recipe)
 
     def predict(image: Image.Image) -> np.ndarray:

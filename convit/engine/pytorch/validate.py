@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from convit.engine.images import BadImage
-from convit.engine.pytorch.build import amp_dtype, build_model
+from convit.engine.pytorch.build import amp_dtype, build_model, fastest
 from convit.engine.pytorch.checkpoint import facts_of
 from convit.engine.pytorch.data import EvalData
 from convit.engine.pytorch.distributed import choose_device, gathered, start, total
@@ -75,11 +75,11 @@ def evaluate(
     return Scores(int(count), 100 * top1 / count, 100 * top5 / count, loss / count, count / seconds, bad)
 
 
-def validate(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
-    """Measure the model and checkpoint of ``recipe`` on its validation split.
+def validate(recipe: Recipe, progress: bool = True, precision: str = "auto") -> dict[str, Any]:
+    """Measure the model and checkpoint of ``recipe`` on its validation split; ``precision`` as in ``build.fastest``.
 
     Returns:
-        model, checkpoint, samples, top1 and top5 (percent), loss (mean cross entropy), images_per_second, bad_images (names).
+        model, checkpoint, samples, top1 and top5 (percent), loss (mean cross entropy), precision, images_per_second, bad_images (names).
 
     Raises:
         ValueError: Model, checkpoint and data do not fit together.
@@ -98,7 +98,9 @@ def validate(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
             model = model.to(memory_format=torch.channels_last)
         if recipe.compile:
             model.compile()
-        scores = evaluate(model, data, world, device, amp_dtype(recipe, device), progress and world.rank == 0)
+        dtype = amp_dtype(recipe, device)
+        model = fastest(model, recipe, device, precision)
+        scores = evaluate(model, data, world, device, dtype, progress and world.rank == 0)
     finally:
         if data:
             data.close()
@@ -111,6 +113,7 @@ def validate(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
         "top1": scores.top1,
         "top5": scores.top5,
         "loss": scores.loss,
+        "precision": str(getattr(model, "dtype", dtype or torch.float32)).removeprefix("torch."),
         "images_per_second": round(scores.images_per_second, 2),
         "bad_images": [image.name for image in scores.bad],
     }
