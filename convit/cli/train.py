@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from convit.cli.validate import engine
-from convit.engine.recipe import Recipe, add_recipe_arguments, dump_recipe, load_recipe, recipe_overrides
+from convit.engine.recipe import Recipe, add_recipe_arguments, dump_recipe, load_recipe, recipe_from, recipe_overrides
 from convit.engine.run import Interrupted
 
 
@@ -59,8 +59,15 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     output = args.resume or args.output or overrides.get("ckpt_save_dir")
     config = args.config
     if config is None:
-        saved = Path(output, "recipe.yaml") if output and args.resume is not None else None
-        config = saved if saved and saved.exists() else "digits"
+        folder = Path(output) if output and args.resume is not None else None
+        states = {kind: folder / f"last.{suffix}" for kind, suffix in (("pytorch", "pth"), ("mindspore", "ckpt"))} if folder else {}
+        if folder and (folder / "recipe.yaml").exists():
+            config = folder / "recipe.yaml"
+        elif found := next((kind for kind, last in states.items() if last.exists()), None):
+            facts = engine(found, "checkpoint").facts_of(str(states[found]))
+            return recipe_from({**facts.get("recipe", {}), **overrides, "ckpt_save_dir": output}, source=str(states[found]))
+        else:
+            config = "digits"
     return load_recipe(config, overrides | ({"ckpt_save_dir": output} if output else {}))
 
 

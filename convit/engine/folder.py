@@ -3,12 +3,19 @@
 import dataclasses
 import json
 import os
+import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from convit.weights.files import replacing
+from convit.weights.files import BadFile, parse_json, partials, read_text, replacing
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -45,6 +52,151 @@ class Progress:
     kept: list[list[Any]] = dataclasses.field(default_factory=list)  # [file name, top-1] of the checkpoints kept beside last and best
 
 
+class Folder:
+    """A run's folder: one holder at a time, a list of what the run has written, and nothing else in it ever removed or replaced.
+
+    The lock is the system's, on the folder itself: it ends with the process that holds it, however that ends. ``run.json`` lists the files
+    of the run and says who works on it.
+    """
+
+    def __init__(self, path: Path, last: str, resume: bool, overwrite: bool) -> None:
+        """Take the folder for a run whose state is in the file ``last``.
+
+        Raises:
+            FileExistsError: It holds files that the run would replace, and ``overwrite`` is not set; or a run, and neither is ``resume``.
+            BlockingIOError: Another process works in it; the message says which.
+            OSError: It cannot be made.
+        """
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = _hold(path)
+        try:
+            self._take(last, resume, overwrite)
+        except BaseException:
+            self.release()
+            raise
+
+    def _take(self, last: str, resume: bool, overwrite: bool) -> None:
+        listed, saved = _manifest(self.path)
+        found = {entry.name for entry in self.path.iterdir() if _OURS.fullmatch(entry.name)}
+        resumed = resume and last in found
+        if overwrite and not resumed:
+            for name in found:
+                (self.path / name).unlink()
+            found, listed, saved = set(), set(), False
+        elif resumed and not listed:  # of a version that kept no list, or copied without it
+            listed = set(found)
+        strange = sorted(found - listed, key=_natural) if resume else sorted(found, key=_natural)
+        if last in found and not resume:
+            raise FileExistsError(f"{self.path} already holds a run: --resume continues it, --overwrite starts over")
+        if strange or (found and saved and not resumed):
+            what = ", ".join((strange or sorted(found, key=_natural))[:8])
+            why = "which this run did not write" if resumed else f"but no {last} to go on from"
+            raise FileExistsError(
+                f"{self.path} holds {what}, {why}: nothing there is replaced. Move them away, choose another folder, "
+                "or start over with --overwrite, which deletes them"
+            )
+        for partial in partials(self.path):  # of a run that was killed while it wrote: whoever holds the lock is alone
+            if _OURS.fullmatch(partial.name[1:].split(".partial")[0].rpartition(".")[0]):
+                partial.unlink()
+        self.files, self.saved = listed & found, saved or resumed
+        self._write()
+
+    def claim(self, name: str) -> Path:
+        """The path of one of the run's files, to be written or replaced now.
+
+        Raises:
+            FileExistsError: Something has been put there that the run did not write.
+        """
+        if name not in self.files:
+            if (self.path / name).exists():
+                raise FileExistsError(f"{self.path / name} is not of this run: move it away and go on with --resume")
+            self.files.add(name)  # before it is there, so that a kill leaves no file that nobody owns
+            self._write()
+        return self.path / name
+
+    def drop(self, name: str) -> None:
+        """Remove one of the run's files."""
+        if name in self.files:
+            (self.path / name).unlink(missing_ok=True)
+            self.files.discard(name)
+
+    def resumable(self) -> None:
+        """Note that there is something to go on from now."""
+        if not self.saved:
+            self.saved = True
+            self._write()
+
+    def release(self) -> None:
+        if self._lock is not None:
+            _held.discard(self._lock)
+            os.close(self._lock)
+            self._lock = None
+
+    def _write(self) -> None:
+        manifest = {"files": sorted(self.files, key=_natural), "resumable": self.saved}
+        manifest |= {"process": os.getpid(), "host": socket.gethostname()}
+        with writing(self.path / MANIFEST) as file:
+            file.write((json.dumps(manifest, indent=1) + "\n").encode())
+
+
+MANIFEST = "run.json"
+_OURS = re.compile(r"(last|best|epoch_\d+)\.(pth|ckpt)|log\.jsonl|recipe\.yaml")
+_held: set[int] = set()  # the locks of this process
+
+
+def _natural(name: str) -> tuple[str, int]:
+    digits = "".join(filter(str.isdigit, name))
+    return re.sub(r"\d+", "", name), int(digits or 0)
+
+
+def _manifest(folder: Path) -> tuple[set[str], bool]:
+    """The files that the list of a folder names, and whether the run had anything to go on from."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return set(), False
+    found = parse_json(path, read_text(path, 1 << 20), "the list of the run's files,")
+    names = found.get("files") if isinstance(found, dict) else None
+    if not isinstance(names, list):
+        raise BadFile(path, "is no list of a run's files: it must be an object with files")
+    return {name for name in names if isinstance(name, str) and _OURS.fullmatch(name)}, found.get("resumable") is True
+
+
+def _hold(folder: Path) -> int | None:
+    """Lock a folder; None where the system has no such locks (Windows, some network file systems)."""
+    if fcntl is None:
+        return None
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise BlockingIOError(f"{folder} is in use by {_holder(folder)}: wait until it has ended, or choose another folder") from None
+    except OSError:
+        os.close(lock)
+        return None
+    _held.add(lock)
+    return lock
+
+
+def _holder(folder: Path) -> str:
+    try:
+        found = json.loads(read_text(folder / MANIFEST, 1 << 20))
+        return f"another run, process {int(found['process'])} on {str(found['host'])[:80]}"
+    except (OSError, ValueError, KeyError, TypeError):  # it has only just begun
+        return "another run"
+
+
+def _let_go_in_child() -> None:
+    """A forked data worker must not hold the folder of a run that was killed."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)
+
+
 class Log:
     """``log.jsonl``: one record per line, flushed and synced with each epoch."""
 
@@ -73,16 +225,25 @@ class Log:
 
 
 def _is_past(line: bytes, progress: Progress) -> bool:
+    """Whether a resumed run will not write this line again; one that is no record of a run is kept as it is."""
     try:
         record = json.loads(line)
-    except ValueError:  # the line that a kill cut short
-        return False
-    if record.get("kind") == "step":
-        return bool(record["update"] <= progress.updates)
-    return bool(record.get("epoch", -1) < progress.epoch)
+    except (ValueError, RecursionError):
+        return line.endswith(b"\n")  # else it is the line that a kill cut short
+    if isinstance(record, dict) and record.get("kind") == "step":
+        return not isinstance(record.get("update"), int) or bool(record["update"] <= progress.updates)
+    if isinstance(record, dict) and record.get("kind") == "epoch":
+        return not isinstance(record.get("epoch"), int) or bool(record["epoch"] < progress.epoch)
+    return line.endswith(b"\n")
 
 
 def last_epoch(path: Path) -> dict[str, Any]:
-    """The last epoch record of a log: what a run that was complete already gives."""
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return next((record for record in reversed(records) if record["kind"] == "epoch"), {})
+    """The last epoch record of a log: what a run that was complete already gives. Lines that are no records are passed over."""
+    for line in reversed(path.read_bytes().splitlines() if path.exists() else []):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and record.get("kind") == "epoch":
+            return record
+    return {}

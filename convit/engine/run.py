@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from convit.engine.folder import Log, Progress, last_epoch, writing
+from convit.engine.folder import Folder, Log, Progress, last_epoch, writing
 from convit.engine.recipe import FIELDS, FREE, Recipe, changed_keys, dump_recipe
 from convit.engine.world import World, find_world
 
@@ -100,6 +100,7 @@ class Run(ABC):
         self.recipe, self.output, self.resume, self.overwrite, self.show = recipe, output, resume, overwrite, progress
         self.last = output / f"last{self.suffix}"
         self.progress, self.history = Progress(), list[dict[str, Any]]()
+        self.folder: Folder | None = None
         self.log: Log | None = None
         self.boards: _Boards | None = None
         self.bar = _Bar(False, 0, 0)
@@ -194,23 +195,27 @@ class Run(ABC):
         self.world = World() if recipe.distribute is False else find_world()
         if recipe.distribute and self.world.size == 1:
             logger.info("distribute is set, but one process was started: torchrun, mpirun, srun or msrun start more")
-        if self.last.exists() and not (self.resume or self.overwrite):
-            raise FileExistsError(f"{output} already holds a run: --resume continues it, --overwrite starts over")
+        refusal: Exception | None = None
+        if self.chief:
+            try:
+                self.folder = Folder(output, self.last.name, self.resume, self.overwrite)
+            except (OSError, ValueError) as error:
+                refusal = error
+            if refusal and self.world.size == 1:
+                raise refusal
         self.join()
+        if self.total([float(refusal is not None)])[0]:
+            raise refusal or FileExistsError(f"{output} cannot be used: see what the first process says")
         saved = self.load(self.last) if self.resume and self.last.exists() else None
         self.plan = self.build()
         if saved:
             self._resume(saved)
         elif self.resume:
             self.say(f"nothing to resume in {output}: starting")
-        if self.chief:
-            output.mkdir(parents=True, exist_ok=True)
-            if not saved:
-                for old in [*output.glob(f"epoch_*{self.suffix}"), output / f"best{self.suffix}", output / "log.jsonl", self.last]:
-                    old.unlink(missing_ok=True)
-            with writing(output / "recipe.yaml") as file:
+        if self.folder:
+            with writing(self.folder.claim("recipe.yaml")) as file:
                 file.write(dump_recipe(recipe).encode())
-            self.log = Log(output / "log.jsonl", self.progress)
+            self.log = Log(self.folder.claim("log.jsonl"), self.progress)
             self.boards = _Boards(recipe, output, self.progress.epoch)
         self.bar = _Bar(self.show and self.chief, recipe.epoch_size * self.plan.steps, self.progress.updates)
         several = f"{self.world.size} processes ({self.world.launcher}{', FSDP' if self.sharded else ''})"
@@ -222,12 +227,24 @@ class Run(ABC):
         )
 
     def _resume(self, saved: dict[str, Any]) -> None:
+        missing = [name for name in ("recipe", "progress", "global_batch") if name not in saved]
+        if missing or not isinstance(saved["recipe"], dict) or not isinstance(saved["progress"], dict):
+            raise ValueError(f"{self.last} is no state of a run: it has no {' and no '.join(missing) or 'recipe or progress'}")
         old = Recipe(**{name: value for name, value in (self.before | saved["recipe"]).items() if name in FIELDS})
+        if old.opt != self.recipe.opt:
+            raise ValueError(
+                f"{self.last} has the state of opt {old.opt!r}, and {self.recipe.opt!r} cannot go on from it: resume with --opt {old.opt}, "
+                f"or start a new run from the weights with --ckpt_path {self.last}"
+            )
         changed = {name: pair for name, pair in changed_keys(old, self.recipe).items() if name not in FREE}
         if changed:
             keys = ", ".join(f"{name} {before!r} -> {after!r}" for name, (before, after) in changed.items())
             self.say(f"resuming with other keys: {keys}")
-        at = self.progress = Progress(**saved["progress"])
+        try:
+            at = self.progress = Progress(**saved["progress"])
+        except TypeError as error:
+            raise ValueError(f"{self.last} is no state of a run: {error}") from None
+        self._compare(saved)
         if at.step and (self.whole_epochs or saved["global_batch"] != self.plan.global_batch):
             raise ValueError(
                 f"{self.last} stands inside an epoch with a global batch of {saved['global_batch']}, and this run has "
@@ -243,6 +260,20 @@ class Run(ABC):
     def rate(self) -> float:
         """The learning rate of the step at ``progress``."""
         return self.plan.rates[min(self.progress.epoch * self.plan.steps + self.progress.step, len(self.plan.rates) - 1)]
+
+    def _compare(self, saved: dict[str, Any]) -> None:
+        """Say what else is not as it was when the run stopped."""
+        classes, processes, samples = (saved.get(name) for name in ("classes", "processes", "samples"))
+        if isinstance(classes, list) and classes != list(self.plan.classes):
+            gone, new = ([one for one in a if one not in b] for a, b in ((classes, self.plan.classes), (self.plan.classes, classes)))
+            raise ValueError(
+                f"{self.last} was trained on other classes than the data has now: {len(classes)} and {len(self.plan.classes)}; "
+                f"gone: {', '.join(map(str, gone[:5])) or 'none'}; new: {', '.join(new[:5]) or 'none'}"
+            )
+        if samples not in (None, self.plan.samples):
+            self.say(f"the training data has {self.plan.samples} samples, and had {samples}: from here their order is another one")
+        if processes not in (None, self.world.size):
+            self.say(f"{processes} process(es) trained so far, {self.world.size} from here: the same images in each step, sums rounded otherwise")
 
     # --- loop ---
 
@@ -267,7 +298,11 @@ class Run(ABC):
                 self.log.close()
             if self.boards:
                 self.boards.close()
-            self.leave()
+            try:
+                self.leave()
+            finally:
+                if self.folder:
+                    self.folder.release()
 
     def finished(self) -> Any:
         """The model of the result."""
@@ -367,8 +402,9 @@ class Run(ABC):
         # a state that is about to diverge does not take the place of a good one
         if math.isfinite(record.get("val_loss", 0.0)) and not at.skipped_in_row:
             self.save_last()
-            for name in dropped if self.chief else ():
-                (self.output / name).unlink(missing_ok=True)
+            if self.folder:
+                for name in dropped:
+                    self.folder.drop(name)
 
     def _keep(self, record: dict[str, Any]) -> list[str]:
         """Write best.* and epoch_N.* where they are due; the names of those that are no longer kept."""
@@ -381,8 +417,9 @@ class Run(ABC):
             return []
         name = f"epoch_{at.epoch + 1}{self.suffix}"
         tensors, facts = self.weights(), self._facts() | {"epoch": at.epoch, "top1": record.get("top1", math.nan)}
-        for file in [f"best{self.suffix}"] * better + [name] * keep if self.chief else ():
-            self.save(self.output / file, tensors, facts)
+        if self.folder:
+            for file in [f"best{self.suffix}"] * better + [name] * keep:
+                self.save(self.folder.claim(file), tensors, facts)
         if not keep:
             return []
         at.kept = [one for one in at.kept if one[0] != name] + [[name, record.get("top1", -1.0)]]
@@ -394,9 +431,11 @@ class Run(ABC):
 
     def save_last(self) -> None:
         tensors = self.state()
-        if self.chief:
+        if self.folder:
             more = {"progress": dataclasses.asdict(self.progress), "global_batch": self.plan.global_batch}
-            self.save(self.last, tensors, self._facts() | more)
+            more |= {"processes": self.world.size, "samples": self.plan.samples}
+            self.save(self.folder.claim(self.last.name), tensors, self._facts() | more)
+            self.folder.resumable()
 
     def _facts(self) -> dict[str, Any]:
         return {"recipe": dataclasses.asdict(self.recipe), "classes": list(self.plan.classes)}

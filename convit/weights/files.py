@@ -55,7 +55,7 @@ _SAFETENSORS: dict[str, np.dtype] = {
     "BOOL": np.dtype("?"),
 }
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS.items()}
-_PARTIAL = re.compile(r"\.\d+-[0-9a-f]{8}\.partial(\.\w+)?$")
+_PARTIAL = re.compile(r"\.\d+-[0-9a-f]{8}\.partial(\.\w+)*$")
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
 
 

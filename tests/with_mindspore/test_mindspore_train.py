@@ -56,7 +56,7 @@ def finished(folder, tmp_path_factory):
 def test_mindcvs_recipe_trains(finished):
     """Two epochs under graph mode and O2 with mixup, cutmix and random erasing; every file of a run is there."""
     names = {path.name for path in finished.output.iterdir()}
-    assert names == {"best.ckpt", "last.ckpt", "epoch_1.ckpt", "epoch_2.ckpt", "log.jsonl", "recipe.yaml"}
+    assert names == {"best.ckpt", "last.ckpt", "epoch_1.ckpt", "epoch_2.ckpt", "log.jsonl", "recipe.yaml", "run.json"}
     epochs = records(finished.output, "epoch")
     assert [record["epoch"] for record in epochs] == [0, 1] and len(records(finished.output, "step")) == 8
     assert all(np.isfinite(record["train_loss"]) for record in epochs)
