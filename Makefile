@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: mutate demo test test-torch test-mindspore sanitize ascend-check aot dev check bench clean
+.PHONY: fuzz mutate demo test test-torch test-mindspore sanitize ascend-check aot dev check bench clean
 
 demo: .venv/ready
 	$(BIN)/convit demo
@@ -28,6 +28,11 @@ test-mindspore: .venv-mindspore/ready
 # the C++ core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 sanitize:
 	bash tests/csrc/sanitize.sh
+
+# everything that reads what strangers write, fuzzed: SECONDS a target (60), TARGET for one of them; findings in build/fuzz
+fuzz: .venv/ready
+	$(BIN)/pip install -q atheris || echo "atheris does not install here: hypothesis draws the inputs, unguided"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(TARGET) --seconds $(or $(SECONDS),60)
 
 # small mistakes planted in a copy of the tree, to see which the tests do not notice; MUTATE takes options, such as MUTATE="--count 300"
 mutate: .venv/ready

@@ -273,7 +273,7 @@ class Run(ABC):
         if samples not in (None, self.plan.samples):
             self.say(f"the training data has {self.plan.samples} samples, and had {samples}: from here their order is another one")
         if processes not in (None, self.world.size):
-            self.say(f"{processes} process(es) trained so far, {self.world.size} from here: the same images in each step, sums rounded otherwise")
+            self.say(f"{processes} process(es) trained so far, {self.world.size} from here: the same images a step, other rounding")
 
     # --- loop ---
 
