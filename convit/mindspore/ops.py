@@ -6,12 +6,15 @@ In graph mode the checks and the choice run once, while the graph is compiled, o
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any, TypeAlias
 
 import mindspore as ms
 from mindspore import Tensor, ops
 
 from convit.dispatch import Problem, choose, forced_backend, order, why_not
 from convit.kernels.gpsa import any_blocks, ascend_flash, cpu_aot
+
+Kernel: TypeAlias = Callable[..., Tensor]
 
 # backends that have plain attention, too
 _ATTENTION = {"aot": cpu_aot, "flash": ascend_flash, "blocks": any_blocks}
@@ -22,7 +25,7 @@ def device_target() -> str:
     return str(ms.get_context("device_target")).lower()
 
 
-def _chosen(shapes: tuple, dtypes: tuple, grid: tuple, dropout_p: float, backend: str | None) -> ModuleType:
+def _chosen(shapes: tuple[Any, ...], dtypes: tuple[Any, ...], grid: tuple[Any, ...], dropout_p: float, backend: str | None) -> ModuleType:
     batch, heads, tokens, head_dim = check(shapes, dtypes, grid, dropout_p)
     dtype = str(dtypes[0]).lower()
     problem = Problem("mindspore", device_target(), dtype, batch, heads, tokens, head_dim, tuple(grid), dropout_p)
@@ -32,20 +35,21 @@ def _chosen(shapes: tuple, dtypes: tuple, grid: tuple, dropout_p: float, backend
 # What a constexpr returns while a graph is compiled, a function here, becomes part of the graph. The choice depends on more than
 # the arguments (use_backend, CONVIT_BACKEND, device_target), so no result is reused.
 @ms.constexpr(reuse_result=False)
-def _kernel(shapes: tuple, dtypes: tuple, grid: tuple, dropout_p: float, backend: str | None) -> Callable:
+def _kernel(shapes: tuple[Any, ...], dtypes: tuple[Any, ...], grid: tuple[Any, ...], dropout_p: float, backend: str | None) -> Kernel:
     """The chosen backend's function for q, k, v of [B, H, N, D]."""
-    return _chosen(shapes, dtypes, grid, dropout_p, backend).gpsa
+    function: Kernel = _chosen(shapes, dtypes, grid, dropout_p, backend).gpsa
+    return function
 
 
 @ms.constexpr(reuse_result=False)
-def _packed_kernel(shapes: tuple, dtypes: tuple, grid: tuple, dropout_p: float) -> Callable:
+def _packed_kernel(shapes: tuple[Any, ...], dtypes: tuple[Any, ...], grid: tuple[Any, ...], dropout_p: float) -> Kernel:
     """The chosen backend's function for q, k, v in one [B, N, 3, H, D]."""
     kernel = _chosen(shapes, dtypes, grid, dropout_p, None)
     return getattr(kernel, "gpsa_packed", None) or _unpacked(kernel.gpsa)
 
 
-def _unpacked(kernel: Callable) -> Callable:
-    def gpsa_packed(qkv, pos_weight, gating, grid, scale, dropout_p):
+def _unpacked(kernel: Kernel) -> Kernel:
+    def gpsa_packed(qkv: Tensor, pos_weight: Tensor, gating: Tensor, grid: tuple[int, int], scale: float, dropout_p: float) -> Tensor:
         q, k, v = ops.unstack(ops.transpose(qkv, (2, 0, 3, 1, 4)))
         return ops.transpose(kernel(q, k, v, pos_weight, gating, grid, scale, dropout_p), (0, 2, 1, 3))
 
@@ -53,14 +57,15 @@ def _unpacked(kernel: Callable) -> Callable:
 
 
 @ms.constexpr(reuse_result=False)
-def _attention_kernel(shape: tuple, dtype: ms.Type, dropout_p: float) -> Callable:
+def _attention_kernel(shape: tuple[Any, ...], dtype: ms.Type, dropout_p: float) -> Kernel:
     """The attention of MHSA for qkv [B, N, 3, H, D]: by the backend that would do GPSA's, if it has one; else by plain products."""
     batch, heads, tokens, head_dim = shape
     problem = Problem("mindspore", device_target(), str(dtype).lower(), batch, heads, tokens, head_dim, (1, tokens), dropout_p)
     forced = forced_backend(None)
     for name in (forced,) if forced else order(problem):
         if name in _ATTENTION and why_not(name, problem) is None:
-            return _ATTENTION[name].attention_packed
+            function: Kernel = _ATTENTION[name].attention_packed
+            return function
     return _plain_attention
 
 
@@ -73,7 +78,7 @@ def _plain_attention(qkv: Tensor, scale: float, dropout_p: float) -> Tensor:
     return ops.transpose(ops.BatchMatMul()(attn, v), (0, 2, 1, 3))
 
 
-def check(shapes: tuple, dtypes: tuple, grid: tuple, dropout_p: float) -> tuple[int, int, int, int]:
+def check(shapes: tuple[Any, ...], dtypes: tuple[Any, ...], grid: tuple[Any, ...], dropout_p: float) -> tuple[int, int, int, int]:
     """Raise for wrong arguments of ``gpsa``, given the shapes and types of its five tensors; return B, H, N, D."""
     names = ("q", "k", "v", "pos_weight", "gating")
     for name, dtype in zip(names, dtypes, strict=True):
@@ -89,7 +94,7 @@ def check(shapes: tuple, dtypes: tuple, grid: tuple, dropout_p: float) -> tuple[
     for name, shape in zip(names[1:3], shapes[1:3], strict=True):
         if shape != q_shape:
             raise ValueError(f"{name} must have the shape of q, {list(q_shape)}, got {list(shape)}")
-    _, heads, tokens, head_dim = q_shape
+    batch, heads, tokens, head_dim = q_shape
     if head_dim == 0:
         raise ValueError("q must have at least one channel per head, got D = 0")
     if shapes[3] != (heads, 3):
@@ -103,7 +108,7 @@ def check(shapes: tuple, dtypes: tuple, grid: tuple, dropout_p: float) -> tuple[
         raise ValueError(f"grid must have gh * gw == N = {tokens}, got {gh} x {gw}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    return q_shape
+    return batch, heads, tokens, head_dim
 
 
 def gpsa(

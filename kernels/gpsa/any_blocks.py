@@ -44,7 +44,7 @@ class _Content(nn.Cell):
         out = ()
         for start in range(0, q.shape[2], self.rows):
             block = q[:, :, start : start + self.rows] * self.scale
-            out += (self.matmul(self.softmax(self.matmul_nt(block, k)), v),)
+            out += (self.matmul(self.softmax(self.matmul_nt(block, k)), v),)  # type: ignore[assignment]
         return self.concat(out)
 
     def bprop(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,7 +55,7 @@ class _Content(nn.Cell):
             attn = self.softmax(self.matmul_nt(block, k))
             dattn = self.matmul_nt(grad, v)
             dscores = attn * (dattn - self.sum(attn * dattn, -1))
-            dq += (self.matmul(dscores, k) * self.scale,)
+            dq += (self.matmul(dscores, k) * self.scale,)  # type: ignore[assignment]
             dk = dk + self.matmul_tn(dscores, block)
             dv = dv + self.matmul_tn(attn, grad)
         return self.concat(dq), dk, dv

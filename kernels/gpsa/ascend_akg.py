@@ -245,7 +245,7 @@ def lanes_per_tile(tokens: int) -> int:
     return next((n for n in (64, 32) if tokens * n * _BYTES_PER_SCORE <= _UNIFIED_BUFFER), 16)
 
 
-def compile_attrs(name: str, device: str, tokens: int) -> dict:
+def compile_attrs(name: str, device: str, tokens: int) -> dict[str, Any]:
     """AKG's scheduling attributes for operator ``name``."""
     if device == "ascend":
         # Without these two the mix of a real batch is refused, and that of a small one stays on one core
@@ -265,12 +265,12 @@ def _hybrid(name: str, dtype: str, device: str, tokens: int):
     text = source(name, dtype)
     file = f"<convit {name} {dtype}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
-    scope: dict = {}
+    scope: dict[str, Any] = {}
     exec(compile(text, file, "exec"), scope)
     return ms.ops.kernel(compile_attrs=compile_attrs(name, device, tokens))(scope[f"_{name}"])
 
 
-def lowering(device: str, maps: int, grid: tuple[int, int], dtype: str) -> list[tuple]:
+def lowering(device: str, maps: int, grid: tuple[int, int], dtype: str) -> list[tuple[Any, ...]]:
     """The operators as requests to ``ascend_lower``."""
     process, tokens = {"ascend": "aicore", "gpu": "cuda"}.get(device, device), grid[0] * grid[1]
     lanes = padded(tokens, device)
@@ -329,7 +329,7 @@ def _operator(name: str, maps: int, grid: tuple[int, int], lanes: int, dtype: st
 
 @ms.constexpr(reuse_result=False)
 def _device() -> str:
-    return ms.get_context("device_target").lower()
+    return str(ms.get_context("device_target")).lower()
 
 
 @ms.constexpr

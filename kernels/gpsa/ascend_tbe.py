@@ -74,7 +74,7 @@ def dpy_compute(dsl, da, px, py):
 COMPUTE = {"mix": mix_compute, "delta": delta_compute, "dscores": dscores_compute, "dpx": dpx_compute, "dpy": dpy_compute}
 
 
-def _build(compute, inputs: list[dict], output: dict, kernel_name: str) -> None:
+def _build(compute, inputs: list[dict[str, Any]], output: dict[str, Any], kernel_name: str) -> None:
     """Schedule and build one operator with CANN's TBE.
 
     Raises:
@@ -115,7 +115,7 @@ def gpsa_dpy(da, px, py, out, kernel_name="gpsa_dpy"):
 ENTRY = {"mix": gpsa_mix, "delta": gpsa_delta, "dscores": gpsa_dscores, "dpx": gpsa_dpx, "dpy": gpsa_dpy}
 
 
-def op_info(name: str) -> dict:
+def op_info(name: str) -> dict[str, Any]:
     """MindSpore's registration of operator ``name``: scores in float16 or float32, everything else in float32."""
     _, inputs, output = ascend_akg.OPERATORS[name]
     info = CustomRegOp(f"Gpsa{name.capitalize()}")
@@ -124,7 +124,8 @@ def op_info(name: str) -> dict:
     info = info.output(0, "out", "required")
     for dtype in _DTYPES.values():
         info = info.dtype_format(*(dtype if x in ("s", "da") else DataType.F32_Default for x in (*inputs, output)))
-    return info.target("Ascend").get_op_info()
+    registered: dict[str, Any] = info.target("Ascend").get_op_info()
+    return registered
 
 
 def tensors(name: str, maps: int, grid: tuple[int, int], lanes: int, dtype: str) -> list[tuple[list[int], str]]:

@@ -5,12 +5,13 @@
 
 q, k, v and out are [B, H, N, D] (``gpsa``), or q, k and v lie in one [B, N, 3, H, D], as one matrix product gives them, and out is
 [B, N, H, D] (``gpsa_packed``; nothing is transposed). settings is the constant [grid_h, grid_w, scale]. ``lse`` is the float32
-log-sum-exp of the scaled content scores. With the gate shut, the same kernel is plain attention (``attention_packed``).
+log-sum-exp of the scaled content scores. With the gate closed, the same kernel is plain attention (``attention_packed``).
 
 Deviations from ``any_mindspore.py``: no attention dropout, no float16, no second derivative.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -65,7 +66,7 @@ def _build_settings(grid: tuple[int, int], scale: float) -> Tensor:
 
 
 @lru_cache(None)
-def _build_shut(heads: int) -> tuple[Tensor, Tensor]:
+def _build_closed(heads: int) -> tuple[Tensor, Tensor]:
     return Tensor(np.zeros((heads, 3), np.float32)), Tensor(np.full(heads, -np.inf, np.float32))
 
 
@@ -85,12 +86,12 @@ def _settings(grid: tuple[int, int], scale: float) -> Tensor:
 
 
 @ms.constexpr
-def _shut(heads: int) -> tuple[Tensor, Tensor]:
+def _closed(heads: int) -> tuple[Tensor, Tensor]:
     """Position weights and gating of ``heads`` heads that do not look at the position."""
-    return _build_shut(heads)
+    return _build_closed(heads)
 
 
-def why_not(problem) -> str | None:
+def why_not(problem: Any) -> str | None:
     if problem.framework != "mindspore":
         return "the tensors are not MindSpore tensors"
     if problem.device != "cpu":
@@ -119,5 +120,5 @@ def gpsa_packed(qkv: Tensor, pos_weight: Tensor, gating: Tensor, grid: tuple[int
 
 def attention_packed(qkv: Tensor, scale: float, dropout_p: float) -> Tensor:
     """Plain attention: qkv [B, N, 3, H, D] to [B, N, H, D]."""
-    pos_weight, gating = _shut(qkv.shape[3])
+    pos_weight, gating = _closed(qkv.shape[3])
     return _packed_operator()(qkv, pos_weight, gating, _settings((1, qkv.shape[1]), scale))[0]
