@@ -18,11 +18,12 @@ def extensions() -> list:
     if MODE == "0":
         return []
     try:
-        from pybind11.setup_helpers import Pybind11Extension
+        from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
     except ImportError:
         if MODE == "1":
             raise
         return []
+    ParallelCompile("CONVIT_BUILD_JOBS", default=os.cpu_count() or 1).install()
     return [
         Pybind11Extension(
             "convit._C",

@@ -2,11 +2,15 @@
 
 struct BackwardScratch {
     i64 padded;
-    float *k, *v, *grad, *dk, *dv, *lines, *dpx, *dpy, *rows, *qt, *gt, *p, *dp, *dq, *lse, *sum, *delta;
+    // v and grad are float32 rows for the position's contractions; the operands of the products: left and right rows of k, left rows of
+    // v, right rows of a block of q and grad. In float32 they are one and the same where they can be.
+    float *v, *grad, *k_left, *k_right, *v_left, *q_right, *grad_right, *dk, *dv, *lines, *dpx, *dpy, *rows, *qt, *gt, *p, *dp;
+    float *weights, *slopes, *slopes_across, *dq, *lse, *max, *sum, *delta;
     i64 size;
 
     __attribute__((always_inline)) inline BackwardScratch(const Shape& s, bool position, float* base) {
         const i64 n = s.tokens();
+        const bool paired = pairs_of(s.dtype);
         padded = round_up(s.dim, W);
         i64 at = 0;
         auto take = [&](i64 count) {
@@ -14,21 +18,29 @@ struct BackwardScratch {
             at += round_up(count, 16);
             return p;
         };
-        k = take(n * padded);
-        v = take(n * padded);
-        grad = take(n * padded);
+        k_left = take(n * padded);
+        v_left = take(n * padded);
+        k_right = paired ? take((n + 1) / 2 * padded) : k_left;
+        v = !paired ? v_left : take(position ? n * padded : 0);
+        grad = take(position ? n * padded : 0);
         dk = take(n * padded);
         dv = take(n * padded);
         lines = dk;  // the positional half is done before dk is begun
         dpx = take(position ? s.grid_w * s.grid_w : 0);
         dpy = take(position ? s.grid_h * s.grid_h : 0);
         rows = take(backward_block * padded);
+        q_right = take(backward_block * padded);
+        grad_right = take(backward_block * padded);
         qt = take(padded * backward_block);
         gt = take(padded * backward_block);
         p = take(n * backward_block);
         dp = take(n * backward_block);
+        weights = paired ? take(n * backward_block / 2) : p;
+        slopes = paired ? take(n * backward_block / 2) : dp;
+        slopes_across = paired ? take((n + 1) / 2 * backward_block) : dp;
         dq = take(backward_block * padded);
         lse = take(backward_block);
+        max = take(backward_block);
         sum = take(backward_block);
         delta = take(backward_block);
         size = at;
@@ -47,80 +59,133 @@ static double position_backward(const BackwardJob& job, const BackwardScratch& x
     }
     double* dw = job.partial;
     // along y first: lines[s][x] = sum_t py[s][t] v[t][x]; then dpx[x][z] = sum_s grad[s][x] . lines[s][z]
-    multiply<true>(gh, line, gh, job.py, gh, x.v, line, Store{x.lines, line});
+    multiply<Floats, true>(gh, line, gh, job.py, gh, x.v, line, Store{x.lines, line});
     multiply_transposed(gw, x.grad, x.lines, padded, gh, line, padded, x.dpx);
     const double product = table_gradient(job.px, x.dpx, gw, dw[0], dw[2]);
     // along x first, and dpy[s][t] = grad[s] . lines[t]
-    for (i64 y = 0; y < gh; ++y) multiply<true>(gw, padded, gw, job.px, gw, x.v + y * line, padded, Store{x.lines + y * line, padded});
+    for (i64 y = 0; y < gh; ++y) multiply<Floats, true>(gw, padded, gw, job.px, gw, x.v + y * line, padded, Store{x.lines + y * line, padded});
     multiply_transposed(gh, x.grad, x.lines, line, 1, 0, line, x.dpy);
     table_gradient(job.py, x.dpy, gh, dw[1], dw[2]);
-    // dv = g P^T grad
-    for (i64 y = 0; y < gh; ++y) multiply<false>(gw, padded, gw, job.px, gw, x.grad + y * line, padded, Store{x.lines + y * line, padded});
-    multiply<false>(gh, line, gh, job.py, gh, x.lines, line, Store{x.dv, line});
+    // dv = g P^T grad, unless the position joins the content's weights
+    if (job.folded_x != nullptr) {
+        for (i64 i = 0; i < gh * line; i += W) store(x.dv + i, vec{});
+        return product;
+    }
+    for (i64 y = 0; y < gh; ++y) multiply<Floats, false>(gw, padded, gw, job.px, gw, x.grad + y * line, padded, Store{x.lines + y * line, padded});
+    multiply<Floats, false>(gh, line, gh, job.py, gh, x.lines, line, Store{x.dv, line});
     for (i64 i = 0; i < gh * line; i += W) store(x.dv + i, load(x.dv + i) * job.gate);
     return product;
 }
 
-static void backward(const BackwardJob& job) {
+// One column of vectors of a block: from p, not yet normalised, and dp to the left factors of dv (the weights, with the position where it
+// is folded), of dk and of dq (the slopes dS, without the scale).
+template <class Unit>
+CONVIT_INLINE void weights_and_slopes(const BackwardJob& job, const BackwardScratch& x, i64 i, i64 c, i64 rows, i64 cols, vec weight, vec delta) {
+    const i64 gw = job.shape->grid_w, ld = job.folded_stride;
+    const float *px = job.folded_x == nullptr ? nullptr : job.folded_x + i + c, *py = px == nullptr ? nullptr : job.folded_y + i + c;
+    i64 at_x = 0;
+    vec along_y = px == nullptr ? vec{} : load(py);
+    [[maybe_unused]] vec slopes[2] = {};
+    for (i64 j = 0; j < rows; ++j) {
+        const i64 at = j * cols + c;
+        vec w = load(x.p + at) * weight;
+        const vec slope = w * (load(x.dp + at) - delta);
+        if (px != nullptr) {
+            w += along_y * load(px + at_x * ld);
+            if (++at_x == gw) {
+                at_x = 0;
+                py += ld;
+                along_y = load(py);
+            }
+        }
+        if constexpr (Unit::per_unit == 1) {
+            store(x.weights + at, w);
+            store(x.slopes + at, slope);
+        } else {
+#if CONVIT_PAIRS
+            to_bf16(w, reinterpret_cast<u16_alias*>(x.weights) + at);
+            to_bf16(slope, reinterpret_cast<u16_alias*>(x.slopes) + at);
+            slopes[j % 2] = slope;
+            if (j % 2 == 1 || j + 1 == rows) store(x.slopes_across + j / 2 * cols + c, pair(slopes[0], j % 2 == 1 ? slopes[1] : vec{}));
+#endif
+        }
+    }
+}
+
+template <class Unit>
+static void backward_in(const BackwardJob& job) {
     const Shape& s = *job.shape;
-    const i64 n = s.tokens(), dim = s.dim;
+    const i64 n = s.tokens(), dim = s.dim, depth = depth_of<Unit>(dim), stride = left_stride<Unit>(dim);
     const BackwardScratch x(s, job.px != nullptr, job.scratch);
     const i64 padded = x.padded;
-    load_rows(s.dtype, job.k, job.b, job.h, 0, n, dim, padded, x.k);
-    load_rows(s.dtype, job.v, job.b, job.h, 0, n, dim, padded, x.v);
-    load_rows(s.dtype, job.grad_out, job.b, job.h, 0, n, dim, padded, x.grad);
+    const float scale = s.scale * log2_e, factor = score_factor<Unit>(scale);
+    left_rows<Unit>(s, job.k, job.b, job.h, 0, n, x.k_left);
+    left_rows<Unit>(s, job.v, job.b, job.h, 0, n, x.v_left);
+    if (x.k_right != x.k_left) right_rows<Unit>(s, job.k, job.b, job.h, 0, n, padded, x.k_right);
+    if (job.px != nullptr) {
+        if (x.v != x.v_left) load_rows(s.dtype, job.v, job.b, job.h, 0, n, dim, padded, x.v);
+        load_rows(s.dtype, job.grad_out, job.b, job.h, 0, n, dim, padded, x.grad);
+    }
     for (i64 i = 0; i < 4; ++i) job.partial[i] = 0;
     double gate_gradient = position_backward(job, x);
     for (i64 i = 0; i < n * padded; i += W) store(x.dk + i, vec{});
 
     for (i64 i0 = 0; i0 < n; i0 += backward_block) {
-        const i64 count = min(backward_block, n - i0), cols = round_up(count, W);
-        float* grad = x.grad + i0 * padded;
-        load_rows(s.dtype, job.q, job.b, job.h, i0, i0 + count, dim, padded, x.rows);
-        transpose(x.rows, count, dim, padded, s.scale * log2_e, x.qt, cols);
-        transpose(grad, count, dim, padded, 1.f, x.gt, cols);
+        const i64 count = min(backward_block, n - i0), cols = round_up(count, W), query_depth = depth_of<Unit>(count);
+        across_rows<Unit>(s, job.q, job.b, job.h, i0, count, scale, x.rows, x.qt, cols);
+        across_rows<Unit>(s, job.grad_out, job.b, job.h, i0, count, 1.f, x.rows, x.gt, cols);
+        right_rows<Unit>(s, job.q, job.b, job.h, i0, i0 + count, padded, x.q_right);
+        right_rows<Unit>(s, job.grad_out, job.b, job.h, i0, i0 + count, padded, x.grad_right);
+        bool shift_is_exact = true;
         for (i64 c = 0; c < cols; ++c) {
             x.lse[c] = c < count ? job.lse[i0 + c] * log2_e : 0.f;
             x.sum[c] = x.delta[c] = 0.f;
+            x.max[c] = lowest;
+            shift_is_exact = shift_is_exact && !(__builtin_fabsf(x.lse[c]) > 65536.f);
         }
-        multiply<true>(n, cols, dim, x.k, padded, x.qt, cols, StoreExp2{x.p, cols, x.lse, x.sum});
-        multiply<true>(n, cols, dim, x.v, padded, x.gt, cols, StoreDot{x.dp, x.p, cols, x.delta});
-        // p is not normalised yet (lse is rounded, and shifts the exponent only): delta is; the rows of grad, q and dq carry 1 / sum
+        // lse shifts the exponent only: the sum is taken anew, with it the rounding of lse goes. Where that is large, the maximum instead
+        if (shift_is_exact) {
+            multiply<Unit, true>(n, cols, depth, x.k_left, stride, x.qt, cols, StoreExp2{x.p, cols, factor, x.lse, x.sum});
+        } else {
+            multiply<Unit, true>(n, cols, depth, x.k_left, stride, x.qt, cols, StoreMax{x.p, cols, x.max});
+            for (i64 c = 0; c < cols; c += W) store(x.sum + c, exponentials<Unit>(x.p + c, n, cols, load(x.max + c), factor));
+        }
+        multiply<Unit, true>(n, cols, depth, x.v_left, stride, x.gt, cols, StoreDot{x.dp, x.p, cols, x.delta});
         for (i64 c = 0; c < cols; c += W) {
-            const vec delta = load(x.delta + c) / load(x.sum + c);
+            const vec sum = load(x.sum + c), delta = load(x.delta + c) / sum;
             store(x.delta + c, delta);
-            for (i64 j = 0; j < n; ++j) {
-                float* p = x.dp + j * cols + c;
-                store(p, load(x.p + j * cols + c) * (load(p) - delta));
-            }
+            weights_and_slopes<Unit>(job, x, i0, c, n, cols, job.content_gate / sum, delta);
         }
-        for (i64 i = 0; i < count; ++i) {
-            gate_gradient -= x.delta[i];
-            const float weight = job.content_gate / x.sum[i];
-            for (i64 d = 0; d < padded; d += W) {
-                store(grad + i * padded + d, load(grad + i * padded + d) * weight);
-                store(x.rows + i * padded + d, load(x.rows + i * padded + d) * (weight * s.scale));
-            }
-        }
-        multiply<true>(n, padded, count, x.p, cols, grad, padded, Add{x.dv, padded});
-        multiply<true>(n, padded, count, x.dp, cols, x.rows, padded, Add{x.dk, padded});
+        for (i64 i = 0; i < count; ++i) gate_gradient -= x.delta[i];
+        const i64 row = cols / Unit::per_unit;
+        multiply<Unit, true>(n, padded, query_depth, x.weights, row, x.grad_right, padded, Add{x.dv, padded});
+        multiply<Unit, true>(n, padded, query_depth, x.slopes, row, x.q_right, padded, Add{x.dk, padded});
         for (i64 j = 0; j < n; j += key_tile) {  // in steps: one long float32 sum over the keys would lose digits
-            const i64 keys = min(key_tile, n - j);
+            const i64 key_depth = depth_of<Unit>(min(key_tile, n - j)), from = j / Unit::per_unit;
+            const float *slopes = x.slopes_across + from * cols, *k = x.k_right + from * padded;
             if (j == 0)
-                multiply<false>(count, padded, keys, x.dp, cols, x.k, padded, Store{x.dq, padded});
+                multiply<Unit, false>(count, padded, key_depth, slopes, cols, k, padded, Store{x.dq, padded});
             else
-                multiply<false>(count, padded, keys, x.dp + j * cols, cols, x.k + j * padded, padded, Add{x.dq, padded});
+                multiply<Unit, false>(count, padded, key_depth, slopes, cols, k, padded, Add{x.dq, padded});
         }
         for (i64 i = 0; i < count; ++i) {
             float* dq = x.dq + i * padded;
-            const float weight = job.content_gate / x.sum[i] * s.scale;
-            for (i64 d = 0; d < padded; d += W) store(dq + d, load(dq + d) * weight);
+            for (i64 d = 0; d < padded; d += W) store(dq + d, load(dq + d) * s.scale);
             store_row(s.dtype, job.dq, job.b, job.h, i0 + i, dim, dq);
         }
     }
     for (i64 j = 0; j < n; ++j) {
-        store_row(s.dtype, job.dk, job.b, job.h, j, dim, x.dk + j * padded);
+        float* dk = x.dk + j * padded;
+        for (i64 d = 0; d < padded; d += W) store(dk + d, load(dk + d) * s.scale);
+        store_row(s.dtype, job.dk, job.b, job.h, j, dim, dk);
         store_row(s.dtype, job.dv, job.b, job.h, j, dim, x.dv + j * padded);
     }
     job.partial[3] = gate_gradient;
+}
+
+static void backward(const BackwardJob& job) {
+#if CONVIT_PAIRS
+    if (pairs_of(job.shape->dtype)) return backward_in<Pairs>(job);
+#endif
+    backward_in<Floats>(job);
 }

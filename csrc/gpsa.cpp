@@ -45,29 +45,49 @@ class Gates {
     Gates(const Kernels& kern, const Shape& s, const float* pos_weight, const float* gating, bool gated)
         : gating_(pos_weight == nullptr ? nullptr : gating), px_(std::size_t(s.heads)) {
         size_x_ = s.grid_w * s.grid_w;
-        const i64 size = size_x_ + s.grid_h * s.grid_h;
+        size_y_ = s.grid_h * s.grid_h;
+        const i64 size = size_x_ + size_y_;
         for (i64 h = 0; h < s.heads; ++h) open_ += position(h) != 0.f;  // also of NaN
         if (open_ == 0) return;
-        memory_ = scratch(open_ * size + std::max(s.grid_h, s.grid_w) + 16);
+        const i64 n = s.tokens();
+        if (n <= fold_tokens) folded_stride_ = lines(n);
+        folded_size_ = (s.grid_h + 1 + s.grid_w) * folded_stride_;
+        memory_ = scratch(open_ * (size + folded_size_) + std::max(s.grid_h, s.grid_w) + 16);
+        float* row = memory_.get() + open_ * (size + folded_size_);
         float* px = memory_.get();
         for (i64 h = 0; h < s.heads; ++h) {
             const float gate = position(h);
             if (gate == 0.f) continue;
-            kern.tables(pos_weight + 3 * h, s.grid_h, s.grid_w, px, px + size_x_, memory_.get() + open_ * size);
+            kern.tables(pos_weight + 3 * h, s.grid_h, s.grid_w, px, px + size_x_, row);
+            if (folded_size_ > 0) fold(s, px, px + size_x_, gate, px + size);
             for (i64 i = size_x_; gated && i < size; ++i) px[i] *= gate;
             px_[std::size_t(h)] = px;
-            px += size;
+            px += size + folded_size_;
         }
     }
     float position(i64 h) const { return gating_ == nullptr ? 0.f : sigmoid(gating_[h]); }
     float content(i64 h) const { return gating_ == nullptr ? 1.f : sigmoid(-gating_[h]); }
     const float* px(i64 h) const { return px_[std::size_t(h)]; }
     const float* py(i64 h) const { return px(h) == nullptr ? nullptr : px(h) + size_x_; }
+    // [gw][stride], then [gh + 1][stride], the last row zero
+    const float* folded_x(i64 h) const { return folded_size_ == 0 || px(h) == nullptr ? nullptr : py(h) + size_y_; }
+    const float* folded_y(i64 h, i64 gw) const { return folded_x(h) == nullptr ? nullptr : folded_x(h) + gw * folded_stride_; }
+    i64 folded_stride() const { return folded_stride_; }
     bool any() const { return open_ > 0; }
 
   private:
+    // Both tables with the queries along the rows, as the lanes of the kernels have them; py scaled by the gate.
+    void fold(const Shape& s, const float* px, const float* py, float gate, float* to) const {
+        std::fill(to, to + folded_size_, 0.f);
+        for (i64 z = 0; z < s.grid_w; ++z, to += folded_stride_)
+            for (i64 y = 0; y < s.grid_h; ++y)
+                for (i64 x = 0; x < s.grid_w; ++x) to[y * s.grid_w + x] = px[x * s.grid_w + z];
+        for (i64 t = 0; t < s.grid_h; ++t, to += folded_stride_)
+            for (i64 y = 0; y < s.grid_h; ++y) std::fill(to + y * s.grid_w, to + (y + 1) * s.grid_w, gate * py[y * s.grid_h + t]);
+    }
+
     const float* gating_;
-    i64 open_ = 0, size_x_;
+    i64 open_ = 0, size_x_, size_y_, folded_stride_ = 0, folded_size_ = 0;
     std::vector<const float*> px_;
     std::unique_ptr<float, Free> memory_;
 };
@@ -91,8 +111,8 @@ void gpsa_forward(const Shape& s, Heads q, Heads k, Heads v, const float* pos_we
     auto memory = scratch(per_worker * workers);
     for_parts(heads * chunks, workers, [&](i64 part, int worker) {
         const i64 head = part / chunks, b = head / s.heads, h = head % s.heads, begin = part % chunks * per_chunk;
-        kern.forward({&s, q, k, v, out, lse + head * n, gates.px(h), gates.py(h), gates.content(h), b, h, begin,
-                      std::min(n, begin + per_chunk), memory.get() + worker * per_worker});
+        kern.forward({&s, q, k, v, out, lse == nullptr ? nullptr : lse + head * n, gates.px(h), gates.py(h), gates.folded_x(h),
+                      gates.folded_y(h, s.grid_w), gates.folded_stride(), gates.content(h), b, h, begin, std::min(n, begin + per_chunk), memory.get() + worker * per_worker});
     });
 }
 
@@ -112,8 +132,8 @@ void gpsa_backward(const Shape& s, Heads grad_out, Heads q, Heads k, Heads v, co
     std::vector<double> partial(std::size_t(heads) * 4);
     for_parts(heads, workers, [&](i64 head, int worker) {
         const i64 b = head / s.heads, h = head % s.heads;
-        kern.backward({&s, grad_out, q, k, v, dq, dk, dv, lse + head * n, gates.px(h), gates.py(h), gates.position(h),
-                       gates.content(h), b, h, partial.data() + 4 * head, memory.get() + worker * per_worker});
+        kern.backward({&s, grad_out, q, k, v, dq, dk, dv, lse + head * n, gates.px(h), gates.py(h), gates.folded_x(h),
+                       gates.folded_y(h, s.grid_w), gates.folded_stride(), gates.position(h), gates.content(h), b, h, partial.data() + 4 * head, memory.get() + worker * per_worker});
     });
     for (i64 h = 0; pos_weight != nullptr && h < s.heads; ++h) {
         double sum[4] = {};

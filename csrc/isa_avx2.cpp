@@ -9,6 +9,7 @@
 #endif
 #define CONVIT_LANES 8
 #define CONVIT_REGISTERS 16
+#define CONVIT_PAIRS 0
 #define CONVIT_QUERY_VECTORS 2
 
 namespace convit {

@@ -1,6 +1,8 @@
 #include "kernels.h"
 
 #if defined(CONVIT_X86)
+#include <immintrin.h>
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
 #else
@@ -9,6 +11,7 @@
 #endif
 #define CONVIT_LANES 16
 #define CONVIT_REGISTERS 32
+#define CONVIT_PAIRS 0
 #define CONVIT_QUERY_VECTORS 2
 
 namespace convit {

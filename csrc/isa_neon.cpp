@@ -3,6 +3,7 @@
 #if defined(__aarch64__)
 #define CONVIT_LANES 4
 #define CONVIT_REGISTERS 32
+#define CONVIT_PAIRS 0
 #define CONVIT_QUERY_VECTORS 4
 
 namespace convit {

@@ -2,6 +2,7 @@
 
 #define CONVIT_LANES 4
 #define CONVIT_REGISTERS 16
+#define CONVIT_PAIRS 0
 #define CONVIT_QUERY_VECTORS 2
 
 namespace convit {

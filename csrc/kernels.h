@@ -5,13 +5,18 @@
 
 namespace convit {
 
+// Up to so many tokens the position is added to the weights themselves, from the folded tables; beyond, contracted with v.
+constexpr std::int64_t fold_tokens = 256;
+
 // One head's share of a call. Tables hold the position softmax: px[x][z] and py[s][t], rows sum to one.
 struct ForwardJob {
     const Shape* shape;
     Heads q, k, v;
     MutableHeads out;
-    float* lse;                // of this head, [N]
+    float* lse;                // of this head, [N]; null if not wanted
     const float *px, *py;      // of this head, [gw][gw] and [gh][gh]; py is scaled by g. Null without position
+    const float *folded_x, *folded_y;  // px and g py with the queries along the row: [gw][folded_stride], [gh + 1][folded_stride]; or null
+    std::int64_t folded_stride;
     float content_gate;        // 1 - g
     std::int64_t b, h;
     std::int64_t begin, end;   // queries; begin is a multiple of query_block
@@ -24,6 +29,8 @@ struct BackwardJob {
     MutableHeads dq, dk, dv;
     const float* lse;
     const float *px, *py;      // py is not scaled. Null without position
+    const float *folded_x, *folded_y;  // as forward
+    std::int64_t folded_stride;
     float gate, content_gate;  // g, 1 - g
     std::int64_t b, h;
     double* partial;           // [4]: dpos_weight / g of this head and batch, then dgating / (g (1 - g))
@@ -48,7 +55,7 @@ struct Kernels {
 
 #if defined(__x86_64__) || defined(__i386__)
 #define CONVIT_X86 1
-extern const Kernels kernels_avx512, kernels_avx2;
+extern const Kernels kernels_avx512_bf16, kernels_avx512, kernels_avx2;
 #endif
 #if defined(__aarch64__)
 extern const Kernels kernels_neon;

@@ -6,15 +6,16 @@
 // stores it. With queries along the lanes, the scores of a block of queries are S^T = K Q^T [N][block], so that the softmax is free of
 // shuffles and of special cases for the last keys, and S^T is at once the packed left factor of the product with V.
 //
-// forward, per head: the positional half by two contractions, V along x with px, then along y with py; per block of queries and
-// tile of keys: S^T, running maximum (online softmax), exp2, product with V.
-// backward, per head: the positional half's gradients by contractions with the tables; per block of queries, whole rows: P^T = exp2(S^T - lse),
+// forward, per head, per block of queries and tile of keys: S^T, running maximum (online softmax), exp2, product with V. Where all keys
+// are one tile, the position is added to the weights before that product; otherwise V is contracted along x with px, then along y with py.
+// backward, per head: the tables' gradients by contractions; per block of queries, whole rows: P^T = exp2(S^T - lse),
 // dP^T = V dO^T, delta = sum_j P dP, dS^T = P^T (dP^T - delta), then dV += P^T dO, dK += dS^T Q, dQ = dS K. Whole rows, unlike the
 // usual tiles, give delta and the row sum without the saved output: a nearly closed content gate costs no digits.
 
 #include "vectors.inc.h"
 #include "product.inc.h"
 #include "position.inc.h"
+#include "operands.inc.h"
 #include "forward.inc.h"
 #include "backward.inc.h"
 #include "layers.inc.h"

@@ -34,8 +34,8 @@ static void tables(const float* w, i64 gh, i64 gw, float* px, float* py, float* 
 static void position_product(const Shape& s, const float* px, const float* py, i64 y0, i64 y1, const float* v, i64 padded, float* along_x,
                              float* to) {
     const i64 gh = s.grid_h, gw = s.grid_w, line = gw * padded;
-    for (i64 y = 0; y < gh; ++y) multiply<true>(gw, padded, gw, px, gw, v + y * line, padded, Store{along_x + y * line, padded});
-    multiply<true>(y1 - y0, line, gh, py + y0 * gh, gh, along_x, line, Store{to, line});
+    for (i64 y = 0; y < gh; ++y) multiply<Floats, true>(gw, padded, gw, px, gw, v + y * line, padded, Store{along_x + y * line, padded});
+    multiply<Floats, true>(y1 - y0, line, gh, py + y0 * gh, gh, along_x, line, Store{to, line});
 }
 
 // Through one table's softmax to its two weights: adds to the linear and the square weight's gradient, returns sum(table * grad).

@@ -1,4 +1,5 @@
-// Matrix products of float32 arrays, the result in registers until an epilogue stores it.
+// Matrix products, the result in registers until an epilogue stores it. A factor's elements are float32, or pairs of bfloat16 that are
+// neighbours along the depth: both are units of 32 bits, and nothing but the step of the inner loop tells them apart.
 
 // Epilogues: what becomes of a register tile at C[r][c]; begin/end bracket a tile, for what is kept per column.
 struct Store {
@@ -45,7 +46,8 @@ struct Rescale {
     }
 };
 
-// The last tile of keys: to[r] = (acc + before[r] * factor[r]) * weight[r] + position[r]; `before` is null if this tile is also the first.
+// The last tile of keys: to[r] = (acc + before[r] * factor[r]) * weight[r] + position[r]; `before` is null if this tile is also the
+// first, `position` without position.
 struct Finish {
     float* to;
     i64 ld_to;
@@ -61,7 +63,9 @@ struct Finish {
                 const i64 at = (row + r) * ld + col + n * W;
                 vec sum = acc[r][n];
                 if (before != nullptr) sum += load(before + at) * factor[row + r];
-                store(to + (row + r) * ld_to + col + n * W, sum * weight[row + r] + load(position + at));
+                sum *= weight[row + r];
+                if (position != nullptr) sum += load(position + at);
+                store(to + (row + r) * ld_to + col + n * W, sum);
             }
     }
 };
@@ -86,10 +90,11 @@ struct StoreMax {
     }
 };
 
-// Store p = exp2(acc - shift[col]) and add it to sums[col].
+// Store p = exp2(factor * acc - shift[col]) and add it to sums[col].
 struct StoreExp2 {
     float* c;
     i64 ld;
+    float factor;
     const float* shift;
     float* sums;
     template <int R, int NV>
@@ -100,7 +105,7 @@ struct StoreExp2 {
             vec sum{};
             CONVIT_UNROLL
             for (int r = 0; r < R; ++r) {
-                const vec p = exp2(acc[r][n] - m);
+                const vec p = exp2(factor * acc[r][n] - m);
                 store(c + (row + r) * ld + col + n * W, p);
                 sum += p;
             }
@@ -131,8 +136,26 @@ struct StoreDot {
     }
 };
 
+struct Floats {
+    static constexpr i64 per_unit = 1;
+    static __attribute__((always_inline)) inline vec broadcast(const float* a) { return splat(*a); }
+    static __attribute__((always_inline)) inline vec step(vec sum, vec a, vec b) { return sum + a * b; }
+};
+
+#if CONVIT_PAIRS
+struct Pairs {
+    static constexpr i64 per_unit = 2;
+    static __attribute__((always_inline)) inline vec broadcast(const float* a) {  // as an integer: the bits of a pair may be those of a signalling NaN
+        std::int32_t bits;
+        __builtin_memcpy(&bits, a, 4);
+        return _mm512_castsi512_ps(_mm512_set1_epi32(bits));
+    }
+    static __attribute__((always_inline)) inline vec step(vec sum, vec a, vec b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+};
+#endif
+
 // A is [rows][K] with unit stride along K (by_rows) or along the rows; `lda` is the other stride.
-template <bool by_rows, int R, int NV, class Epilogue>
+template <class Unit, bool by_rows, int R, int NV, class Epilogue>
 CONVIT_INLINE void tile(i64 row, i64 col, i64 depth, const float* a, i64 lda, const float* b, i64 ldb, const Epilogue& epilogue) {
     vec acc[R][NV];
     CONVIT_UNROLL
@@ -148,9 +171,9 @@ CONVIT_INLINE void tile(i64 row, i64 col, i64 depth, const float* a, i64 lda, co
         for (int n = 0; n < NV; ++n) bv[n] = load(pb + n * W);
         CONVIT_UNROLL
         for (int r = 0; r < R; ++r) {
-            const vec av = splat(by_rows ? pa[r * lda] : pa[r]);
+            const vec av = Unit::broadcast(by_rows ? pa + r * lda : pa + r);
             CONVIT_UNROLL
-            for (int n = 0; n < NV; ++n) acc[r][n] += av * bv[n];
+            for (int n = 0; n < NV; ++n) acc[r][n] = Unit::step(acc[r][n], av, bv[n]);
         }
         pa += by_rows ? 1 : lda;
         pb += ldb;
@@ -158,28 +181,28 @@ CONVIT_INLINE void tile(i64 row, i64 col, i64 depth, const float* a, i64 lda, co
     epilogue(row, col, acc);
 }
 
-template <bool by_rows, int R, int NV, class Epilogue>
+template <class Unit, bool by_rows, int R, int NV, class Epilogue>
 CONVIT_INLINE void row_tiles(i64 row, i64 rows, i64 col, i64 depth, const float* a, i64 lda, const float* b, i64 ldb, const Epilogue& epilogue) {
-    for (; row + R <= rows; row += R) tile<by_rows, R, NV>(row, col, depth, a, lda, b, ldb, epilogue);
+    for (; row + R <= rows; row += R) tile<Unit, by_rows, R, NV>(row, col, depth, a, lda, b, ldb, epilogue);
     constexpr int next = R > 8 ? 8 : R > 4 ? 4 : R > 2 ? 2 : 1;
     if constexpr (R > 1)
-        if (row < rows) row_tiles<by_rows, next, NV>(row, rows, col, depth, a, lda, b, ldb, epilogue);
+        if (row < rows) row_tiles<Unit, by_rows, next, NV>(row, rows, col, depth, a, lda, b, ldb, epilogue);
 }
 
-// epilogue(A B), A [rows][depth], B [depth][cols], cols a multiple of W.
-template <bool by_rows, class Epilogue>
+// epilogue(A B), A [rows][depth], B [depth][cols], cols a multiple of W; depth counts units.
+template <class Unit, bool by_rows, class Epilogue>
 static void multiply(i64 rows, i64 cols, i64 depth, const float* a, i64 lda, const float* b, i64 ldb, const Epilogue& epilogue) {
     i64 col = 0;
     while (col < cols) {
         const i64 left = (cols - col) / W;
         if (left == 3 || left >= 5) {
-            row_tiles<by_rows, many_registers ? 8 : 4, 3>(0, rows, col, depth, a, lda, b, ldb, epilogue);
+            row_tiles<Unit, by_rows, many_registers ? 8 : 4, 3>(0, rows, col, depth, a, lda, b, ldb, epilogue);
             col += 3 * W;
         } else if (left >= 2) {
-            row_tiles<by_rows, many_registers ? 12 : 6, 2>(0, rows, col, depth, a, lda, b, ldb, epilogue);
+            row_tiles<Unit, by_rows, many_registers ? 12 : 6, 2>(0, rows, col, depth, a, lda, b, ldb, epilogue);
             col += 2 * W;
         } else {
-            row_tiles<by_rows, 8, 1>(0, rows, col, depth, a, lda, b, ldb, epilogue);
+            row_tiles<Unit, by_rows, 8, 1>(0, rows, col, depth, a, lda, b, ldb, epilogue);
             col += W;
         }
     }

@@ -71,21 +71,21 @@ def run(function, inputs: Inputs, grad: Tensor, grid: tuple[int, int]) -> dict[s
     return dict(zip(NAMES, [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))], strict=True))
 
 
-def reference64(inputs: Inputs, grad: Tensor, grid: tuple[int, int]) -> dict[str, Tensor]:
+def reference64(inputs: Inputs, grad: Tensor, grid: tuple[int, int], scale: float | None = None) -> dict[str, Tensor]:
     def definition(*args):
-        return convit.gpsa(*args, backend="reference")
+        return convit.gpsa(*args, scale=scale, backend="reference")
 
     return run(definition, inputs.cast(torch.float64), grad.double(), grid)
 
 
-def eager(q, k, v, pos_weight, gating, grid):
+def eager(q, k, v, pos_weight, gating, grid, scale=None):
     """The formula as timm and FAIR write it, in the dtype of q throughout."""
     from convit.kernels.gpsa.reference import relative_positions
 
     dtype = q.dtype
     rel = relative_positions(grid, q.device).to(dtype)
     position = torch.einsum("ijc,hc->hij", rel, pos_weight.to(dtype)).softmax(dim=-1)
-    content = ((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5).softmax(dim=-1)
+    content = ((q @ k.transpose(-2, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)).softmax(dim=-1)
     gate = torch.sigmoid(gating.to(dtype)).view(1, -1, 1, 1)
     attn = (1.0 - gate) * content + gate * position
     return (attn / attn.sum(dim=-1, keepdim=True)) @ v
@@ -96,10 +96,12 @@ def relative_error(ours: Tensor, truth: Tensor) -> float:
     return ((ours.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
 
 
-def check(ours: dict[str, Tensor], inputs: Inputs, grad: Tensor, grid: tuple[int, int], definition: bool = False) -> None:
-    """Judge ``ours`` (from ``run``) against float64, allowing twice the eager path's own error; ``definition``: ours is the reference."""
-    truth = reference64(inputs, grad, grid)
-    peer = run(eager, inputs, grad, grid)
+def check(
+    ours: dict[str, Tensor], inputs: Inputs, grad: Tensor, grid: tuple[int, int], definition: bool = False, scale: float | None = None
+) -> None:
+    """Judge ``ours`` (from ``run``) against float64, allowing twice the eager path's error; ``definition``: ours is the reference."""
+    truth = reference64(inputs, grad, grid, scale)
+    peer = run(lambda *args: eager(*args, scale=scale), inputs, grad, grid)
     dtype, tokens = inputs.q.dtype, inputs.q.shape[2]
     for name in NAMES:
         error = relative_error(ours[name], truth[name])

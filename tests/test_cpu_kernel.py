@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from gpsa_cases import Case, check, make_inputs, relative_error, run
+from gpsa_cases import Case, Inputs, check, make_inputs, reference64, relative_error, run
 from tolerances import allowed_error
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,10 +43,41 @@ def test_tiles_and_tails(case, dtype):
     check(run(cpp, inputs, grad, case.grid), inputs, grad, case.grid)
 
 
+def hard_inputs(dtype: torch.dtype) -> dict[str, tuple[Inputs, torch.Tensor, float | None]]:
+    """Inputs on the 4 x 5 grid at which a shortcut of the arithmetic would show, with the scale."""
+    inputs, grad = make_inputs(Case(2, 3, 16, (4, 5)), dtype=dtype)
+    return {
+        "nearly closed content": (inputs._replace(gating=torch.tensor([15.0, 17.5, 20.0])), grad, None),
+        "logits of 1e11": (inputs._replace(q=(inputs.q * 1e11).to(dtype) if dtype != torch.float16 else inputs.q), grad, None),
+        "negative scale": (inputs, grad, -0.7),
+        "no scale": (inputs, grad, 0.0),
+        "transposed parameters": (
+            inputs._replace(pos_weight=inputs.pos_weight.T.contiguous().T, gating=inputs.gating.repeat_interleave(2)[::2]),
+            grad,
+            None,
+        ),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("name", hard_inputs(torch.float32))
+def test_hard_inputs(name, dtype):
+    inputs, grad, scale = hard_inputs(dtype)[name]
+    check(run(lambda *args: convit.gpsa(*args, scale=scale, backend="cpp"), inputs, grad, (4, 5)), inputs, grad, (4, 5), scale=scale)
+
+
+def test_every_logit_far_below_zero():
+    inputs, grad = make_inputs(Case(2, 3, 16, (4, 5)))
+    inputs = inputs._replace(q=torch.full_like(inputs.q, 20), k=(torch.arange(20) / 64 - 20)[:, None].expand_as(inputs.k))
+    ours, truth = run(cpp, inputs, grad, (4, 5)), reference64(inputs, grad, (4, 5))
+    for name in ours:  # the logits themselves, -1600, have a rounding of 1e-4
+        assert (ours[name] - truth[name]).norm() <= 1e-3 * truth[name].norm() + 1e-4, name
+
+
 _EVERY_CASE = """
 import torch, convit
 from gpsa_cases import CASES, check, make_inputs, run
-from test_cpu_kernel import TILES, cpp
+from test_cpu_kernel import TILES, cpp, hard_inputs, test_every_logit_far_below_zero, test_hard_inputs
 from convit.kernels.gpsa import cpu_cpp
 torch.set_num_threads(1)
 torch.utils.deterministic.fill_uninitialized_memory = True
@@ -55,11 +86,15 @@ for case in CASES + TILES:
     for dtype in (torch.float32, torch.bfloat16):
         inputs, grad = make_inputs(case, dtype=dtype)
         check(run(cpp, inputs, grad, case.grid), inputs, grad, case.grid)
+test_every_logit_far_below_zero()
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for name in hard_inputs(dtype):
+        test_hard_inputs(name, dtype)
 print(cpu_cpp.describe()["instruction set"])
 """
 
 
-@pytest.mark.parametrize("name", ["avx512", "avx2", "neon", "portable"])
+@pytest.mark.parametrize("name", ["avx512_bf16", "avx512", "avx2", "neon", "portable"])
 def test_each_instruction_set(name):
     if name not in cpu_cpp.describe()["instruction sets"].split(", "):
         pytest.skip(f"this machine cannot run {name}")
@@ -197,10 +232,21 @@ def test_plain_attention(dtype):
 
 def test_thread_counts_below_one_are_refused():
     x = torch.zeros(1, 1, 4, 4)
-    arguments = [(1, 1, 2, 2, 4), 1.0, False, *[cpu_cpp._strided(x)] * 3, 0, 0, cpu_cpp._strided(torch.zeros_like(x)), 0]
+    arguments = [(1, 1, 2, 2, 4), 1.0, 0, *[cpu_cpp._strided(x)] * 3, 0, 0, cpu_cpp._strided(torch.zeros_like(x)), 0]
     for threads in (0, -2):
         with pytest.raises(ValueError, match=f"threads must be at least 1, got {threads}"):
             cpu_cpp._C.forward(*arguments, threads)
+
+
+def test_tensors_without_their_memory_are_refused():
+    leaves = _sample(False)
+    leaves[0].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="q reaches past the end of its storage, 0 bytes"):
+        cpp(*leaves, (4, 5))
+    short = _sample(False)
+    short[4].untyped_storage().resize_(8)
+    with pytest.raises(RuntimeError, match="gating reaches past the end of its storage, 8 bytes"):
+        cpp(*short, (4, 5))
 
 
 _PEAK = """
@@ -254,7 +300,7 @@ def test_operator_passes_torchs_own_checks():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({0: torch.zeros(2, 3, 20, 16, dtype=torch.float64)}, "q must be float32 or bfloat16"),
+        ({0: torch.zeros(2, 3, 20, 16, dtype=torch.float64)}, "q must be one of float32, bfloat16, float16"),
         ({1: torch.zeros(2, 3, 19, 16)}, "k must be like q"),
         ({3: torch.zeros(3, 2)}, "pos_weight must be contiguous float32"),
         ({4: torch.zeros(3, dtype=torch.float64)}, "gating must be contiguous float32"),

@@ -2,11 +2,12 @@
 
     out = ((1 - g) Pc + g P) v,   lse = log sum_j exp(scale q k^T)          shapes in torch_operator.py, mathematics in README.md
 
-Per head: the positional half (1) contracts v with px along x, (2) with g py along y; the content half, per block of queries, (3)
-scores with queries along the lanes, S^T = K Q^T, (4) online softmax over tiles of keys, (5) product with v. The gradient recomputes the
-softmax from ``lse``, whole rows of one block of queries at a time; ``out`` is not needed.
-Deviations from ``reference.py``: the halves are mixed after their products with v, so there is no attention dropout; exp is a polynomial
-(relative error 1e-7); float32 and bfloat16 only, arithmetic in float32.
+Per head and block of queries: (1) scores with queries along the lanes, S^T = K Q^T, (2) online softmax over tiles of keys, (3) product
+with v. Up to 256 tokens the positional softmax is added to the weights before (3); beyond, it contracts v with px along x and py along
+y. The gradient recomputes the softmax from ``lse``, whole rows of one block of queries at a time; ``out`` is not needed.
+Deviations from ``reference.py``: the halves are mixed after their softmaxes, so there is no attention dropout; exp is a polynomial
+(relative error 1e-7); float32, bfloat16 and float16 only, arithmetic in float32, but products of bfloat16 where the instruction set
+has them: then the weights and their gradients are rounded to bfloat16 as factors of the products that follow.
 """
 
 import os
@@ -29,7 +30,8 @@ except ImportError as error:
 if _C is not None and os.environ.get("TRITON_INTERPRET") == "1":
     _C, _broken = None, "TRITON_INTERPRET=1 gives the CPU to the interpreted Triton kernels"
 
-_DTYPES = ("float32", "bfloat16")
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # numbers of DType in csrc/gpsa.h
+_NAMES = [str(dtype)[6:] for dtype in _DTYPES]
 
 
 def _strided(x: Tensor) -> tuple[int, ...]:
@@ -43,8 +45,13 @@ def _unit(x: Tensor) -> Tensor:
 
 def _check(q: Tensor, pos_weight: Tensor, gating: Tensor, grid_h: int, grid_w: int, **others: Tensor) -> None:
     """What the kernels rely on to stay inside memory: the operator can also be called directly."""
-    if q.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"q must be float32 or bfloat16, got {q.dtype}")
+    for name, x in {"q": q, "pos_weight": pos_weight, "gating": gating, **others}.items():
+        end = x.storage_offset() + 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        held = x.untyped_storage().nbytes()
+        if end * x.element_size() > held and x.numel():
+            raise RuntimeError(f"{name} reaches past the end of its storage, {held} bytes: was it resized or freed?")
+    if q.dtype not in _DTYPES:
+        raise TypeError(f"q must be one of {', '.join(_NAMES)}, got {q.dtype}")
     for name, x in others.items():
         if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name} must be like q, {list(q.shape)} {q.dtype} on {q.device}, got {list(x.shape)} {x.dtype} on {x.device}")
@@ -65,7 +72,7 @@ def _forward(
     _C.forward(
         (q.shape[0], q.shape[1], grid_h, grid_w, q.shape[3]),
         scale,
-        q.dtype == torch.bfloat16,
+        _DTYPES[q.dtype],
         _strided(q),
         _strided(k),
         _strided(v),
@@ -100,7 +107,7 @@ def _backward(
     _C.backward(
         (q.shape[0], q.shape[1], grid_h, grid_w, q.shape[3]),
         scale,
-        q.dtype == torch.bfloat16,
+        _DTYPES[q.dtype],
         _strided(grad_out),
         _strided(q),
         _strided(k),
@@ -143,8 +150,8 @@ def why_not(problem) -> str | None:
         return _broken
     if problem.framework != "torch" or problem.device != "cpu":
         return f"the tensors are on {problem.device}" if problem.framework == "torch" else "the tensors are not torch tensors"
-    if problem.dtype not in _DTYPES:
-        return f"{problem.dtype} is not supported ({' and '.join(_DTYPES)} only)"
+    if problem.dtype not in _NAMES:
+        return f"{problem.dtype} is not supported ({', '.join(_NAMES)} only)"
     if problem.dropout_p > 0:
         return "attention dropout is not supported: one mask must cover both softmaxes"
     return None

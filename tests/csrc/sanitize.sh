@@ -25,7 +25,7 @@ compile() { # name, flags...
 
 run() { # program: on each instruction set that the machine knows
     local isa ran=0
-    for isa in avx512 avx2 neon portable; do
+    for isa in avx512_bf16 avx512 avx2 neon portable; do
         # an instruction set that this machine lacks is refused by name; anything else is a failure
         if CONVIT_CPU_ISA=$isa ${EMULATOR:-} "$1" >"$build/log" 2>&1; then
             echo "$(basename "$1"): $(tail -1 "$build/log")"

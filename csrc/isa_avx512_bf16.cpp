@@ -1,0 +1,31 @@
+#include "kernels.h"
+
+#if defined(CONVIT_X86)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
+#endif
+#define CONVIT_LANES 16
+#define CONVIT_REGISTERS 32
+#define CONVIT_PAIRS 1
+#define CONVIT_QUERY_VECTORS 2
+
+namespace convit {
+namespace {
+#include "kernels.inc.h"
+}  // namespace
+
+constexpr Kernels kernels_avx512_bf16 = all_kernels("avx512_bf16");
+
+}  // namespace convit
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
