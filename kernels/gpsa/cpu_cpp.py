@@ -11,6 +11,7 @@ has them: then the weights and their gradients are rounded to bfloat16 as factor
 """
 
 import os
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -46,9 +47,9 @@ def _unit(x: Tensor) -> Tensor:
 def _check(q: Tensor, pos_weight: Tensor, gating: Tensor, grid_h: int, grid_w: int, **others: Tensor) -> None:
     """What the kernels rely on to stay inside memory: the operator can also be called directly."""
     for name, x in {"q": q, "pos_weight": pos_weight, "gating": gating, **others}.items():
-        end = x.storage_offset() + 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-        held = x.untyped_storage().nbytes()
-        if end * x.element_size() > held and x.numel():
+        strides, held = x.stride(), x.untyped_storage().nbytes()
+        last = x.storage_offset() + sum(map(mul, x.shape, strides)) - sum(strides)
+        if (last + 1) * x.element_size() > held and x.numel():
             raise RuntimeError(f"{name} reaches past the end of its storage, {held} bytes: was it resized or freed?")
     if q.dtype not in _DTYPES:
         raise TypeError(f"q must be one of {', '.join(_NAMES)}, got {q.dtype}")

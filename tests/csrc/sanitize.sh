@@ -47,3 +47,7 @@ compile address+undefined -O1 -fsanitize=address,undefined -fno-sanitize-recover
 run "$build/address+undefined"
 compile thread -O1 -fsanitize=thread
 run "$build/thread"
+# the NEON code, where a cross compiler and an emulator are at hand
+if command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null; then
+    CXX=aarch64-linux-gnu-g++ EMULATOR=qemu-aarch64 bash tests/csrc/sanitize.sh
+fi
