@@ -24,7 +24,7 @@ from gpsa_cases import Case, make_inputs
 import convit
 from convit.dispatch import ORDER
 from convit.kernels.gpsa.gpu_triton import launch
-from convit.kernels.gpsa.gpu_triton.configs import Device
+from convit.kernels.gpsa.gpu_triton.configs import TRITON, Device
 
 
 class _Driver:
@@ -34,7 +34,7 @@ class _Driver:
 
     class utils:
         _functions = itertools.count(1)
-        load_binary = classmethod(lambda cls, name, kernel, shared, device: (1, next(cls._functions), 32, 0, 1024))
+        load_binary = classmethod(lambda cls, *args: (1, next(cls._functions), 32, 0, 1024)[: 4 if TRITON < (3, 4) else 5])
         unload_module = staticmethod(lambda module: None)
         get_device_properties = staticmethod(lambda device: {"max_shared_mem": 232448})
 
@@ -49,6 +49,7 @@ class _Driver:
 @contextlib.contextmanager
 def pretend(launched: Callable = lambda *args: None) -> Iterator[None]:
     """Let the Triton backend take CPU tensors; ``launched`` is called in place of each launch. To be entered once in a process."""
+    sys.modules["convit._C"] = None  # type: ignore[assignment]  # or the CPU kernel would take the CPU tensors
     driver.set_active(_Driver(launched))
     ORDER["torch", "cpu"] = ("triton",)
     with launch.trial(devices={"cpu": Device("CPU", lambda index: "sm90", lambda: None, direct=True)}):

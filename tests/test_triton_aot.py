@@ -1,5 +1,6 @@
 """The Triton kernels compiled for GPUs that are not here: no stack, shared memory within the chip's, matrix instructions in use."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -42,6 +43,38 @@ def test_the_models_shapes(chip, tmp_path):
             plain = found.get((case, f"{kernel} without position"))
             if plain:
                 assert row["issue_us"] <= (1.3 if "tile" in kernel else 1.05) * plain["issue_us"], (case, kernel)
+
+
+LOOP = """
+$L__BB0_1:
+    cp.async.wait_group 0;
+    bar.sync 0;
+    {fence}
+    wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {{%f1}}, %r1, %r2, 1;
+    cp.async.cg.shared.global [ %r3 + 0 ], [ %rd1 + 0 ], 16;
+    cp.async.commit_group;
+    @%p1 bra $L__BB0_1;
+    ret;
+"""
+
+
+def test_hazards_on_hopper_are_seen(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    aot = importlib.import_module("aot")
+    monkeypatch.setattr(aot, "TRITON", (3, 6, 0))
+    assert "fence.proxy.async" in aot.hazard(LOOP.format(fence=""), 4)
+    assert aot.hazard(LOOP.format(fence="fence.proxy.async.shared::cta;"), 4) is None
+    assert "two warp groups" in aot.hazard(LOOP.format(fence="fence.proxy.async.shared::cta;"), 8)
+    assert aot.hazard(LOOP.format(fence="").replace("wgmma.mma_async", "mma"), 8) is None
+
+
+def test_older_tritons_take_one_stage_on_hopper(monkeypatch):
+    from convit.kernels.gpsa.gpu_triton import configs
+
+    for version, stages in (((3, 7, 0), 1), ((3, 7, 1), 2)):
+        monkeypatch.setattr(configs, "TRITON", version)
+        assert configs.choose("dq_loop", "sm90", "half", 64).stages == stages
+        assert configs.choose("dq_loop", "sm80", "half", 64).stages == 2
 
 
 def test_one_patch(tmp_path):

@@ -14,7 +14,8 @@ from triton.runtime import interpreter
 
 import convit
 from convit.kernels.gpsa import gpu_triton
-from convit.kernels.gpsa.gpu_triton import configs
+from convit.kernels.gpsa.gpu_triton import configs, launch
+from convit.kernels.gpsa.gpu_triton.common import reduce_kernel
 
 # up to 256 keys: whole rows in one tile; beyond: the loop over keys. Grids that pad badly, one row, one column, D that fills no tile.
 TILE = [Case(1, 2, 16, (4, 5)), Case(2, 2, 20, (7, 11)), Case(1, 1, 16, (1, 1)), Case(1, 2, 48, (14, 14)), Case(1, 1, 33, (3, 16))]
@@ -95,6 +96,70 @@ def test_extreme_input_with_a_finite_answer(case, dtype, scale, strength, gate):
     assert all(value.isfinite().all() for value in ours.values())
     truth = convit.gpsa(*inputs.cast(torch.float64), case.grid, backend="reference")
     assert relative_error(ours["out"], truth) <= (1e-4 if dtype == torch.float32 else 2e-3)
+
+
+SMALL = Case(1, 2, 16, (3, 5))  # float16 takes the tile kernels, float32 the loops
+KINDS = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["tile", "loop"])
+
+
+def with_scale(inputs, grad, grid, scale):
+    """Ours, and the truth in float64."""
+
+    def of(backend):
+        return lambda *args: convit.gpsa(*args, scale=scale, backend=backend)
+
+    return run(of("triton"), inputs, grad, grid), run(of("reference"), inputs.cast(torch.float64), grad.double(), grid)
+
+
+@KINDS
+@pytest.mark.parametrize("scale", [-0.25, 0.0, -3.0])
+def test_zero_and_negative_scales(dtype, scale):
+    inputs, grad = make_inputs(SMALL, dtype=dtype)
+    ours, truth = with_scale(inputs, grad, SMALL.grid, scale)
+    for name in ours:
+        if truth[name].norm() == 0:
+            assert ours[name].norm() == 0, name
+        else:
+            assert relative_error(ours[name], truth[name]) <= (1e-5 if dtype == torch.float32 else 5e-3), name
+
+
+@KINDS
+@pytest.mark.parametrize("logit", [1e6, 2e7, 1e9, 1e11])
+def test_gradients_of_huge_logits(dtype, logit):
+    inputs, grad = make_inputs(SMALL, dtype=torch.float32)
+    largest = (inputs.q @ inputs.k.transpose(-1, -2)).abs().max()
+    if dtype == torch.float16:  # as far as its numbers go: two factors of at most 65,504
+        factor = min(logit / 4, 2e8) ** 0.5
+        inputs = inputs._replace(q=inputs.q * factor, k=inputs.k * factor).cast(dtype)
+    else:
+        inputs = inputs._replace(q=inputs.q * (logit / largest))
+    ours, truth = with_scale(inputs, grad.to(dtype), SMALL.grid, 1.0)
+    assert all(value.isfinite().all() for value in ours.values())
+    for name in ("out", "dv", "dpos_weight", "dgating"):
+        exact = 5e-3 if dtype == torch.float16 else 1e-5
+        assert relative_error(ours[name], truth[name]) <= (exact if name == "out" else 0.05), name
+    for name, other in (("dq", inputs.k), ("dk", inputs.q)):  # nothing but rounding: one key has all the weight
+        assert ours[name].norm() <= (5e-2 if dtype == torch.float16 else 1e-4) * other.float().norm() * grad.norm(), name
+
+
+@KINDS
+def test_several_blocks_of_queries_in_a_program(dtype, monkeypatch):
+    """As with many images and heads: a program takes all query blocks of a head, and many lines of an axis."""
+    monkeypatch.setattr(launch, "MANY", 1)
+    case = Case(1, 2, 16, (7, 11) if dtype == torch.float16 else (2, 40))
+    inputs, grad = make_inputs(case, dtype=dtype)
+    with launch.trial():
+        check(run(triton, inputs, grad, case.grid), inputs, grad, case.grid)
+
+
+def test_a_reduction_of_more_parts_than_fit_into_one_step():
+    heads, batch, parts = 2, 3, 150
+    share = torch.randn(batch, heads, parts, 4, generator=torch.Generator().manual_seed(0))
+    gating, dw, dgating = torch.randn(heads), torch.empty(heads, 3), torch.empty(heads)
+    reduce_kernel[(heads,)](share, gating, dw, dgating, heads, batch, parts, BLOCK=256)
+    total, gate = share.double().sum((0, 2)), torch.sigmoid(gating.double())
+    assert relative_error(dw, total[:, 1:] * gate[:, None]) <= 1e-6
+    assert relative_error(dgating, total[:, 0] * gate * (1 - gate)) <= 1e-6
 
 
 @pytest.mark.parametrize("case", [TILE[0], LOOP[0]], ids=str)

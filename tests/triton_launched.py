@@ -9,6 +9,7 @@ from triton.runtime import driver
 
 import convit
 from convit.kernels.gpsa.gpu_triton import launch
+from convit.kernels.gpsa.gpu_triton.tile import fwd_tile_kernel
 
 
 def plain(arguments: tuple) -> tuple:
@@ -55,6 +56,13 @@ def compare(seen: list[tuple]) -> None:
     first, second, other, last = seen
     assert first[4] == second[4] == last[4] != other[4]
     assert isinstance(other[9], torch.Tensor) and not isinstance(last[9], torch.Tensor)
+
+    # a hook that somebody adds later is called
+    asked = []
+    fwd_tile_kernel.add_pre_run_hook(lambda *args, **kwargs: asked.append(args))
+    convit.gpsa(*aligned, case.grid)
+    fwd_tile_kernel.pre_run_hooks.clear()
+    assert len(asked) == 1
     print(differ, "of", count, "launches differ")
 
 

@@ -19,11 +19,11 @@ def _candidates(rehearse: bool) -> dict[str, list[tuple[int, ...]]]:
         "fwd_tile": grid((32, 64), (256,), (4, 8), (1, 2), (1, 2, 4)) + grid((128,), (256,), (8,), (1,), (1, 2)),
         "dq_tile": grid((32, 64), (32, 64, 128), (4, 8), (1, 2)) + grid((128,), (32, 64), (8,), (1,)),
         "dkdv_tile": grid((16, 32, 64), (64, 128, 256), (4, 8), (1,)) + grid((32,), (64, 128), (4, 8), (2,)),
-        "fwd_loop": grid((64, 128), (32, 64, 128), (4, 8), (2, 3)),
-        "dkdv_loop": grid((32, 64, 128), (64, 128), (4, 8), (2, 3)),
-        "dq_loop": grid((64, 128), (32, 64), (4, 8), (2, 3)),
-        "mix": grid((32, 64, 128), (32, 64), (4, 8), (2,)),
-        "moments": grid((32, 64, 128), (32, 64), (4, 8), (2,)),
+        "fwd_loop": grid((64, 128), (32, 64, 128), (4, 8), (1, 2, 3)),
+        "dkdv_loop": grid((32, 64, 128), (64, 128), (4, 8), (1, 2, 3)),
+        "dq_loop": grid((64, 128), (32, 64), (4, 8), (1, 2, 3)),
+        "mix": grid((32, 64, 128), (32, 64), (4, 8), (1, 2)),
+        "moments": grid((32, 64, 128), (32, 64), (4, 8), (1, 2)),
     }
 
 
@@ -74,8 +74,13 @@ def _captured(kernel: str, case, dtype: str, config: tuple | None, device: str):
 
 def _compile_one(job: tuple) -> str:
     try:
-        _captured(*job)
-        return ""
+        _, replay = _captured(*job)
+        ptx = getattr(replay(), "asm", {}).get("ptx", "")
+        if "wgmma" not in ptx:
+            return ""
+        from aot import hazard
+
+        return hazard(ptx, job[3][2]) or ""
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
 

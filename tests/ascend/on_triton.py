@@ -94,7 +94,7 @@ def to_linalg(name: str) -> str:
     kinds = {name: "*fp32" for name in ("w_ptr", "gating_ptr", "lse_ptr", "stats_ptr", "part_ptr")}
     kinds |= {"scale_log2": "fp32", "scale": "fp32", "H": "i32"}
     constants = {"GH": GRID[0], "GW": GRID[1], "GHP": 16, "GWP": 16, "D": DIM, "BD": 64, "BM": ROWS, "BN": KEYS, "BP": KEYS, "STEPS": 1}
-    constants |= {"PRECISION": "ieee", "POSITION": True}
+    constants |= {"PRECISION": "ieee", "POSITION": True, "NEGATIVE": False, "EXACT": True, "CHANNELS": 0, "LARGE_SCORES": False}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: kinds.get(name, "*fp16" if name.endswith("_ptr") else "i32") for name in kernel.arg_names if name not in constants}
     target = GPUTarget("npu", TARGET, 0)

@@ -5,6 +5,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+FORWARD_LIMIT = tl.constexpr(16777216.0)  # 2^24: half a unit of the exponent is lost, of every key of a row alike
+LARGE = tl.constexpr(4096.0)  # log-sum-exp from which on its rounding shows in the weights
+BACKWARD_LIMIT = tl.constexpr(1048576.0)  # 2^20: what dk and dv are told of a row is rounded to a sixteenth
 
 
 @triton.jit
@@ -41,14 +44,13 @@ def axis_weights(w, w2, at, to, size):
 
 
 @triton.jit
-def cap(magnitude, scale_log2):
-    """The factor of the exponent s * scale_log2 that keeps a row finite.
+def cap(magnitude, scale_log2, LIMIT: tl.constexpr):
+    """The factor of the exponent s * scale_log2 that keeps a row finite: exponents past LIMIT are scaled down to it.
 
-    A fused multiply-add forms s * scale_log2 - m exactly, but m is rounded: past 2^24 the difference could overflow exp2. Scores
-    that large cannot be told apart to one unit of the exponent in float32 anyway.
+    A fused multiply-add forms s * scale_log2 - m exactly, but m is rounded, and past 2^24 the difference could overflow exp2. Scores
+    that large differ by less than a unit of the exponent only where float32 cannot tell them apart.
     """
-    limit = 16777216.0
-    return tl.where(magnitude * scale_log2 > limit, limit / magnitude, scale_log2)
+    return tl.where(magnitude * scale_log2 > LIMIT, LIMIT / magnitude, scale_log2)
 
 
 @triton.jit

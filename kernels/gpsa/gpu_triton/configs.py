@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -28,7 +29,11 @@ class Device(NamedTuple):
 def _gpu_family(index: int) -> str:
     if torch.version.hip:
         return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
-    major, _ = torch.cuda.get_device_capability(index)
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:  # why_not knows the type of device alone, and asks the current one
+        raise RuntimeError(
+            f"convit: cuda:{index} has compute capability {major}.{minor}, and the Triton kernels need 8.0; use backend='sdpa' there"
+        )
     return f"sm{major}0"
 
 
@@ -42,8 +47,9 @@ def _no_gpu() -> str | None:
     return None
 
 
+TRITON = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
 # before 3.3 a compiled kernel takes other arguments; on AMD more than alignment matters
-_DIRECT = torch.version.hip is None and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+_DIRECT = torch.version.hip is None and TRITON >= (3, 3)
 
 # torch device type -> device; Triton's interpreter takes CPU tensors, and no others
 DEVICES: dict[str, Device] = {"cuda": Device("CUDA", _gpu_family, _no_gpu, _DIRECT)}
@@ -73,7 +79,8 @@ def _rows(*rows: tuple[str, str, int, Config]) -> list[Row]:
     return [Row(*row) for row in rows]
 
 
-# Chosen by compiling (bench/aot.py): no stack, then the fewest instructions. What bench/gpu.sh measures to be faster goes above the
+# Chosen by compiling (bench/aot.py): no stack, on sm90 no second group of four warps where wgmma is used (bench/aot.py, hazard), then
+# the fewest instructions. What bench/gpu.sh measures to be faster goes above the
 # general row.
 CONFIGS: dict[str, list[Row]] = {
     "fwd_tile": _rows(
@@ -92,12 +99,16 @@ CONFIGS: dict[str, list[Row]] = {
     "dkdv_tile": _rows(
         ("sm80", "half", 64, Config(32, 128, 8, 1)),
         ("sm80", "half", 128, Config(32, 64, 4, 1)),
+        ("sm90", "half", 64, Config(32, 128, 4, 1)),
+        ("sm90", "half", 128, Config(32, 64, 4, 1)),
         ("", "half", 64, Config(32, 256, 8, 1)),
         ("gfx942", "half", 128, Config(32, 64, 4, 1)),
         ("sm100", "half", 128, Config(32, 128, 4, 1)),
         ("", "half", 128, Config(32, 128, 8, 1)),
     ),
     "fwd_loop": _rows(
+        ("sm90", "half", 64, Config(64, 128, 4, 1)),
+        ("sm90", "half", 128, Config(64, 64, 4, 1)),
         ("", "half", 128, Config(128, 64, 8, 2)),
         ("", "tf32", 128, Config(64, 32, 4, 1)),
         ("gfx942", "ieee", 128, Config(64, 32, 4, 1)),
@@ -132,9 +143,13 @@ CONFIGS: dict[str, list[Row]] = {
         ("", "half", 128, Config(64, 64, 4, 2)),
         ("gfx942", "", 128, Config(64, 64, 4, 1)),
         ("", "tf32", 64, Config(64, 64, 4, 1)),
+        ("sm90", "tf32", 128, Config(64, 32, 4, 1)),
         ("", "", 128, Config(64, 32, 8, 1)),
     ),
     "moments": _rows(
+        ("sm90", "half", 64, Config(64, 32, 4, 1)),
+        ("sm90", "half", 128, Config(32, 64, 4, 1)),
+        ("sm90", "tf32", 64, Config(64, 32, 4, 1)),
         ("", "half", 128, Config(64, 64, 8, 2)),
         ("gfx942", "", 128, Config(64, 64, 8, 1)),
         ("", "tf32", 64, Config(64, 64, 8, 1)),
@@ -142,13 +157,16 @@ CONFIGS: dict[str, list[Row]] = {
         ("", "ieee", 128, Config(32, 32, 4, 1)),
     ),
 }
+OPTIONS = {"enable_fp_fusion": True}  # Triton 3.10 leaves it off by default; the exponents of all kernels count on it
 SMALL = Config(64, 64, 4, 1)  # of the two kernels that touch no tensor
 
 
 def choose(kernel: str, family: str, arithmetic: str, block_d: int) -> Config:
     for row in CONFIGS[kernel]:
         if row.family in ("", family) and row.arithmetic in ("", arithmetic) and block_d <= row.largest:
-            return row.config
+            # before 3.7.1 a loop of several stages on Hopper lacks the fence between filling shared memory and wgmma's reading it
+            one_stage = family == "sm90" and TRITON < (3, 7, 1)
+            return row.config._replace(stages=1) if one_stage else row.config
     raise AssertionError(f"no configuration of {kernel} for {family}, {arithmetic}, D <= {block_d}")
 
 

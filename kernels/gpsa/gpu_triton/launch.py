@@ -12,7 +12,7 @@ from triton.runtime import driver
 from convit.kernels.gpsa import torch_operator
 from convit.kernels.gpsa.gpu_triton import configs
 from convit.kernels.gpsa.gpu_triton.common import LOG2E, reduce_kernel
-from convit.kernels.gpsa.gpu_triton.configs import CONFIGS, DEVICES, MANY, SMALL, Config, Device, Row
+from convit.kernels.gpsa.gpu_triton.configs import CONFIGS, DEVICES, MANY, OPTIONS, SMALL, Config, Device, Row
 from convit.kernels.gpsa.gpu_triton.loop import dkdv_loop_kernel, dq_loop_kernel, fwd_loop_kernel, mix_kernel, moments_kernel, norm_kernel
 from convit.kernels.gpsa.gpu_triton.tile import dkdv_tile_kernel, dq_tile_kernel, fwd_tile_kernel
 
@@ -43,10 +43,10 @@ def launch(call: Call, *tensors: Tensor) -> None:
         for address in addresses:
             bits |= address
         aligned = bits % 16 == 0
-        if run is not None and aligned:
+        if run is not None and aligned and not call.kernel.pre_run_hooks:  # launch hooks are asked for at every launch
             run(*addresses, *call.tail, stream=driver.active.get_current_stream(call.device))
             return
-    options = {"num_warps": call.config.warps, "num_stages": call.config.stages}
+    options = {"num_warps": call.config.warps, "num_stages": call.config.stages, **OPTIONS}
     call.compiled = call.kernel[(call.programs,)](*tensors, *call.numbers, **options, **call.constants)
     if call.direct and aligned:
         call.tail = (*call.numbers, *(call.constants[name] for name in call.kernel.arg_names[len(tensors) + len(call.numbers) :]))
@@ -101,6 +101,8 @@ class Plan:
     ):
         self.batch, self.heads, self.tokens, dim = shape
         self.grid, self.scale, self.device = grid, scale, device
+        # the forward kernels take the sign with q, and 0 as what rounds to it: the score of a masked key is minus infinity
+        self.scale_log2 = max(abs(scale), 1e-37) * LOG2E.value
         self.index = -1 if device.index is None else device.index
         self.family, self.direct = DEVICES[device.type].family(self.index), DEVICES[device.type].direct
         self.strides = tuple(step for x in strides for step in x[:3])
@@ -160,8 +162,9 @@ class Plan:
     def fwd_tile(self) -> Call:
         c = self.config("fwd_tile")
         rows, steps, blocks = self.query_blocks(c)
-        numbers = *self.strides, self.scale * LOG2E.value, self.heads
-        return self.call(fwd_tile_kernel, blocks, c, *numbers, BM=rows, STEPS=steps, POSITION=True, **self.tile)
+        numbers = *self.strides, self.scale_log2, self.heads
+        constants = {"BM": rows, "STEPS": steps, "NEGATIVE": self.scale < 0, "POSITION": True, **self.tile}
+        return self.call(fwd_tile_kernel, blocks, c, *numbers, **constants)
 
     @functools.cached_property
     def dq_blocks(self) -> int:
@@ -185,10 +188,15 @@ class Plan:
         c = self.config("dq_tile")
         rows, steps, blocks = self.query_blocks(c)
         keys = self.tile_rows(c.keys)
-        # the positional part takes all keys at once where that needs no stack
-        part = self.padded[0] * self.padded[1] if self.block_d <= 64 and self.family != "sm100" else keys
+        slots = self.padded[0] * self.padded[1]
+        # rows of keys at a time: all of them where that needs no stack
+        part = slots if self.block_d <= 64 and self.family != "sm100" else keys
+        # a program with a whole head forms the positional part by contractions (Triton 3.3 does not compile them)
+        whole = blocks == 1 and self.block_d <= 64 and max(self.padded) <= 32 and configs.TRITON >= (3, 4)
+        channels = 2048 // (max(16, self.padded[0]) * max(16, self.padded[1])) if whole else 0
         numbers = *self.strides, self.scale, self.heads, self.batch * self.heads * self.tokens
-        return self.call(dq_tile_kernel, blocks, c, *numbers, BM=rows, BN=keys, BP=part, STEPS=steps, **self.tile)
+        constants = {"BM": rows, "BN": keys, "BP": part, "CHANNELS": channels, "STEPS": steps, "LARGE_SCORES": True, **self.tile}
+        return self.call(dq_tile_kernel, blocks, c, *numbers, **constants)
 
     @functools.cached_property
     def dkdv_tile(self) -> Call:
@@ -202,15 +210,18 @@ class Plan:
     @functools.cached_property
     def fwd_loop(self) -> Call:
         c = self.config("fwd_loop")
-        numbers = *self.strides, self.scale * LOG2E.value, self.heads, self.tokens
-        constants = {"BM": c.rows, "BN": c.keys, "POSITION": True, **self.ragged(c), **self.common}
+        numbers = *self.strides, self.scale_log2, self.heads, self.tokens
+        exact = self.arithmetic == "ieee"  # beside such products the exact exponent costs nothing, and a second pass costs registers
+        constants = {"BM": c.rows, "BN": c.keys, **self.ragged(c), **self.common}
+        constants |= {"NEGATIVE": self.scale < 0, "POSITION": True, "EXACT": exact, "LARGE_SCORES": not exact}
         return self.call(fwd_loop_kernel, -(-self.tokens // c.rows), c, *numbers, **constants)
 
     @functools.cached_property
     def dq_loop(self) -> Call:
         c = self.config("dq_loop")
         numbers = *self.strides, self.scale, self.heads, self.tokens, self.batch * self.heads * self.tokens, self.parts
-        return self.call(dq_loop_kernel, self.dq_blocks, c, *numbers, BM=c.rows, BN=c.keys, **self.ragged(c), **self.common)
+        constants = {"BM": c.rows, "BN": c.keys, "LARGE_SCORES": True, **self.ragged(c), **self.common}
+        return self.call(dq_loop_kernel, self.dq_blocks, c, *numbers, **constants)
 
     @functools.cached_property
     def dkdv_loop(self) -> Call:

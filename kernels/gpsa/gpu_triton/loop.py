@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from convit.kernels.gpsa.gpu_triton.common import LN2, LOG2E, addresses, axis_weights, cap, exp, peak, place
+from convit.kernels.gpsa.gpu_triton.common import BACKWARD_LIMIT, LARGE, LN2, LOG2E, addresses, axis_weights, cap, exp, peak, place
 
 
 @triton.jit
@@ -147,7 +147,7 @@ def moments_kernel(
 @triton.jit
 def _fwd_loop_step(
     q, k_ptr, v_ptr, j, N, stride_kn, stride_vn, m, total, acc, scale_log2,
-    D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BD)
     kv_mask = (d < D)[None, :] & (j < N)[:, None] if MASK else (d < D)[None, :]
@@ -157,13 +157,36 @@ def _fwd_loop_step(
         s = tl.where((j < N)[None, :], s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 1))
     safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    factor = cap(tl.abs(safe), scale_log2)
-    p = tl.exp2(s * factor[:, None] - (safe * factor)[:, None])
-    alpha = tl.exp2((m - safe) * factor)
+    p = tl.exp2((s - safe[:, None]) * scale_log2) if EXACT else tl.exp2(s * scale_log2 - (safe * scale_log2)[:, None])
+    alpha = tl.exp2((m - safe) * scale_log2)
     total = total * alpha + tl.sum(p, 1)
     v = tl.load(addresses(v_ptr, j, stride_vn, d), mask=kv_mask, other=0.0)  # [BN, BD]
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return m_new, total, acc
+
+
+@triton.jit
+def _fwd_loop_pass(
+    q, k_ptr, v_ptr, N, stride_kn, stride_vn, scale_log2,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr, TAIL: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """All keys: the rows' largest score, sum of weights, and weighted sum of v."""
+    m = tl.full((BM,), float("-inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, BD), tl.float32)
+    full = N if MASK else N // BN * BN
+    for start in range(0, full, BN):
+        j = start + tl.arange(0, BN)
+        m, total, acc = _fwd_loop_step(
+            q, k_ptr, v_ptr, j, N, stride_kn, stride_vn, m, total, acc, scale_log2, D, BD, PRECISION, MASK, EXACT
+        )  # fmt: skip
+    if TAIL:
+        j = full + tl.arange(0, BN)
+        m, total, acc = _fwd_loop_step(
+            q, k_ptr, v_ptr, j, N, stride_kn, stride_vn, m, total, acc, scale_log2, D, BD, PRECISION, True, EXACT
+        )  # fmt: skip
+    return m, total, acc
 
 
 @triton.jit
@@ -173,25 +196,24 @@ def fwd_loop_kernel(
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     scale_log2, H, N,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
-    POSITION: tl.constexpr,
+    NEGATIVE: tl.constexpr, POSITION: tl.constexpr, EXACT: tl.constexpr, LARGE_SCORES: tl.constexpr,
 ):  # fmt: skip
+    """The exponent s f - m f is one fused multiply-add, exact but for the rounding of m f, which past 2^24 may lift it above 0. The sum
+    of the weights shows that: it is at least 1 and at most N otherwise. Such rows are done again, with (s - m) f (LARGE_SCORES), or all
+    are done so at once (EXACT)."""
     block, bh, b, h = place(tl.program_id(0), (N + BM - 1) // BM, H)
     i = block * BM + tl.arange(0, BM)
     d = tl.arange(0, BD)
     q_mask = (i < N)[:, None] & (d < D)[None, :]
     q = tl.load(addresses(q_ptr + b * stride_qb + h * stride_qh, i, stride_qn, d), mask=q_mask, other=0.0)  # [BM, BD]
+    if NEGATIVE:
+        q = -q
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
-    m = tl.full((BM,), float("-inf"), tl.float32)
-    total = tl.zeros((BM,), tl.float32)
-    acc = tl.zeros((BM, BD), tl.float32)
-    full = N if MASK else N // BN * BN
-    for start in range(0, full, BN):
-        j = start + tl.arange(0, BN)
-        m, total, acc = _fwd_loop_step(q, k_ptr, v_ptr, j, N, stride_kn, stride_vn, m, total, acc, scale_log2, D, BD, PRECISION, MASK)
-    if TAIL:
-        j = full + tl.arange(0, BN)
-        m, total, acc = _fwd_loop_step(q, k_ptr, v_ptr, j, N, stride_kn, stride_vn, m, total, acc, scale_log2, D, BD, PRECISION, True)
+    m, total, acc = _fwd_loop_pass(q, k_ptr, v_ptr, N, stride_kn, stride_vn, scale_log2, D, BD, BM, BN, PRECISION, MASK, TAIL, EXACT)
+    fine = (total >= 0.5) & (total <= 2.0 * N)
+    if LARGE_SCORES and tl.min(fine.to(tl.int32), 0) == 0:
+        m, total, acc = _fwd_loop_pass(q, k_ptr, v_ptr, N, stride_kn, stride_vn, scale_log2, D, BD, BM, BN, PRECISION, MASK, TAIL, True)
     rows = addresses((b * N * H + h) * D, i, H * D, d)
     if POSITION:
         lam = tl.load(gating_ptr + h)
@@ -200,8 +222,7 @@ def fwd_loop_kernel(
     else:
         o = acc * (1.0 / total)[:, None]
     tl.store(out_ptr + rows, o.to(q.dtype), mask=q_mask)
-    lse = m * cap(tl.abs(m), scale_log2) + tl.log2(total)
-    tl.store(lse_ptr + bh * N + i, lse * LN2, mask=i < N)
+    tl.store(lse_ptr + bh * N + i, (m * scale_log2 + tl.log2(total)) * LN2, mask=i < N)
 
 
 @triton.jit
@@ -232,11 +253,13 @@ def dq_loop_kernel(
     stride_ob, stride_oh, stride_on, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     scale, H, N, total, parts,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    LARGE_SCORES: tl.constexpr,
 ):  # fmt: skip
     """dq, the rows' statistics for dk and dv (factor and shift of the exponent, delta = row sum of Pc dA), minus the sum of delta.
 
     delta is not to be had from the rounded output: with g near 1 what is left after taking out the positional part is rounding.
     dO . out only centres dA; the exact delta is the centre plus the row sum of what was centred, and dq is corrected by the mean key.
+    Where scores are large, so is the rounding of lse: there the weights are divided by their own sum (LARGE_SCORES).
     """
     blocks = (N + BM - 1) // BM
     block, bh, b, h = place(tl.program_id(0), blocks, H)
@@ -249,9 +272,17 @@ def dq_loop_kernel(
     out = tl.load(out_ptr + rows, mask=q_mask, other=0.0)
     centre = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
     lse = tl.load(lse_ptr + bh * N + i, mask=i < N, other=1e30)
-    factor = cap(tl.abs(lse), LOG2E)
+    factor = cap(tl.abs(lse), LOG2E, BACKWARD_LIMIT)
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
+    weight = tl.full((BM,), 1.0, tl.float32)
+    if LARGE_SCORES and tl.max(tl.where(i < N, tl.abs(lse), 0.0), 0) > LARGE:
+        weight = tl.where(i < N, 0.0, 1.0)
+        for start in range(0, N, BN):
+            j = start + tl.arange(0, BN)
+            k = tl.load(addresses(k_ptr, j, stride_kn, d), mask=(j < N)[:, None] & (d < D)[None, :], other=0.0)  # [BN, BD]
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+            weight += tl.sum(tl.where((j < N)[None, :], tl.exp2(s * (scale * factor)[:, None] - (lse * factor)[:, None]), 0.0), 1)
     excess = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BD), tl.float32)
     mean = tl.zeros((BM, BD), tl.float32)
@@ -268,12 +299,13 @@ def dq_loop_kernel(
             q, do, k_ptr, v_ptr, j, N, stride_kn, stride_vn, scale * factor, lse * factor, centre, excess, acc, mean,
             D, BD, PRECISION, True,
         )  # fmt: skip
+    excess = excess / weight
     delta = centre + excess
-    dq = (acc - excess[:, None] * mean) * (scale / (1.0 + exp(tl.load(gating_ptr + h))))
+    dq = (acc - excess[:, None] * mean) * (scale / (1.0 + exp(tl.load(gating_ptr + h))) / weight)[:, None]
     tl.store(dq_ptr + rows, dq.to(q.dtype), mask=q_mask)
     stats_ptr += bh * N + i
     tl.store(stats_ptr, scale * factor, mask=i < N)
-    tl.store(stats_ptr + total, lse * factor, mask=i < N)
+    tl.store(stats_ptr + total, lse * factor + tl.log2(weight), mask=i < N)
     tl.store(stats_ptr + total + total, delta, mask=i < N)
     part = part_ptr + (bh * parts + block) * 4
     tl.store(part, -tl.sum(delta, 0))

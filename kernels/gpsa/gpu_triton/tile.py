@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from convit.kernels.gpsa.gpu_triton.common import LN2, LOG2E, addresses, axis_weights, cap, exp, place
+from convit.kernels.gpsa.gpu_triton.common import BACKWARD_LIMIT, FORWARD_LIMIT, LARGE, LN2, LOG2E, addresses, axis_weights, cap, exp, place
 
 
 @triton.jit
@@ -49,7 +49,8 @@ def fwd_tile_kernel(
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     scale_log2, H,
     GH: tl.constexpr, GW: tl.constexpr, GHP: tl.constexpr, GWP: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr, POSITION: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    NEGATIVE: tl.constexpr, POSITION: tl.constexpr,
 ):  # fmt: skip
     """One program: STEPS blocks of BM query slots. Queries and keys lie on the padded grid: a block has BM / GWP rows of Py and
     all of them share the rows of Px."""
@@ -75,29 +76,124 @@ def fwd_tile_kernel(
         i, query_mask = _slots(y0, BM, GH, GW, GWP)
         q_mask = query_mask[:, None] & (d < D)[None, :]
         q = tl.load(addresses(q_ptr, i, stride_qn, d), mask=q_mask, other=0.0)  # [BM, BD]
+        if NEGATIVE:
+            q = -q
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
         s = tl.where(key_mask[None, :], s, float("-inf"))
         m = tl.max(s, 1)
-        factor = cap(tl.abs(m), scale_log2)
+        factor = cap(tl.abs(m), scale_log2, FORWARD_LIMIT)
         if POSITION:
             # The mix times l, and times 1 / max(g, 1 - g) so that it neither overflows float16 nor vanishes: with lam = gating,
             #     e^-max(lam, 0) p + (e^lam e^-max(lam, 0) l) Py Px,    normalised by l' (1 + e^lam), l' = e^-max(lam, 0) l.
             # The first factor is a shift of the exponent, the second goes into the row of Py. Past 60 the shift changes nothing.
-            shift = m * factor + tl.maximum(lam, 0.0) * LOG2E
+            raised = tl.maximum(lam, 0.0) * LOG2E
+            shift = m * factor + raised
             p = tl.exp2(s * factor[:, None] - shift[:, None])
             total = tl.sum(p, 1)
             py = _pin(_table(w1, w2, y0 + tl.arange(0, BY), GH, GHP))  # [BY, GHP]
             py = py[:, None, :] * tl.reshape(total * odds, (BY, GWP))[:, :, None]  # [BY, GWP, GHP]
             p += tl.reshape(py[:, :, :, None] * px[None, :, None, :], (BM, BN))
             inverse = 1.0 / (total * (1.0 + odds))
+            lse = m * scale_log2 + raised + tl.log2(total)
         else:
             shift = m * factor
             p = tl.exp2(s * factor[:, None] - shift[:, None])
             total = tl.sum(p, 1)
             inverse = 1.0 / total
+            lse = m * scale_log2 + tl.log2(total)
         o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * inverse[:, None]
         tl.store(addresses(out_ptr, i, H * D, d), o.to(v.dtype), mask=q_mask)
-        tl.store(lse_ptr + i, (shift + tl.log2(total)) * LN2, mask=query_mask)
+        tl.store(lse_ptr + i, lse * LN2, mask=query_mask)
+
+
+@triton.jit
+def _position_parts(
+    do_ptr, v_ptr, stride_on, stride_vn, w0, w1, w2,
+    GH: tl.constexpr, GW: tl.constexpr, PY: tl.constexpr, PX: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of a whole head: the sum of P dA, and its covariances with dx, dy and dx^2 + dy^2.
+
+    By dPx = sum_y dO_y (Py v)_y^T, dPy = (Px^T dO) v^T: [columns, columns] and [rows, rows], CHANNELS of D at a time.
+    """
+    x = tl.arange(0, PX)
+    y = tl.arange(0, PY)
+    py = _table(w1, w2, y, GH, PY)  # [PY, PY]
+    px = _table(w0, w2, x, GW, PX)  # [PX, PX]
+    GROUPS: tl.constexpr = 4 if CHANNELS >= 4 else CHANNELS  # a batch of products, so that warps share the channels
+    K: tl.constexpr = CHANNELS // GROUPS
+    dpx = tl.zeros((GROUPS, PX, PX), tl.float32)
+    dpy = tl.zeros((GROUPS, PY, PY), tl.float32)
+    column = tl.arange(0, PX * CHANNELS) // CHANNELS
+    channel = tl.arange(0, PX * CHANNELS) % CHANNELS
+    row = tl.arange(0, PY * CHANNELS) // CHANNELS
+    row_channel = tl.arange(0, PY * CHANNELS) % CHANNELS
+    for first in tl.static_range(0, BD, CHANNELS):
+        v_at = v_ptr + (y[None, :] * GW + column[:, None]).to(tl.int64) * stride_vn + (first + channel)[:, None]
+        v_mask = (y < GH)[None, :] & ((column < GW) & (first + channel < D))[:, None]
+        v = tl.load(v_at, mask=v_mask, other=0.0)  # [PX * CHANNELS, PY]: a row of the grid in a column
+        do_at = do_ptr + (row[:, None] * GW + x[None, :]).to(tl.int64) * stride_on + (first + row_channel)[:, None]
+        do_mask = (x < GW)[None, :] & ((row < GH) & (first + row_channel < D))[:, None]
+        do = tl.load(do_at, mask=do_mask, other=0.0)  # [PY * CHANNELS, PX]: a column of the grid in a column
+        u = tl.dot(v, tl.trans(py).to(v.dtype), input_precision=PRECISION).to(v.dtype)  # Py v, [PX * CHANNELS, PY]
+        u = tl.permute(tl.reshape(u, (PX, GROUPS, K * PY)), (1, 0, 2))
+        flat = tl.reshape(tl.permute(tl.reshape(do, (PY, GROUPS, K, PX)), (1, 2, 0, 3)), (GROUPS, K * PY, PX))
+        dpx = tl.dot(u, flat, dpx, input_precision=PRECISION)  # [GROUPS, keys, queries]
+        u = tl.dot(do, px.to(do.dtype), input_precision=PRECISION).to(do.dtype)  # Px^T dO, [PY * CHANNELS, PX]
+        u = tl.permute(tl.reshape(u, (PY, GROUPS, K * PX)), (1, 0, 2))
+        flat = tl.reshape(tl.permute(tl.reshape(v, (PX, GROUPS, K, PY)), (1, 2, 0, 3)), (GROUPS, K * PX, PY))
+        dpy = tl.dot(u, flat, dpy, input_precision=PRECISION)
+    dpx = tl.trans(tl.sum(dpx, 0))
+    dpy = tl.sum(dpy, 0)
+    px1, px2 = _centred(px, x, PX)
+    py1, py2 = _centred(py, y, PY)
+    gate = tl.sum(tl.sum(px * dpx, 1), 0)
+    w2_part = tl.sum(tl.sum(px2 * dpx, 1), 0) + tl.sum(tl.sum(py2 * dpy, 1), 0)
+    return gate, tl.sum(tl.sum(px1 * dpx, 1), 0), tl.sum(tl.sum(py1 * dpy, 1), 0), w2_part
+
+
+@triton.jit
+def _position_parts_of_rows(
+    do_ptr, v_ptr, stride_on, stride_vn, w0, w1, w2, y,
+    GH: tl.constexpr, GW: tl.constexpr, GHP: tl.constexpr, GWP: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same of STEPS blocks of BM query slots from row ``y`` of the grid on, by dA = dO v^T: less work where that is few rows.
+
+    Sums over yj of dA times a row of Py, and of Py times the centred dy and dy^2; with a table of Px they give every moment.
+    """
+    BY: tl.constexpr = BM // GWP
+    PART: tl.constexpr = BP // GWP
+    d = tl.arange(0, BD)
+    m0 = tl.zeros((BY, GWP, GWP), tl.float32)
+    m1 = tl.zeros((BY, GWP, GWP), tl.float32)
+    m2 = tl.zeros((BY, GWP, GWP), tl.float32)
+    for step in range(STEPS):
+        y0 = y + step * BY
+        i, query_mask = _slots(y0, BM, GH, GW, GWP)
+        do = tl.load(addresses(do_ptr, i, stride_on, d), mask=query_mask[:, None] & (d < D)[None, :], other=0.0)  # [BM, BD]
+        at = (y0 + tl.arange(0, BY)).to(tl.float32)[:, None]
+        to = tl.arange(0, GHP).to(tl.float32)[None, :]
+        py = axis_weights(w1, w2, at, to, GH)  # [BY, GHP]
+        inverse = 1.0 / tl.sum(py, 1)[:, None]
+        mean1 = tl.sum(py * (to - at), 1)[:, None] * inverse
+        mean2 = tl.sum(py * (to - at) * (to - at), 1)[:, None] * inverse
+        for first in range(0, GH, PART):
+            j, key_mask = _slots(first, BP, GH, GW, GWP)
+            v = tl.load(addresses(v_ptr, j, stride_vn, d), mask=key_mask[:, None] & (d < D)[None, :], other=0.0)  # [BP, BD]
+            da = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BM, BP], zero at padded rows and slots
+            da = tl.reshape(da, (BY, GWP, PART, GWP))
+            r = (first + tl.arange(0, PART)).to(tl.float32)[None, :] - at
+            weight = axis_weights(w1, w2, at, r + at, GH) * inverse  # [BY, PART]
+            m0 += tl.sum(da * _pin(weight)[:, None, :, None], 2)
+            m1 += tl.sum(da * _pin(weight * (r - mean1))[:, None, :, None], 2)
+            m2 += tl.sum(da * _pin(weight * (r * r - mean2))[:, None, :, None], 2)
+    px = _table(w0, w2, tl.arange(0, GWP), GW, GWP)  # [GWP, GWP]
+    px1, px2 = _centred(px, tl.arange(0, GWP), GWP)
+    gate = tl.sum(tl.reshape(m0 * px[None, :, :], (BM * GWP,)), 0)
+    w0_part = tl.sum(tl.reshape(m0 * px1[None, :, :], (BM * GWP,)), 0)
+    w1_part = tl.sum(tl.reshape(m1 * px[None, :, :], (BM * GWP,)), 0)
+    return gate, w0_part, w1_part, tl.sum(tl.reshape(m0 * px2[None, :, :] + m2 * px[None, :, :], (BM * GWP,)), 0)
 
 
 @triton.jit
@@ -107,25 +203,26 @@ def dq_tile_kernel(
     stride_ob, stride_oh, stride_on, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     scale, H, total,
     GH: tl.constexpr, GW: tl.constexpr, GHP: tl.constexpr, GWP: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, CHANNELS: tl.constexpr,
+    STEPS: tl.constexpr, PRECISION: tl.constexpr, LARGE_SCORES: tl.constexpr,
 ):  # fmt: skip
     """dq, the rows' statistics for dk and dv, and this program's share of (dgating, dpos_weight) up to factors of the head.
 
-    The keys come BN slots at a time, BP for the positional part: dA and the scores of a whole row do not fit into registers together.
+    The keys come BN slots at a time, BP for their mean and the positional part by rows: dA and the scores of a whole row do not fit
+    into registers together.
     delta, the row sum of Pc dA, is then known only after the last: dA is centred by its mean over all keys, and dq corrected by the
-    mean key.
+    mean key. Where scores are large, so is the rounding of lse: there the weights are divided by their own sum (LARGE_SCORES).
     """
     N: tl.constexpr = GH * GW
     BY: tl.constexpr = BM // GWP
     ROWS: tl.constexpr = BN // GWP
-    PART: tl.constexpr = BP // GWP
     blocks: tl.constexpr = (GH + BY * STEPS - 1) // (BY * STEPS)
     block, bh, b, h = place(tl.program_id(0), blocks, H)
     d = tl.arange(0, BD)
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
     v_mean = tl.zeros((BD,), tl.float32)
-    for first in range(0, GH, PART):
+    for first in range(0, GH, BP // GWP):
         j, key_mask = _slots(first, BP, GH, GW, GWP)
         v = tl.load(addresses(v_ptr, j, stride_vn, d), mask=key_mask[:, None] & (d < D)[None, :], other=0.0)  # [BP, BD]
         v_mean += tl.sum(v.to(tl.float32), 0) * (1.0 / N)
@@ -138,38 +235,20 @@ def dq_tile_kernel(
     lam = tl.load(gating_ptr + h)
     dq_scale = scale / (1.0 + exp(lam))
     rest_shift = tl.log2(1.0 + exp(lam))  # -log2(1 - g), a shift of the exponent for dk and dv
-    # first the positional part, so that its tiles are dead before the content's are made: sums over yj of dA times a row of Py,
-    # and of Py times the centred dy and dy^2; with a table of Px they give every moment
-    m0 = tl.zeros((BY, GWP, GWP), tl.float32)
-    m1 = tl.zeros((BY, GWP, GWP), tl.float32)
-    m2 = tl.zeros((BY, GWP, GWP), tl.float32)
-    for step in range(STEPS):
-        y0 = (block * STEPS + step) * BY
-        i, query_mask = _slots(y0, BM, GH, GW, GWP)
-        do = tl.load(addresses(do_ptr, i, stride_on, d), mask=query_mask[:, None] & (d < D)[None, :], other=0.0)  # [BM, BD]
-        y = (y0 + tl.arange(0, BY)).to(tl.float32)[:, None]
-        to = tl.arange(0, GHP).to(tl.float32)[None, :]
-        py = axis_weights(w1, w2, y, to, GH)  # [BY, GHP]
-        inverse = 1.0 / tl.sum(py, 1)[:, None]
-        mean1 = tl.sum(py * (to - y), 1)[:, None] * inverse
-        mean2 = tl.sum(py * (to - y) * (to - y), 1)[:, None] * inverse
-        for first in range(0, GH, PART):
-            j, key_mask = _slots(first, BP, GH, GW, GWP)
-            v = tl.load(addresses(v_ptr, j, stride_vn, d), mask=key_mask[:, None] & (d < D)[None, :], other=0.0)  # [BP, BD]
-            da = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BM, BP], zero at padded rows and slots
-            da = tl.reshape(da, (BY, GWP, PART, GWP))
-            r = (first + tl.arange(0, PART)).to(tl.float32)[None, :] - y
-            weight = axis_weights(w1, w2, y, r + y, GH) * inverse  # [BY, PART]
-            m0 += tl.sum(da * _pin(weight)[:, None, :, None], 2)
-            m1 += tl.sum(da * _pin(weight * (r - mean1))[:, None, :, None], 2)
-            m2 += tl.sum(da * _pin(weight * (r * r - mean2))[:, None, :, None], 2)
-    px = _table(w0, w2, tl.arange(0, GWP), GW, GWP)  # [GWP, GWP]
-    px1, px2 = _centred(px, tl.arange(0, GWP), GWP)
+    # first the positional part, so that its tiles are dead before the content's are made
+    if CHANNELS:
+        gate_part, w0_part, w1_part, w2_part = _position_parts(
+            do_ptr, v_ptr, stride_on, stride_vn, w0, w1, w2, GH, GW, max(GHP, 16), max(GWP, 16), D, BD, CHANNELS, PRECISION
+        )  # fmt: skip
+    else:
+        gate_part, w0_part, w1_part, w2_part = _position_parts_of_rows(
+            do_ptr, v_ptr, stride_on, stride_vn, w0, w1, w2, block * STEPS * BY,
+            GH, GW, GHP, GWP, D, BD, BM, BP, STEPS, PRECISION,
+        )  # fmt: skip
     part = part_ptr + (bh * blocks + block) * 4
-    gate_part = tl.sum(tl.reshape(m0 * px[None, :, :], (BM * GWP,)), 0)
-    tl.store(part + 1, tl.sum(tl.reshape(m0 * px1[None, :, :], (BM * GWP,)), 0))
-    tl.store(part + 2, tl.sum(tl.reshape(m1 * px[None, :, :], (BM * GWP,)), 0))
-    tl.store(part + 3, tl.sum(tl.reshape(m0 * px2[None, :, :] + m2 * px[None, :, :], (BM * GWP,)), 0))
+    tl.store(part + 1, w0_part)
+    tl.store(part + 2, w1_part)
+    tl.store(part + 3, w2_part)
     deltas = tl.zeros((BM,), tl.float32)
     for step in range(STEPS):
         y0 = (block * STEPS + step) * BY
@@ -178,10 +257,18 @@ def dq_tile_kernel(
         do = tl.load(addresses(do_ptr, i, stride_on, d), mask=q_mask, other=0.0)  # [BM, BD]
         q = tl.load(addresses(q_ptr, i, stride_qn, d), mask=q_mask, other=0.0)  # [BM, BD]
         lse = tl.load(lse_ptr + i, mask=query_mask, other=1e30)
-        factor = cap(tl.abs(lse), LOG2E)
+        factor = cap(tl.abs(lse), LOG2E, BACKWARD_LIMIT)
         row_scale = scale * factor
         row_shift = lse * factor
         centre = tl.sum(do.to(tl.float32) * v_mean[None, :], 1)
+        weight = tl.full((BM,), 1.0, tl.float32)
+        if LARGE_SCORES and tl.max(tl.where(query_mask, tl.abs(lse), 0.0), 0) > LARGE:
+            weight = tl.where(query_mask, 0.0, 1.0)
+            for first in range(0, GH, ROWS):
+                j, key_mask = _slots(first, BN, GH, GW, GWP)
+                k = tl.load(addresses(k_ptr, j, stride_kn, d), mask=key_mask[:, None] & (d < D)[None, :], other=0.0)  # [BN, BD]
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+                weight += tl.sum(tl.where(key_mask[None, :], tl.exp2(s * row_scale[:, None] - row_shift[:, None]), 0.0), 1)
         excess = tl.zeros((BM,), tl.float32)
         acc = tl.zeros((BM, BD), tl.float32)
         mean = tl.zeros((BM, BD), tl.float32)
@@ -198,11 +285,12 @@ def dq_tile_kernel(
             excess += tl.sum(ds, 1)
             acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
             mean = tl.dot(p.to(k.dtype), k, mean, input_precision=PRECISION)
-        dq = (acc - excess[:, None] * mean) * dq_scale
+        excess = excess / weight
+        dq = (acc - excess[:, None] * mean) * (dq_scale / weight)[:, None]
         delta = centre + excess
         tl.store(addresses(dq_ptr, i, H * D, d), dq.to(q.dtype), mask=q_mask)
         tl.store(stats_ptr + i, row_scale, mask=query_mask)
-        tl.store(stats_ptr + total + i, row_shift + rest_shift, mask=query_mask)
+        tl.store(stats_ptr + total + i, row_shift + (tl.log2(weight) + rest_shift), mask=query_mask)
         tl.store(stats_ptr + total + total + i, delta, mask=query_mask)
         deltas += delta  # zero at padded rows
     tl.store(part, gate_part - tl.sum(deltas, 0))
