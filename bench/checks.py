@@ -93,7 +93,7 @@ def _expected_logits(model: Model, truth: str) -> tuple[Tensor, float]:
 
 
 def _allowed(problem: Core | Model, peer, eager: float) -> float:
-    dtype = getattr(torch, problem.dtype)
+    dtype = getattr(torch, peer.computes(problem))
     if not peer.ours:
         return max(PEERS * eager, TOLERANCES.FLOOR[dtype])
     # a whole model stacks its layers' errors: for it, the eager model is the only yardstick
@@ -112,7 +112,10 @@ def check(problem: Core | Model, peer, outputs: tuple) -> dict[str, float]:
     """
     key = replace(problem, threads=1)  # one answer serves every thread count
     if isinstance(problem, Model):
-        logits, error = _expected_logits(replace(key, device="cpu"), peer.truth)
+        key = replace(key, device="cpu")
+        logits, error = _expected_logits(key, peer.truth)
+        if peer.computes(problem) != problem.dtype:  # the same function, judged by what the eager model loses in that type
+            error = _expected_logits(replace(key, dtype=peer.computes(problem)), peer.truth)[1]
         exact, eager, outputs = (logits,), (error,), (outputs[0][:CHECKED],)
     else:
         exact, eager = _expected(key, peer.truth)

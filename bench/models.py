@@ -1,4 +1,8 @@
-"""Whole models as competitors: ours, timm's ConViT and ViT, and timm's ConViT in other runtimes. float32 inference at 224 x 224."""
+"""Whole models as competitors at 224 x 224: ours, timm's ConViT and ViT, and timm's ConViT in other runtimes.
+
+The problem says float32. "As it comes" is what a runtime, or ``convit.optimize``, makes of that by itself: bfloat16 products where the chip
+has them; the note of each says which type it was. ONNX Runtime computes float32 on x86 as it comes.
+"""
 
 import atexit
 import copy
@@ -15,6 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -190,13 +195,50 @@ def _onnxruntime(model: Model) -> Call:
     return lambda: tuple(torch.from_numpy(y) for y in session.run(None, feed))
 
 
-def _openvino(model: Model) -> Call:
+def _openvino(model: Model, hint: str | None = "f32") -> Call:
+    """Held to a precision by ``hint``, or as it comes."""
     import openvino
 
-    config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": model.threads, "INFERENCE_PRECISION_HINT": "f32"}
-    request = openvino.Core().compile_model(str(_onnx_file(model)), "CPU", config).create_infer_request()
+    config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": model.threads}
+    config |= {"INFERENCE_PRECISION_HINT": hint} if hint else {}
+    compiled = openvino.Core().compile_model(str(_onnx_file(model)), "CPU", config)
+    request = compiled.create_infer_request()
     x = images(model).numpy()
-    return lambda: tuple(torch.from_numpy(y.copy()) for y in request.infer({0: x}).values())
+
+    def call() -> tuple:
+        return tuple(torch.from_numpy(y.copy()) for y in request.infer({0: x}).values())
+
+    call.note = _openvino_type(compiled)
+    return call
+
+
+def _openvino_type(compiled: Any) -> str:
+    return {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}[compiled.get_property("INFERENCE_PRECISION_HINT").to_string()]
+
+
+@cache
+def _openvino_chooses() -> str:
+    """The type that OpenVINO computes in on this chip as it comes."""
+    import openvino
+
+    x = openvino.opset13.parameter([1, 8], dtype=openvino.Type.f32)
+    return _openvino_type(openvino.Core().compile_model(openvino.Model([openvino.opset13.relu(x)], [x]), "CPU"))
+
+
+def _optimized(model: Model, dtype: str | None) -> Call:
+    snapshot = convit.optimize(_module(ours, model), dtype)
+    call = _torch_call(snapshot, model)
+    call.note = str(snapshot.dtype)[6:]
+    return call
+
+
+def _not_optimized(model: Model) -> str | None:
+    return "inference on cpu only" if model.device != "cpu" or model.train else None
+
+
+@cache
+def _optimize_chooses() -> str:
+    return str(convit.optimize(convit.ConViT(img_size=16, embed_dim=16, depth=1, num_heads=1, local_up_to_layer=0)).dtype)[6:]
 
 
 class _MindCV:
@@ -283,10 +325,24 @@ def _ours(backend: str, first: bool) -> Peer:
     return Peer(f"convit {backend}", build, lambda model: _why_not(backend, model), ours=True, truth="convit", slow=slow)
 
 
+def _optimized_peers() -> list[Peer]:
+    def held(model: Model) -> Call:
+        return _optimized(model, "float32")
+
+    def as_it_comes(model: Model) -> Call:
+        return _optimized(model, None)
+
+    return [
+        Peer("convit.optimize", held, _not_optimized, ours=True, truth="convit"),
+        Peer("convit.optimize as it comes", as_it_comes, _not_optimized, True, "convit", computes=lambda model: _optimize_chooses()),
+    ]
+
+
 def model_peers(device: str) -> list[Peer]:
     """Every competitor for whole models on ``device``."""
     timm = _needs("timm")
     runtimes = ("timm", "onnx", "onnxscript")
+    openvino = _needs(*runtimes, "openvino", runtime=True)
 
     def torch_peer(name: str, build: Callable[[Model], nn.Module], truth: str = "convit", is_ours: bool = False) -> Peer:
         return Peer(name, lambda model: _torch_call(_module(build, model), model), timm, is_ours, truth)
@@ -299,12 +355,20 @@ def model_peers(device: str) -> list[Peer]:
 
     return [
         *(_ours(name, first=name == backends(device)[0]) for name in backends(device)),
+        *_optimized_peers(),
         torch_peer("convit.accelerate(timm)", accelerated, is_ours=True),
         torch_peer("timm convit eager", timm_convit),
         torch_peer("timm ViT with SDPA", timm_vit, truth="vit"),
         Peer("convit without GPSA", lambda model: _torch_call(_module(without_gpsa, model), model), truth="without GPSA"),
         Peer("torch.compile(timm)", compiled, timm, truth="convit", slow=compiles),
         Peer("ONNX Runtime", _onnxruntime, _needs(*runtimes, "onnxruntime", runtime=True), truth="convit"),
-        Peer("OpenVINO", _openvino, _needs(*runtimes, "openvino", runtime=True), truth="convit"),
+        Peer("OpenVINO", _openvino, openvino, truth="convit"),
+        Peer(
+            "OpenVINO as it comes",
+            lambda model: _openvino(model, None),
+            openvino,
+            truth="convit",
+            computes=lambda model: _openvino_chooses(),
+        ),
         Peer("MindCV, graph mode", _MindCV, _mindcv_missing, truth="mindcv", slow=compiles),
     ]

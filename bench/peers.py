@@ -151,6 +151,7 @@ class Peer:
     ours: bool = False
     truth: str = "gpsa"  # the function it computes: "gpsa", "plain", or for whole models the name of the reference model
     slow: Callable[..., str | None] = field(default=lambda problem: None)  # why the default set leaves it out of this problem
+    computes: Callable[..., str] = field(default=lambda problem: problem.dtype)  # the type of its products, which bounds its error
 
 
 class _Returns(nn.Module):

@@ -44,7 +44,28 @@ def _versus(run: Run, groups: list[list[Entry]], case: Callable, own: Callable, 
     if not rows:
         return ""
     leaders = " / ".join(dict.fromkeys(first))
+    notes = {e.peer: f" ({e.info['note']})" for g in groups for e in g if "note" in e.info}
+    others = [peer + notes.get(peer, "") for peer in others]
     return _table([head[0], "threads" if device == "cpu" else "type", *(h.format(mine=leaders) for h in head[1:]), *others], rows)
+
+
+def _snapshot_for(entries: list[Entry], e: Entry) -> Entry | None:
+    """Ours for inference that a runtime is held against: both as they come, or both in float32."""
+    if not e.peer.startswith(("OpenVINO", "ONNX Runtime")):
+        return None
+    return find(entries, "convit.optimize as it comes" if e.peer.endswith("as it comes") else "convit.optimize")
+
+
+def runtime_table(run: Run) -> str:
+    """The time of each runtime over that of ``convit.optimize``, like against like."""
+    rows = []
+    for entries in run.kind("model"):
+        for e in entries:
+            if (ours := _snapshot_for(entries, e)) is not None:
+                types = [x.info.get("note", x.problem["dtype"]) for x in (ours, e)]
+                rows.append([_case(e), _where(e.problem), e.peer, *types, _milliseconds(ours.median), _times(e.over(ours)) + "×"])
+    header = ["inference through convit.optimize", "threads", "against", "ours computes in", "theirs in", "ours, ms", "theirs over ours"]
+    return _table(header, rows) if rows else ""
 
 
 def _absent(run: Run, kinds: tuple[str, ...]) -> str:
@@ -104,8 +125,9 @@ def faster_list(run: Run) -> str:
     for entries in competitions(run):
         mine = leader(entries)
         for e in entries if mine else ():
-            if not e.info["ours"] and e.over(mine) < 1:
-                cases.setdefault(e.peer, []).append(f"{_case(e)}, {_where(e.problem)} ({_times(e.over(mine))}×)")
+            ours = _snapshot_for(entries, e) or mine
+            if not e.info["ours"] and e.over(ours) < 1:
+                cases.setdefault(e.peer, []).append(f"{_case(e)}, {_where(e.problem)} ({_times(e.over(ours))}×)")
     if not competitions(run):
         return ""
     if not cases:
@@ -197,6 +219,7 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "headline": headline_table,
     "core": core_table,
     "models": model_table,
+    "runtimes": runtime_table,
     "faster": faster_list,
     "memory": memory_table,
     "scaling": scaling_table,
