@@ -83,11 +83,14 @@ def plot_history(log: str | os.PathLike[str] | Sequence[dict[str, Any]], path: s
             right.plot(epochs[best], values[best], "o", color=_BLUE, markersize=4)
             text = f"{values[best]:.2f} % (epoch {epochs[best]})"
             side = "right" if best > len(epochs) / 2 else "left"
-            right.annotate(text, (epochs[best], values[best]), xytext=(0, -14), textcoords="offset points", ha=side, color=_BLUE)
+            # above the best value the curve never comes
+            right.annotate(text, (epochs[best], values[best]), xytext=(0, 5), textcoords="offset points", ha=side, color=_BLUE)
+            right.margins(y=0.14)
             right.legend(loc="lower right")
         else:
             right.text(0.5, 0.5, "not validated", ha="center", va="center", transform=right.transAxes, color="0.5")
         right.set(xlabel="epoch", ylabel="accuracy (%)", title="Validation accuracy")
+        _whole_epochs(left, right)
     return Path(path)
 
 
@@ -129,6 +132,7 @@ def plot_gates_over_time(log: str | os.PathLike[str] | Sequence[dict[str, Any]],
             axes.plot(epochs, gates.mean(1), color=colour, linewidth=2, marker="o" if len(epochs) == 1 else None)
         axes.axhline(0.5, color="0.6", linewidth=0.8, linestyle=":")
         axes.set(xlabel="epoch", ylabel="gate", ylim=(-0.02, 1.02), title="Gates: position (1) or content (0); mean of a layer thick")
+        _whole_epochs(axes)
         _layer_bar(figure, axes, layers)
     return Path(path)
 
@@ -151,6 +155,7 @@ def plot_locality(log: str | os.PathLike[str] | Sequence[dict[str, Any]], path: 
         left.set(xlabel="epoch", ylabel="mean distance (patches)", title="Non-locality (MHSA dashed)", ylim=(0, None))
         right.set(xlabel="layer", title="Distance of each head at the end", ylim=(0, None))
         right.set_xticks(range(1, len(last) + 1))
+        _whole_epochs(left)
         _layer_bar(figure, left, len(last))
     return Path(path)
 
@@ -167,7 +172,7 @@ def plot_attention(
 ) -> Path:
     """Where heads look from one patch of an image: a row per layer, a column per head, each on that layer's own input.
 
-    Each map is scaled to its own maximum.
+    All maps share one scale, whose root is drawn, so that a head that looks everywhere is seen beside one that looks at one patch.
 
     Args:
         model: A ConViT in PyTorch, on any device; left as it was.
@@ -181,6 +186,9 @@ def plot_attention(
     Raises:
         ValueError: The query is outside the grid, or a layer does not exist.
     """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import PowerNorm
+
     from convit.pytorch.diagnostics import attention_rows, attentions
 
     batch = image[None] if image.ndim == 3 else image
@@ -198,7 +206,8 @@ def plot_attention(
     grey = shown.mean(-1)
     columns = 1 + max(len(layer) for _, layer in maps)
     tile = 1.45
-    size = (tile * columns * min(width / height, 1.6) + 0.4, tile * len(maps) + 0.3)
+    size = (tile * columns * min(width / height, 1.6) + 1.1, tile * len(maps) + 0.3)
+    scale = PowerNorm(0.5, 0, 100 * max(float(layer.max()) for _, layer in maps))
     with _figure(path, (len(maps), columns), size, tight=True) as (figure, axes):
         for line, (name, layer) in enumerate(maps):
             for spot in range(columns):
@@ -212,13 +221,22 @@ def plot_attention(
                     panel.set_ylabel(name)
                 elif spot <= len(layer):
                     panel.imshow(grey, extent=(0, gw, gh, 0), aspect=(height * gw) / (width * gh), cmap="gray", vmin=0, vmax=1)
-                    heat = layer[spot - 1] / max(layer[spot - 1].max(), 1e-12)
-                    panel.imshow(heat, extent=(0, gw, gh, 0), aspect=(height * gw) / (width * gh), cmap=_HEAT, alpha=0.62, vmin=0, vmax=1)
+                    panel.imshow(
+                        100 * layer[spot - 1],
+                        extent=(0, gw, gh, 0),
+                        aspect=(height * gw) / (width * gh),
+                        cmap=_HEAT,
+                        alpha=0.62,
+                        norm=scale,
+                    )
                     panel.add_patch(_square(column, row))
                     if line == 0:
                         panel.set_title(f"head {spot}")
                 else:
                     panel.axis("off")
+        bar = figure.colorbar(ScalarMappable(scale, _HEAT), ax=axes, aspect=40, pad=0.01, fraction=0.04)
+        bar.set_label("attention per patch, %")
+        bar.outline.set_visible(False)
     return Path(path)
 
 
@@ -303,6 +321,13 @@ def _colours(layers: int) -> Any:
     import matplotlib
 
     return matplotlib.colormaps[_LAYERS](np.linspace(0.0, 0.9, layers))
+
+
+def _whole_epochs(*panels: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for axes in panels:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _layer_bar(figure: Any, axes: Any, layers: int) -> None:

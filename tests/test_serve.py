@@ -33,7 +33,7 @@ from convit.engine.pytorch.trained import trained_model  # noqa: E402
 from convit.serve import create_app  # noqa: E402
 
 NAMES = ["<b>bold</b>", "Käfer", "tench", "x" * 60]
-LIMITS = ["--max-upload", "0.2", "--max-pixels", "0.5", "--timeout", "2", "--max-waiting", "16", "--threads", "1", "--dtype", "float32"]
+LIMITS = ["--max-upload", "0.2", "--max-pixels", "0.5", "--timeout", "2", "--max-waiting", "16", "--threads", "1", "--precision", "float32"]
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_eight_clients_at_once_share_batches(service, model):
         "classes": 4,
         "image_size": [32, 32],
         "device": "cpu",
-        "dtype": "float32",
+        "precision": "float32",
         "version": convit.__version__,
     }
 

@@ -11,6 +11,7 @@ import sys
 
 import convit
 from convit.dispatch import nearest
+from convit.engine.recipe import FALSE, TRUE
 
 COMMANDS = {
     "train": ("train a model from a recipe", "convit.cli.train"),
@@ -23,6 +24,16 @@ COMMANDS = {
     "env": ("print versions, devices and which backend can run what", "convit.cli.env"),
     "demo": ("see a ConViT work on real images", "convit.cli.demo"),
 }
+
+
+def _spelt_out(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
+    """``argv`` with ``=true`` behind every boolean option that no boolean follows, so that it does not take the next word for its own."""
+    spelt = []
+    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+        action = parser._option_string_actions.get(word)
+        alone = action is not None and action.nargs == "?" and action.const == "true" and after.lower() not in (*TRUE, *FALSE)
+        spelt.append(f"{word}=true" if alone else word)
+    return spelt
 
 
 def spellings(name: str) -> list[str]:
@@ -38,13 +49,14 @@ def main(argv: list[str] | None = None) -> int:
     called = next((word for word in argv if not word.startswith("-")), None)
     chosen = parser
     for name, (summary, home) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False)
+        about = {"help": summary, "description": summary[0].upper() + summary[1:] + "."}
+        command = commands.add_parser(name, **about, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name == called:
             module = importlib.import_module(home)
             module.add_arguments(command)
             command.set_defaults(run=module.run)
             chosen = command
-    args, unknown = parser.parse_known_args(argv)
+    args, unknown = parser.parse_known_args(_spelt_out(argv, chosen))
     if unknown:
         hint = nearest(unknown[0].split("=")[0], chosen._option_string_actions)
         chosen.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")

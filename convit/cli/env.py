@@ -64,8 +64,11 @@ def _devices() -> list[tuple[str, str]]:
         import torch
 
         devices.append(("torch", "cpu"))
-        accelerator = torch.accelerator.current_accelerator()
-        if accelerator is not None and torch.accelerator.is_available():
+        try:
+            accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        except (AttributeError, RuntimeError):  # of an old torch that has none
+            accelerator = None
+        if accelerator is not None:
             devices.append(("torch", accelerator.type))
     if _version("mindspore"):
         devices.append(("mindspore", os.environ.get("DEVICE_TARGET", "cpu").lower()))

@@ -5,11 +5,19 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = """examples:
+  convit serve RUN                                             the best model of a training run, on http://127.0.0.1:8000
+  convit serve weights.safetensors --host 0.0.0.0 --port 80    any checkpoint, for other machines"""
     parser.add_argument("model", metavar="CHECKPOINT", help="a run folder, any checkpoint, or a variant (its published weights)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: every one of this machine's [127.0.0.1]")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0: any free one [8000]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... [auto]")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="what is computed in on CPU [auto]")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="of convit.optimize, on CPU; auto: bfloat16 where the chip multiplies it [auto]",
+    )
     parser.add_argument("--threads", type=int, help="threads of the model on CPU [torch's own choice]")
     parser.add_argument("--max-batch", type=int, default=16, metavar="N", help="images per forward pass [16]")
     parser.add_argument("--max-waiting", type=int, default=64, metavar="N", help="images in the service at a time; more get 503 [64]")
@@ -46,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
         max_upload=int(args.max_upload * 1e6),
         max_pixels=int(args.max_pixels * 1e6),
         timeout=args.timeout,
-        dtype=args.dtype,
+        precision=args.precision,
     )
     # requests in flight are answered after SIGTERM and SIGINT, new ones are not taken
     uvicorn.run(app, host=args.host, port=args.port, timeout_graceful_shutdown=max(1, round(args.timeout)), access_log=False)

@@ -3,14 +3,22 @@
 import argparse
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from convit.cli.validate import engine
+from convit.engine.fit import fit
 from convit.engine.recipe import Recipe, add_recipe_arguments, dump_recipe, load_recipe, recipe_from, recipe_overrides
 from convit.engine.run import Interrupted
+from convit.engine.trained import weights_at
+from convit.engine.world import find_world
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = """examples:
+  convit train --data_dir PICS                                 your own pictures, a folder per class
+  convit train --data_dir PICS --pretrained                    the same from published weights
+  torchrun --nproc-per-node 8 -m convit train -c convit_tiny --data_dir IMAGENET"""
     run = parser.add_argument_group("run")
     run.add_argument(
         "--output", metavar="RUN", help="folder of the run: last.*, best.*, log.jsonl, recipe.yaml [the recipe's ckpt_save_dir]"
@@ -24,11 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int | None:
-    recipe = _recipe(args)
+    recipe, about = _recipe(args)
     if args.print_config:
         print(dump_recipe(recipe), end="")
         return None
     _show_messages(args.quiet)
+    if about and find_world().rank == 0:
+        logging.getLogger("convit").info(about)
     try:
         result = engine(recipe.framework, "train").train(
             recipe, recipe.ckpt_save_dir, resume=args.resume is not None, overwrite=args.overwrite, progress=not args.quiet
@@ -51,8 +61,10 @@ def run(args: argparse.Namespace) -> int | None:
     return None
 
 
-def _recipe(args: argparse.Namespace) -> Recipe:
-    """Of ``--config``; without one, of the run to resume; without either, the digits."""
+def _recipe(args: argparse.Namespace) -> tuple[Recipe, str]:
+    """Of ``--config``; without one, of the run to resume; else, for pictures, finetune if there are weights and small if not; else the
+    digits. A new run on pictures is fitted to them, and the second part says how.
+    """
     overrides = recipe_overrides(args)
     if args.resume and args.output and Path(args.resume) != Path(args.output):
         raise ValueError(f"--resume {args.resume} and --output {args.output} name two runs")
@@ -62,13 +74,22 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         folder = Path(output) if output and args.resume is not None else None
         states = {kind: folder / f"last.{suffix}" for kind, suffix in (("pytorch", "pth"), ("mindspore", "ckpt"))} if folder else {}
         if folder and (folder / "recipe.yaml").exists():
-            config = folder / "recipe.yaml"
-        elif found := next((kind for kind, last in states.items() if last.exists()), None):
+            return load_recipe(folder / "recipe.yaml", overrides | {"ckpt_save_dir": output}), ""
+        if found := next((kind for kind, last in states.items() if last.exists()), None):
             facts = engine(found, "checkpoint").facts_of(str(states[found]))
-            return recipe_from({**facts.get("recipe", {}), **overrides, "ckpt_save_dir": output}, source=str(states[found]))
-        else:
-            config = "digits"
-    return load_recipe(config, overrides | ({"ckpt_save_dir": output} if output else {}))
+            return recipe_from({**facts.get("recipe", {}), **overrides, "ckpt_save_dir": output}, source=str(states[found])), ""
+    own = config is None and bool(overrides.get("data_dir"))
+    if own:
+        config = "finetune" if overrides.get("ckpt_path") or overrides.get("pretrained", "false") != "false" else "small"
+        output = output or f"runs/{Path(overrides['data_dir']).resolve().name}"
+    recipe = load_recipe(config or "digits", overrides | ({"ckpt_save_dir": output} if output else {}))
+    if recipe.ckpt_path:
+        recipe = replace(recipe, ckpt_path=str(weights_at(Path(recipe.ckpt_path))))
+    if config == "finetune" and not (recipe.ckpt_path or recipe.pretrained):
+        raise ValueError("finetune starts from weights: --pretrained for the published ones, or --ckpt_path RUN or FILE")
+    if recipe.dataset == "digits" or (args.resume is not None and output and Path(output, "recipe.yaml").exists()):
+        return recipe, ""
+    return fit(recipe, overrides, find_world().size, free=own and config == "small")
 
 
 def _show_messages(quiet: bool) -> None:

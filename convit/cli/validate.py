@@ -4,17 +4,26 @@ import argparse
 import importlib
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from convit.engine.recipe import Recipe, add_recipe_arguments, dump_recipe, load_recipe, recipe_from, recipe_overrides
+from convit.engine.trained import find_trained, weights_at
 from convit.engine.world import find_world
+
+# recipe keys that evaluation asks about
+EVALUATION = ("framework", "device", "ckpt_path", "pretrained", "model", "num_classes", "image_resize", "crop_pct", "interpolation")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = """examples:
+  convit validate RUN                                          a run, on the data that it was trained with
+  convit validate weights.safetensors --data_dir IMAGENET --json"""
+    parser.add_argument("place", nargs="?", metavar="CHECKPOINT", help="a run's folder or any checkpoint; the same as --ckpt_path")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
     add_precision(parser)
-    add_recipe_arguments(parser)
+    add_recipe_arguments(parser, {*EVALUATION, "data_dir", "dataset", "val_split", "batch_size", "num_parallel_workers", "amp_level"})
 
 
 def run(args: argparse.Namespace) -> int | None:
@@ -64,11 +73,16 @@ def engine(framework: str, module: str) -> Any:
 
 
 def evaluation_recipe(args: argparse.Namespace) -> Recipe:
-    """Of ``--config``; without one, of the run that wrote the checkpoint; else of the model, with convit_tiny as the default."""
+    """Of ``--config``; without one, what the checkpoint says; without either, of the model, with convit_tiny as the default."""
     overrides = recipe_overrides(args)
-    path = overrides.get("ckpt_path")
-    if args.config is None and path:
-        facts = engine(overrides.get("framework", "pytorch"), "checkpoint").facts_of(path)
-        if facts:
-            return recipe_from({**facts["recipe"], "pretrained": False, **overrides}, source=path)
-    return load_recipe(args.config or overrides.get("model", "convit_tiny"), overrides)
+    place = getattr(args, "place", None)
+    if place and overrides.get("ckpt_path") not in (None, place):
+        raise ValueError(f"{place} and --ckpt_path {overrides['ckpt_path']} name two checkpoints")
+    place = place or overrides.get("ckpt_path")
+    if not place:
+        return load_recipe(args.config or overrides.get("model", "convit_tiny"), overrides)
+    overrides["ckpt_path"] = str(weights_at(Path(place)))
+    if args.config is not None:
+        return load_recipe(args.config, overrides)
+    found = find_trained(place, engine(overrides.get("framework", "pytorch"), "checkpoint").facts_of)
+    return recipe_from({**found.recipe(), "pretrained": False, **overrides}, source=str(place))

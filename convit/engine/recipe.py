@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import math
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -67,6 +68,7 @@ class Recipe:
     train_split: str = key("train", "name of the training split")
     val_split: str = key("val", "name of the validation split")
     class_map: str = key("", "text file with the names of the classes in order, one a line (timm's option); empty: the data's own order")
+    val_share: float = key(0.2, "share of each class kept to validate where data_dir has no splits", low=0.01, high=0.9)
     shuffle: bool = key(True, "shuffle the training data")
     num_samples: int | None = key(None, "use only this many training samples, as evenly from all classes as they allow", low=1)
     sampling_ratio: float = key(1.0, "share of each class to train on (FAIR's option)", low=0.0, high=1.0)
@@ -261,10 +263,25 @@ def changed_keys(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
     return {name: (getattr(old, name), getattr(new, name)) for name in FIELDS if getattr(old, name) != getattr(new, name)}
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """``-c/--config``, ``--print-config`` and one ``--key`` per recipe key (dashes work as well as underscores)."""
+class _HelpAll(argparse.Action):
+    """Print the help with the options that ``--help`` leaves out."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        for action in parser._actions:
+            action.help = getattr(action, "full_help", action.help)
+        parser.print_help()
+        parser.exit()
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser, own: Collection[str] | None = None) -> None:
+    """``-c/--config``, ``--print-config`` and one ``--key`` per recipe key (dashes work as well as underscores).
+
+    ``own`` are the keys that ``--help`` shows; the others come with ``--help-all``. ``None`` shows them all.
+    """
     parser.add_argument("-c", "--config", metavar="RECIPE", help=f"packaged recipe or yaml file ({', '.join(packaged_recipes())})")
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe as yaml and stop")
+    if own is not None:
+        parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="show the recipe's other keys too, and exit")
     group = parser.add_argument_group("recipe keys, overriding the recipe")
     for name, f in FIELDS.items():
         flags = list(dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]))
@@ -272,7 +289,9 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         default = "" if dataclasses.MISSING in (f.default,) or f.default in ("", None) else f" [{f.default}]"
         choices = f" ({', '.join(map(str, f.metadata['choices']))})" if f.metadata["choices"] else ""
         help = (f.metadata["help"] + choices + default).replace("%", "%%")
-        group.add_argument(*flags, dest=f"key_{name}", metavar="X", default=None, help=help, **more)
+        action = group.add_argument(*flags, dest=f"key_{name}", metavar="X", default=None, help=help, **more)
+        if own is not None and name not in own:
+            action.full_help, action.help = help, argparse.SUPPRESS  # type: ignore[attr-defined]
 
 
 def recipe_overrides(args: argparse.Namespace) -> dict[str, Any]:

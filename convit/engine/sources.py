@@ -53,6 +53,22 @@ class FolderSource:
         self.paths = [path for path, _ in images]
         self.targets = [number[name] for _, name in images]
 
+    def part(self, train: bool, val_share: float, seed: int) -> "FolderSource":
+        """The images to train on, or the share of each class that is kept for validation, at least one; drawn from the seed.
+
+        Raises:
+            ValueError: A class has a single image.
+        """
+        labels, kept = np.asarray(self.targets), []
+        for number, name in enumerate(self.classes):
+            where = np.random.default_rng([seed, number]).permutation(np.flatnonzero(labels == number))
+            if len(where) < 2:
+                raise ValueError(f"class {name!r} has a single image: training and validation need one each")
+            held = min(max(round(len(where) * val_share), 1), len(where) - 1)
+            kept += sorted(where[held:] if train else where[:held])
+        self.paths, self.targets = [self.paths[i] for i in kept], labels[kept].tolist()
+        return self
+
     def name(self, index: int) -> str:
         return self.paths[index]
 
@@ -269,6 +285,8 @@ def _open(recipe: Recipe, train: bool) -> Source:
             raise FileNotFoundError(f"no tar shards {split}*.tar or {split}/*.tar in {root}")
         return TarSource(shards)
     if folder is None:
+        if not any((root / name).is_dir() for name in {*sum(SPLITS.values(), ()), recipe.train_split, recipe.val_split}):
+            return FolderSource(root).part(train, recipe.val_share, recipe.seed)  # the class folders themselves
         raise FileNotFoundError(f"data_dir {root} has no folder {split!r}; --{'train' if train else 'val'}_split names another")
     return FolderSource(folder)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from convit.architecture import VARIANTS
 from convit.engine.preparation import Preparation
-from convit.engine.recipe import Recipe, load_recipe, recipe_from
+from convit.engine.recipe import FIELDS, Recipe, load_recipe, recipe_from
 from convit.weights.load import Checkpoint, read
 
 # what a folder may hold, the best first: of runs of either framework, then of the Hub
@@ -25,6 +25,7 @@ class Trained(NamedTuple):
         preparation: How an image becomes its input.
         classes: What its outputs are called.
         results: Figures that were recorded with it, such as ``top1``.
+        saved: The recipe of the run that wrote it; empty for other files.
     """
 
     path: Path
@@ -33,6 +34,25 @@ class Trained(NamedTuple):
     preparation: Preparation
     classes: list[str]
     results: dict[str, float]
+    saved: dict[str, Any]
+
+    def recipe(self) -> dict[str, Any]:
+        """The keys of a recipe: those of the run that wrote it, or what shape and preparation say.
+
+        Raises:
+            ValueError: Recipes do not describe such a model.
+        """
+        keys = dict(self.saved)
+        if not keys:
+            asked, names = self.preparation._asdict(), ("embed_dim", "depth", "num_heads", "local_up_to_layer")
+            keys = {name: asked[name] for name in ("crop_pct", "interpolation")} | {name: self.shape[name] for name in names}
+            keys |= {"mean": list(asked["mean"]), "std": list(asked["std"]), "in_channels": self.shape["in_chans"]}
+            keys |= {"patch_size": self.shape["patch_size"][0], "drop_path_rate": 0.0}
+        height, width = self.preparation.size
+        if height != width or len(set(self.shape["patch_size"])) > 1:
+            raise ValueError(f"{self.path} takes images of {height} x {width}: infer and validate want squares, serve and export do not")
+        keys |= {"model": self.variant or "convit", "image_resize": height}
+        return keys | {"num_classes": self.shape["num_classes"] or None}
 
 
 def find_trained(place: str | Path, facts_of: Callable[[str], dict[str, Any]]) -> Trained:
@@ -66,7 +86,8 @@ def find_trained(place: str | Path, facts_of: Callable[[str], dict[str, Any]]) -
     recorded = _names(facts.get("classes") or config.get("label_names"), config)
     figures = facts or config.get("results") or {}
     results = {name: figures[name] for name in ("top1", "top5", "val_loss") if isinstance(figures.get(name), float)}
-    return Trained(path, shape, variant, preparation, class_names(recorded, shape["num_classes"]), results)
+    saved = {name: value for name, value in vars(recipe).items() if name in FIELDS} if recipe is not None else {}
+    return Trained(path, shape, variant, preparation, class_names(recorded, shape["num_classes"]), results, saved)
 
 
 def weights_at(place: Path) -> Path:

@@ -43,7 +43,7 @@ def create_app(
     max_upload: int = 10_000_000,
     max_pixels: int = 50_000_000,
     timeout: float = 30.0,
-    dtype: str = "auto",
+    precision: str = "auto",
 ) -> FastAPI:
     """An ASGI application that serves a model.
 
@@ -54,7 +54,7 @@ def create_app(
         max_upload: Bytes of a request; more is answered with 413.
         max_pixels: Of an image, before it is decoded; more is answered with 400.
         timeout: Seconds that a request's body may take to arrive.
-        dtype: See ``convit.serve.classifier.Classifier``.
+        precision: See ``convit.serve.classifier.Classifier``.
 
     Raises:
         ValueError: The model cannot be served, or a bound is not positive.
@@ -64,7 +64,7 @@ def create_app(
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
     metrics = Metrics()
-    classifier = Classifier(model, max_batch, max_pixels, dtype, metrics.batches.observe)
+    classifier = Classifier(model, max_batch, max_pixels, precision, metrics.batches.observe)
     page = resources.files("convit.serve").joinpath("page.html").read_text(encoding="utf-8")
     waiting = 0
 
@@ -144,7 +144,7 @@ def create_app(
             "classes": len(classifier.names),
             "image_size": asked.size,
             "device": classifier.device.type,
-            "dtype": classifier.dtype,
+            "precision": classifier.precision,
             "version": convit.__version__,
         }
 

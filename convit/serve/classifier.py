@@ -36,19 +36,19 @@ class Classifier:
         model: A PyTorch ConViT in evaluation mode with a classifier.
         max_batch: The largest batch.
         max_pixels: The largest upload that is decoded, width times height.
-        dtype: "auto", "float32" or "bfloat16": what ``convit.optimize`` computes in, on CPU.
+        precision: "auto", "float32" or "bfloat16": what ``convit.optimize`` computes in, on CPU.
         on_batch: Told the size of every batch.
     """
 
-    def __init__(self, model: Any, max_batch: int, max_pixels: int, dtype: str, on_batch: Callable[[int], None]) -> None:
+    def __init__(self, model: Any, max_batch: int, max_pixels: int, precision: str, on_batch: Callable[[int], None]) -> None:
         if not model.num_classes:
             raise ValueError("model must have a classifier, got num_classes = 0")
         self.model, self.max_batch, self.max_pixels, self.on_batch = model.eval(), max_batch, max_pixels, on_batch
         self.device = next(model.parameters()).device
         self.fast: Any = model
         if self.device.type == "cpu":
-            self.fast = convit.optimize(model, None if dtype == "auto" else dtype)
-        self.dtype = str(getattr(self.fast, "dtype", next(model.parameters()).dtype)).removeprefix("torch.")
+            self.fast = convit.optimize(model, None if precision == "auto" else precision)
+        self.precision = str(getattr(self.fast, "dtype", next(model.parameters()).dtype)).removeprefix("torch.")
         self.preparation = Preparation.of(model)
         self.names = class_names(list(model.pretrained_cfg.get("label_names") or []), model.num_classes)
         self._thread = ThreadPoolExecutor(1, "model")
