@@ -52,6 +52,7 @@ class GPSA(nn.Module):
     # Set by ``accelerate``, for models that give no grid: who knows the image's, and whether that comes before the square.
     patch_embed: tuple[nn.Module, ...] = ()
     image_grid: bool = False
+    __jit_ignored_attributes__ = ["patch_embed"]
 
     def __init__(
         self,
@@ -92,6 +93,12 @@ class GPSA(nn.Module):
         Raises:
             ValueError: N does not fit the grid, or is no square and no grid is given.
         """
+        if torch.jit.is_scripting():
+            return self._scripted(x, grid)
+        else:
+            return self._forward(x, grid)
+
+    def _forward(self, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
         batch, tokens, dim = x.shape
         v = ops.linear(self.v, x).view(batch, tokens, self.num_heads, dim // self.num_heads).transpose(1, 2)
         dropout_p = _dropout(self.attn_drop)
@@ -102,6 +109,24 @@ class GPSA(nn.Module):
             grid = self._grid(tokens, grid)
             out = ops.gpsa(q, k, v, self._position_weight(), self.gating_param, grid, scale=self.scale, dropout_p=dropout_p)
         return cast(Tensor, self.proj_drop(ops.linear(self.proj, out.transpose(1, 2).reshape(batch, tokens, dim))))
+
+    def _scripted(self, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
+        """The formula in what TorchScript compiles, for a square grid where none is given."""
+        batch, tokens, dim = x.shape
+        qk = self.qk(x).view(batch, tokens, 2, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
+        v = self.v(x).view(batch, tokens, self.num_heads, dim // self.num_heads).transpose(1, 2)
+        content = ((qk[0] @ qk[1].transpose(-2, -1)) * self.scale).softmax(dim=-1)
+        side = int(tokens**0.5)
+        gh, gw = grid if grid is not None else (side, side)
+        assert gh * gw == tokens, "the patches form no such grid: pass grid=(gh, gw)"
+        index = torch.arange(tokens, device=x.device)
+        dx = (index % gw)[None, :] - (index % gw)[:, None]
+        dy = (index // gw)[None, :] - (index // gw)[:, None]
+        rel = torch.stack([dx, dy, dx**2 + dy**2], dim=-1)[None].to(self.gating_param.dtype)
+        position = self.pos_proj(rel).permute(0, 3, 1, 2).softmax(dim=-1)
+        gate = torch.sigmoid(self.gating_param).view(1, -1, 1, 1)
+        attn = self.attn_drop((1.0 - gate) * content + gate * position)
+        return self.proj_drop(self.proj((attn @ v).transpose(1, 2).reshape(batch, tokens, dim)))
 
     def get_attention(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """The gated mix of the two softmaxes, [B, H, N, N], after attention dropout; formed in full, for looking at."""
@@ -190,6 +215,19 @@ class MHSA(nn.Module):
 
     def forward(self, x: Tensor, first: int | None = None) -> Tensor:
         """Attend over all tokens: [B, N, C] -> [B, N, C], or only from the ``first`` ones: [B, first, C]."""
+        if torch.jit.is_scripting():
+            return self._scripted(x, first)
+        else:
+            return self._forward(x, first)
+
+    def _scripted(self, x: Tensor, first: int | None) -> Tensor:
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
+        attn = self.attn_drop(((qkv[0] @ qkv[1].transpose(-2, -1)) * self.scale).softmax(dim=-1))
+        out = self.proj_drop(self.proj((attn @ qkv[2]).transpose(1, 2).reshape(batch, tokens, dim)))
+        return out[:, :first]
+
+    def _forward(self, x: Tensor, first: int | None) -> Tensor:
         batch, _, dim = x.shape
         q, k, v = self._query_key_value(x)
         q = q[:, :, :first]

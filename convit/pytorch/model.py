@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,16 @@ def _pair(size: Size) -> tuple[int, int]:
 
 def resample_position_embedding(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Resample a position embedding [1, gh * gw, C] from grid ``old`` to grid ``new``: bicubic with antialiasing, as timm does."""
-    if not exporting() and old == new:  # an exported program takes other sizes than the one it is traced at
+    same = old == new if torch.jit.is_scripting() else _same(old, new)
+    if same:
         return pos_embed
     image = pos_embed.float().reshape(1, old[0], old[1], -1).permute(0, 3, 1, 2)
     image = F.interpolate(image, size=[new[0], new[1]], mode="bicubic", antialias=True)
     return image.permute(0, 2, 3, 1).reshape(1, new[0] * new[1], -1).to(pos_embed.dtype)
+
+
+def _same(old: tuple[int, int], new: tuple[int, int]) -> bool:
+    return not exporting() and old == new  # an exported program takes other sizes than the one it is traced at
 
 
 class PatchEmbed(nn.Module):
@@ -107,7 +112,10 @@ class Mlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop2(ops.linear(self.fc2, self.drop1(ops.linear(self.fc1, x, self.act))))
+        if torch.jit.is_scripting():
+            return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+        else:
+            return cast(Tensor, self.drop2(ops.linear(self.fc2, self.drop1(ops.linear(self.fc1, x, self.act)))))
 
 
 class DropPath(nn.Module):
@@ -121,7 +129,7 @@ class DropPath(nn.Module):
         if self.drop_prob == 0.0 or not self.training:
             return x
         keep = 1.0 - self.drop_prob
-        mask = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep)
+        mask = x.new_empty([x.shape[0]] + [1] * (x.ndim - 1)).bernoulli_(keep)
         return x * (mask / keep)
 
     def extra_repr(self) -> str:
@@ -130,6 +138,8 @@ class DropPath(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm transformer block; its attention is GPSA (``use_gpsa``) or MHSA."""
+
+    use_gpsa: Final[bool]
 
     def __init__(
         self,
@@ -153,7 +163,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, int], first: int | None = None) -> Tensor:
         """[B, N, C] to the same, or in an MHSA block to the ``first`` tokens of it."""
         y = self.norm1(x)
-        x = x[:, :first] + self.drop_path(self.attn(y, grid) if self.use_gpsa else self.attn(y, first))
+        if self.use_gpsa:  # noqa: SIM108 (TorchScript compiles one branch of a statement, both of an expression)
+            y = self.attn(y, grid)
+        else:
+            y = self.attn(y, first)
+        x = x[:, :first] + self.drop_path(y)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -227,7 +241,9 @@ class ConViT(nn.Module):
         self.num_reg_tokens = reg_tokens
         self.num_prefix_tokens = 1 + reg_tokens
         self.grad_checkpointing = False
+        self.every_token = False  # True: compute tokens that nobody reads too, so that a traced graph gives the same bits
         self.pretrained_cfg: dict[str, Any] = {}
+        self.default_cfg = self.pretrained_cfg  # timm's other name for it
 
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, dynamic_img_size, dynamic_img_pad, **where)
         self.cls_token: nn.Parameter | None = nn.Parameter(torch.zeros(1, 1, embed_dim, **where))
@@ -286,7 +302,17 @@ class ConViT(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images to normalised tokens: [B, prefix + N, C], class and register tokens first."""
-        return self._features(x)
+        if torch.jit.is_scripting():
+            x, grid = self._embed(x)
+            for i, block in enumerate(self.blocks):
+                if i == self.local_up_to_layer:
+                    x = self._join_prefix(x)
+                x = block(x, grid)
+            if self.local_up_to_layer >= len(self.blocks):
+                x = self._join_prefix(x)
+            return self.norm(x)
+        else:
+            return self._features(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens to logits; with ``pre_logits`` to the pooled features [B, C]."""
@@ -430,11 +456,6 @@ class ConViT(nn.Module):
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
-    @property
-    def default_cfg(self) -> dict[str, Any]:
-        """timm's other name for ``pretrained_cfg``."""
-        return self.pretrained_cfg
-
     def _features(self, x: Tensor, first: int | None = None) -> Tensor:
         """``forward_features``, or the ``first`` of its tokens, where the last block is MHSA."""
         x, grid = self._embed(x)
@@ -449,7 +470,13 @@ class ConViT(nn.Module):
 
         Known are our own classes and the framework's that act on each token by itself; bare, so that no hook would see fewer tokens.
         """
-        if self.global_pool != "token" or self.training or torch.is_grad_enabled() or self.local_up_to_layer >= len(self.blocks):
+        if (
+            self.every_token
+            or self.global_pool != "token"
+            or self.training
+            or torch.is_grad_enabled()
+            or self.local_up_to_layer >= len(self.blocks)
+        ):
             return False
         if type(self) is not ConViT or not _METHODS.isdisjoint(self.__dict__) or not eager(x):
             return False
@@ -573,7 +600,7 @@ def create_model(name: str, pretrained: bool | str | PathLike = False, **kwargs:
         raise ValueError(f"unknown model {name!r}{nearest(name, VARIANTS)} (known: {', '.join(VARIANTS)})")
     model = ConViT(**{**VARIANTS[name], **kwargs})
     # what timm's resolve_data_config reads: how the published weights were evaluated
-    model.pretrained_cfg = {
+    model.default_cfg = model.pretrained_cfg = {
         "architecture": name,
         "input_size": (model.in_chans, *model.patch_embed.img_size),
         "mean": (0.485, 0.456, 0.406),
