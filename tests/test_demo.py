@@ -40,4 +40,4 @@ def test_demo_names_what_it_needs(monkeypatch, capsys):
 
     monkeypatch.setitem(sys.modules, "timm", None)
     assert main(["demo"]) == 1
-    assert "pip install 'convit[train]'" in capsys.readouterr().err
+    assert "pip install '.[train]' in the source folder" in capsys.readouterr().err

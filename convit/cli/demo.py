@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
         import sklearn  # noqa: F401
         import timm  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"the demo needs {error.name}: pip install 'convit[train]'") from error
+        raise ModuleNotFoundError(f"the demo needs {error.name}: pip install '.[train]' in the source folder") from error
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # keep the order with the progress bar on stderr
     args.output.mkdir(parents=True, exist_ok=True)
     photographs(args.output)

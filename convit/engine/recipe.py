@@ -303,7 +303,7 @@ def _read(config: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         import yaml
     except ImportError:
-        raise ImportError("recipes need PyYAML: pip install 'convit[train]'") from None
+        raise ImportError("recipes need PyYAML: pip install '.[train]' in the source folder") from None
     name = os.fspath(config)
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or os.sep in name or path.is_file():

@@ -136,7 +136,7 @@ class HfSource:
         try:
             import datasets
         except ImportError:
-            raise ImportError("Hugging Face data needs the package datasets: pip install 'convit[train]'") from None
+            raise ImportError("Hugging Face data needs the package datasets: pip install '.[train]' in the source folder") from None
         if (root / "dataset_dict.json").exists() or (root / "state.json").exists():
             data = datasets.load_from_disk(str(root))
         else:
@@ -182,7 +182,7 @@ class DigitsSource:
             from sklearn.datasets import load_digits
             from sklearn.model_selection import train_test_split
         except ImportError:
-            raise ImportError("the digits need scikit-learn: pip install 'convit[train]'") from None
+            raise ImportError("the digits need scikit-learn: pip install '.[train]' in the source folder") from None
         images, targets = load_digits(return_X_y=True)
         parts = train_test_split(images, targets, test_size=0.2, stratify=targets, random_state=0)
         pixels, labels = (parts[0], parts[2]) if train else (parts[1], parts[3])

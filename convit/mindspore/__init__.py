@@ -24,7 +24,7 @@ def _release(package: str) -> tuple[int, int] | None:
 
 def check_environment() -> None:
     """Raise ``ImportError`` with the mend if MindSpore cannot work here; nothing is imported."""
-    mend = "pip install 'convit[mindspore]'"
+    mend = "pip install '.[mindspore]' in the source folder"
     mindspore, numpy = _release("mindspore"), _release("numpy")
     if mindspore is None or find_spec("mindspore") is None:
         raise ImportError(f"convit.mindspore needs MindSpore, which is not installed: {mend}")

@@ -65,7 +65,9 @@ class PatchEmbed(nn.Module):
         try:
             from timm.layers import resample_patch_embed
         except ImportError as error:
-            raise ImportError("another patch size needs timm, which resamples the kernel: install convit[train]") from error
+            raise ImportError(
+                "another patch size needs timm, which resamples the kernel: pip install '.[train]' in the source folder"
+            ) from error
         old = self.proj
         kernel = resample_patch_embed(old.weight.detach(), list(patch_size))
         where: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype}
