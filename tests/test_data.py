@@ -149,6 +149,50 @@ def test_a_worker_that_dies_while_validating_costs_nothing(root, run, tmp_path, 
     assert once.exists() and (result["samples"], result["top1"]) == (6, 100)
 
 
+def test_policies_of_mindcv_or_a_message(root):
+    image = Image.new("RGB", (64, 64), (90, 90, 90))
+    for policy in ("trivialaugwide", "randaug-m7-mstd0.5", "autoaug-mstd0.5", "augmix-m3"):
+        assert data_module.train_transform(recipe(root, auto_augment=policy))(image).shape == (3, 32, 32)
+    assert "TrivialAugmentWide" in str(data_module.train_transform(recipe(root, auto_augment="trivialaugwide")))
+    for typo in ("trivialaugwhite", "randaugg-m9", "rand-m9-zzz3"):
+        with pytest.raises(ValueError, match=f"auto_augment '{typo}' is no policy of the kinds randaug"):
+            TrainData(recipe(root, auto_augment=typo), World(), CPU)
+
+
+def test_published_weights_are_evaluated_as_published():
+    from convit.cli.validate import as_published
+
+    for config in (None, "convit_small"):
+        found = as_published(load_recipe(config, {"model": "convit_small", "pretrained": True, "crop_pct": 0.95}), {})
+        assert (found.crop_pct, found.interpolation) == (0.875, "bicubic")
+    asked = load_recipe("convit_small", {"pretrained": True, "crop_pct": 0.8})
+    assert as_published(asked, {"crop_pct": "0.8"}).crop_pct == 0.8
+    plus = load_recipe("convit_tiny", {"model": "convit_tiny_plus", "pretrained": True})
+    assert as_published(plus, {}).crop_pct == load_recipe("convit_tiny_plus").crop_pct
+
+
+def test_class_balanced_sampling_and_random_interpolation(root, tmp_path):
+    shutil.copytree(root / "train", tmp_path / "train")
+    for i in range(1, 6):
+        (tmp_path / "train/a" / f"{i}.png").unlink()
+    data = TrainData(recipe(tmp_path, class_balanced=True, interpolation="random"), World(), CPU)
+    drawn = [data.source.targets[data.chosen[i]] for epoch in range(100) for i in data.order(epoch)]
+    assert [round(drawn.count(label) / len(drawn), 1) for label in range(3)] == [0.3, 0.3, 0.3]
+    assert next(data.batches(0)).images.shape == (6, 3, 32, 32)
+
+
+def test_early_stop_and_mixing_that_ends(root, tmp_path, monkeypatch):
+    from convit.engine.pytorch.train import TorchRun
+
+    monkeypatch.setattr(TorchRun, "evaluate", lambda self: {"val_loss": 1.0, "top1": 50.0, "top5": 100.0})
+    mixed = []
+    monkeypatch.setattr("timm.data.Mixup.__call__", lambda self, x, y: mixed.append(1) or (x, torch.nn.functional.one_hot(y, 3).float()))
+    keys = recipe(root, early_stop=2, mixup=0.2, mixup_off_epoch=1)
+    result = train(keys, tmp_path / "run", progress=False)
+    assert (result.epochs, result.best_epoch, len(mixed)) == (3, 0, 3)
+    assert train(keys, tmp_path / "run", resume=True, progress=False).epochs == 3
+
+
 def test_training_leaves_nothing_behind(root, tmp_path):
     """No process, no reseeded generator, no handler: whoever calls train() goes on as before."""
     import random

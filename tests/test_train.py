@@ -303,6 +303,75 @@ def test_two_processes_sharded_give_the_curve_of_one(alone, tmp_path):
     assert result.epochs == 3 and result.train_loss < records(tmp_path / "run", "epoch")[0]["train_loss"]
 
 
+def together(size, work, timeout=120):
+    """Run ``work`` in ``size`` processes that a launcher seems to have started; their exit statuses, all within ``timeout`` seconds."""
+    port = str(free_port())
+
+    def start(rank):
+        os.environ.update({"SLURM_STEP_NUM_TASKS": str(size), "SLURM_STEP_NODELIST": "127.0.0.1", "MASTER_PORT": port})
+        os.environ.update({"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
+        torch.set_num_threads(1)
+        work(rank)
+
+    left, found, deadline = {fork(lambda rank=rank: start(rank)): rank for rank in range(size)}, {}, time.monotonic() + timeout
+    while left and time.monotonic() < deadline:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child in left:
+            found[left.pop(child)] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    for child in left:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return [found.get(rank, "hangs") for rank in range(size)]
+
+
+def test_sharded_processes_with_uneven_rests_score_as_one(tmp_path):
+    """289 validation images over four processes, 8 a batch: one of them has a batch more than the others."""
+    keys = SHARED | {"num_classes": 8, "drop_remainder": False, "num_samples": 350, "epoch_size": 1}
+    train(small(**keys | {"batch_size": 32}), tmp_path / "one", progress=False)
+    sharded = small(**keys | {"batch_size": 8, "fsdp": True})
+    assert together(4, lambda rank: train(sharded, tmp_path / "four", progress=False)) == [0] * 4
+    one, four = (records(tmp_path / name, "epoch")[-1] for name in ("one", "four"))
+    assert four["top1"] == pytest.approx(one["top1"], abs=0.3) and four["val_loss"] == pytest.approx(one["val_loss"], rel=1e-4)
+
+
+def test_a_process_without_validation_images_and_one_that_reads_only_broken_ones(folder, tmp_path):
+    """One image for two processes; a whole batch that cannot be read, sharded: all end, with the scores of what was read."""
+    shutil.copytree(folder, tmp_path / "data")
+    for path in sorted((tmp_path / "data/val").rglob("*.jpg"))[1:]:
+        path.unlink()
+    keys = {"epoch_size": 1, "mixup": 0, "cutmix": 0}
+    assert together(2, lambda rank: train(pictures(tmp_path / "data", **keys), tmp_path / "ddp", progress=False)) == [0, 0]
+    shutil.rmtree(tmp_path / "data/val")
+    shutil.copytree(folder / "val", tmp_path / "data/val")
+    for path in (tmp_path / "data/val/blue").iterdir():
+        path.write_bytes(b"broken")
+    assert together(2, lambda rank: train(pictures(tmp_path / "data", fsdp=True, **keys), tmp_path / "fsdp", progress=False)) == [0, 0]
+    assert "top1" in records(tmp_path / "fsdp", "epoch")[0]
+
+
+def test_a_process_that_dies_or_cannot_read_ends_the_others(folder, tmp_path, monkeypatch, capfd):
+    read = data_module.read_sample
+
+    def failing(rank, how):
+        def failing_read(source, index, channels):
+            if int(os.environ["SLURM_PROCID"]) == 1:
+                how()
+            return read(source, index, channels)
+
+        data_module.read_sample = failing_read
+        train(pictures(folder, num_parallel_workers=0, val_while_train=False), tmp_path / "run", overwrite=True, progress=False)
+
+    def broken():
+        raise RuntimeError("the disk is gone")
+
+    assert together(2, lambda rank: failing(rank, broken), 60) == [1, 1]
+    said = capfd.readouterr().err
+    assert "the disk is gone" in said and "another process cannot read its data" in said
+    assert together(2, lambda rank: failing(rank, lambda: os.kill(os.getpid(), signal.SIGKILL)), 60) == [1, -signal.SIGKILL]
+    assert "Error" in capfd.readouterr().err
+
+
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
 def test_two_processes_by_mpirun_give_the_curve_of_one(alone, tmp_path):
     version = subprocess.run(["mpirun", "--version"], capture_output=True, text=True).stdout

@@ -1,15 +1,18 @@
 """``convit validate``: top-1, top-5, loss and speed of a checkpoint on a validation set."""
 
 import argparse
+import dataclasses
 import importlib
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from convit.engine.recipe import Recipe, add_recipe_arguments, dump_recipe, load_recipe, recipe_from, recipe_overrides
 from convit.engine.trained import find_trained, weights_at
 from convit.engine.world import find_world
+from convit.weights.published import variants
 
 # recipe keys that evaluation asks about
 EVALUATION = ("framework", "device", "ckpt_path", "pretrained", "model", "num_classes", "image_resize", "crop_pct", "interpolation")
@@ -80,9 +83,20 @@ def evaluation_recipe(args: argparse.Namespace) -> Recipe:
         raise ValueError(f"{place} and --ckpt_path {overrides['ckpt_path']} name two checkpoints")
     place = place or overrides.get("ckpt_path")
     if not place:
-        return load_recipe(args.config or overrides.get("model", "convit_tiny"), overrides)
+        return as_published(load_recipe(args.config or overrides.get("model", "convit_tiny"), overrides), overrides)
     overrides["ckpt_path"] = str(weights_at(Path(place)))
     if args.config is not None:
         return load_recipe(args.config, overrides)
     found = find_trained(place, engine(overrides.get("framework", "pytorch"), "checkpoint").facts_of)
     return recipe_from({**found.recipe(), "pretrained": False, **overrides}, source=str(place))
+
+
+def as_published(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
+    """With published weights, the crop, interpolation, mean and std that they were published with, but for keys that are ``given``."""
+    if not recipe.pretrained or recipe.in_channels != 3 or recipe.model not in variants():
+        return recipe
+    own: dict[str, Any] = {"crop_pct": 0.875, "interpolation": "bicubic", "mean": Recipe().mean, "std": Recipe().std}
+    if recipe.framework == "mindspore" or recipe.model not in variants("timm"):  # MindCV's weights
+        published = load_recipe(recipe.model)
+        own = {name: getattr(published, name) for name in own}
+    return dataclasses.replace(recipe, **{name: value for name, value in own.items() if name not in given})

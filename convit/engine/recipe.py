@@ -75,6 +75,7 @@ class Recipe:
     batch_size: int = key(128, "images per device and forward pass", low=1)
     drop_remainder: bool = key(True, "drop the last incomplete global batch of an epoch")
     aug_repeats: int = key(0, "repeated augmentation: copies of each image in a batch (0 or 1: off)", low=0)
+    class_balanced: bool = key(False, "draw the training samples with replacement, so that all classes come equally often")
     max_bad_images: int = key(100, "unreadable training images per epoch that are replaced before the run stops", low=0)
 
     # augmentation
@@ -85,7 +86,9 @@ class Recipe:
     vflip: float = key(0.0, "probability of a vertical flip", low=0.0, high=1.0)
     shift: int = key(0, "digits: largest random shift, pixels", low=0)
     color_jitter: float | list[float] | None = key(0.4, "colour jitter: one factor, or brightness, contrast, saturation[, hue]")
-    interpolation: str = key("bilinear", "of resizing", choices=("bilinear", "bicubic"))
+    interpolation: str = key(
+        "bilinear", "of resizing; random: either, in training (bicubic to evaluate)", choices=("bilinear", "bicubic", "random")
+    )
     auto_augment: str | None = key(None, "policy: randaug-..., autoaug-..., autoaugr-..., augmix-..., or timm's names")
     re_prob: float = key(0.0, "probability of random erasing", low=0.0, high=1.0)
     re_scale: list[float] = key([0.02, 0.33], "range of the erased share of the area")
@@ -96,6 +99,7 @@ class Recipe:
     crop_pct: float = key(0.875, "share of the resized image that the evaluation crop keeps", low=0.01, high=1.0)
     mixup: float = key(0.0, "alpha of mixup (0: off)", low=0.0)
     cutmix: float = key(0.0, "alpha of cutmix (0: off)", low=0.0)
+    mixup_off_epoch: int = key(0, "no mixup and cutmix from this epoch on (0: to the end)", low=0)
     cutmix_prob: float = key(1.0, "probability that a batch is mixed", low=0.0, high=1.0)
 
     # model; null leaves the variant's own value
@@ -123,6 +127,7 @@ class Recipe:
     ckpt_save_policy: str = key("latest_k", "which checkpoints to keep", choices=("latest_k", "top_k"))
     keep_checkpoint_max: int = key(10, "how many to keep beside last and best", low=0)
     val_while_train: bool = key(True, "validate while training; best.* needs it (MindCV's default is False)")
+    early_stop: int | None = key(None, "stop after so many epochs without a better top-1", low=1)
     val_interval: int = key(1, "epochs between two validations", low=1)
     dataset_sink_mode: bool = key(True, "MindSpore: feed the device a whole epoch at a time")
 
@@ -406,6 +411,10 @@ def _check_together(source: str, recipe: Recipe) -> None:
         raise ValueError(f"{source}: std must be positive, got {recipe.std}")
     if (recipe.mixup or recipe.cutmix) and recipe.batch_size % 2:
         raise ValueError(f"{source}: batch_size must be even with mixup or cutmix, got {recipe.batch_size}")
+    if recipe.early_stop and not recipe.val_while_train:
+        raise ValueError(f"{source}: early_stop needs val_while_train")
+    if recipe.class_balanced and recipe.aug_repeats > 1:
+        raise ValueError(f"{source}: class_balanced is not supported with aug_repeats; set one of them to 0")
     if recipe.ckpt_save_policy == "top_k" and not recipe.val_while_train:
         raise ValueError(f"{source}: ckpt_save_policy top_k needs val_while_train")
     if recipe.fsdp and recipe.ema:

@@ -9,7 +9,6 @@ import dataclasses
 import logging
 import math
 import signal
-import sys
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -21,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from convit.engine.folder import Folder, Log, Progress, last_epoch, writing
 from convit.engine.recipe import FIELDS, FREE, Recipe, changed_keys, dump_recipe
+from convit.engine.shown import Bar, Boards
 from convit.engine.world import World, find_world
 
 logger = logging.getLogger("convit")
@@ -102,8 +102,8 @@ class Run(ABC):
         self.progress, self.history = Progress(), list[dict[str, Any]]()
         self.folder: Folder | None = None
         self.log: Log | None = None
-        self.boards: _Boards | None = None
-        self.bar = _Bar(False, 0, 0)
+        self.boards: Boards | None = None
+        self.bar = Bar(False, 0, 0)
         self.signals = StopSignals()
 
     # --- what an engine supplies ---
@@ -216,8 +216,8 @@ class Run(ABC):
             with writing(self.folder.claim("recipe.yaml")) as file:
                 file.write(dump_recipe(recipe).encode())
             self.log = Log(self.folder.claim("log.jsonl"), self.progress)
-            self.boards = _Boards(recipe, output, self.progress.epoch)
-        self.bar = _Bar(self.show and self.chief, recipe.epoch_size * self.plan.steps, self.progress.updates)
+            self.boards = Boards(recipe, output, self.progress.epoch)
+        self.bar = Bar(self.show and self.chief, recipe.epoch_size * self.plan.steps, self.progress.updates)
         several = f"{self.world.size} processes ({self.world.launcher}{', FSDP' if self.sharded else ''})"
         self.say(
             f"{recipe.model}, {len(self.plan.classes)} classes; {self.plan.samples} training samples, "
@@ -309,7 +309,11 @@ class Run(ABC):
         return self.model
 
     def loop(self) -> None:
-        while self.progress.epoch < self.recipe.epoch_size:
+        at, patience = self.progress, self.recipe.early_stop
+        while at.epoch < self.recipe.epoch_size:
+            if patience and at.epoch - 1 - max(at.best_epoch, 0) >= patience:
+                self.say(f"stopped after {at.epoch} epochs: no better top-1 in the last {patience}")
+                return
             self._epoch()
 
     def _epoch(self) -> None:
@@ -439,70 +443,3 @@ class Run(ABC):
 
     def _facts(self) -> dict[str, Any]:
         return {"recipe": dataclasses.asdict(self.recipe), "classes": list(self.plan.classes)}
-
-
-class _Boards:
-    """TensorBoard and Weights & Biases, as far as the recipe asks for them."""
-
-    def __init__(self, recipe: Recipe, output: Path, epoch: int) -> None:
-        self.events = self.wandb = None
-        if recipe.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.events = SummaryWriter(str(output / "tensorboard"), purge_step=epoch)
-        if recipe.wandb:
-            import wandb
-
-            about = {"project": recipe.wandb, "name": output.name, "dir": str(output), "config": dataclasses.asdict(recipe)}
-            self.wandb = wandb.init(**about, resume="auto")
-
-    def write(self, record: dict[str, Any]) -> None:
-        if self.events:
-            for name in ("train_loss", "val_loss", "top1", "top5", "lr", "images_per_second"):
-                if name in record:
-                    self.events.add_scalar(name, record[name], record["epoch"])
-            self.events.flush()
-        if self.wandb:
-            numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
-            self.wandb.log(numbers, step=record["update"])
-
-    def close(self) -> None:
-        if self.events:
-            self.events.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-class _Bar:
-    """A progress bar on a terminal, a line per epoch elsewhere."""
-
-    def __init__(self, show: bool, steps: int, done: int) -> None:
-        self.show, self.bar = show, None
-        if show and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-            self.bar = Progress(*columns, console=Console(stderr=True))
-            self.task = self.bar.add_task("training", total=steps, completed=done)
-            self.bar.start()
-
-    def update(self, done: int, epoch: int, loss: float) -> None:
-        if self.bar:
-            self.bar.update(self.task, completed=done, description=f"epoch {epoch + 1}, loss {loss:.4f}")
-
-    def epoch(self, record: dict[str, Any], epochs: int) -> None:
-        if self.show:
-            scores = f"  top-1 {record['top1']:.2f} %  val loss {record['val_loss']:.4f}" if "top1" in record else ""
-            line = (
-                f"epoch {record['epoch'] + 1}/{epochs}  loss {record['train_loss']:.4f}{scores}  {record['images_per_second']:.0f} images/s"
-            )
-            if self.bar:
-                self.bar.console.print(line, highlight=False)
-            else:
-                print(line, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.bar:
-            self.bar.stop()
-            self.bar = None

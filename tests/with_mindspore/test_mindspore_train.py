@@ -291,7 +291,7 @@ def test_classes_are_matched_by_name(finished, folder, tmp_path):
     """A validation split without one class scores the others; a class that the model does not have is named."""
     from convit.engine.mindspore.validate import validate
 
-    keys = {"ckpt_path": str(finished.output / "best.ckpt"), "amp_level": "O0", "mode": 1, "batch_size": 1}
+    keys = {"ckpt_path": str(finished.output / "best.ckpt"), "amp_level": "O0", "mode": 1, "batch_size": 1, "mixup": 0, "cutmix": 0}
     whole = validate(recipe(folder, **keys), progress=False)
     parts = []
     for name in ("blue", "red"):

@@ -14,9 +14,11 @@ from convit.engine.world import World, find_world
 ONLY = {
     "amp_dtype": "auto",
     "channels_last": False,
+    "class_balanced": False,
     "compile": False,
     "fsdp": False,
     "grad_checkpointing": False,
+    "mixup_off_epoch": 0,
     "sampling_ratio": 1.0,
     "tensorboard": False,
     "shift": 0,
@@ -28,6 +30,8 @@ def check_recipe(recipe: Recipe) -> None:
     for name, only in ONLY.items():
         if getattr(recipe, name) != only and not (name == "shift" and recipe.dataset == "digits"):
             raise ValueError(f"{name} can only be {only!r} with framework mindspore, got {getattr(recipe, name)!r}")
+    if recipe.interpolation == "random":
+        raise ValueError("interpolation can only be 'bilinear' or 'bicubic' with framework mindspore, got 'random'")
     if recipe.dataset not in ("imagenet", "folder", "digits"):
         raise ValueError(f"dataset must be imagenet, folder or digits with framework mindspore, got {recipe.dataset!r}")
     try:

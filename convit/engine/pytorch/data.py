@@ -77,22 +77,33 @@ def train_transform(recipe: Recipe) -> Any:
     from timm.data.random_erasing import RandomErasing
 
     mean, std = normalisation(recipe)
-    jitter: Any = recipe.color_jitter
+    trivial = recipe.auto_augment == "trivialaugwide"  # MindCV's, and torchvision's
+    jitter: Any = None if trivial else recipe.color_jitter
     area: Any = tuple(recipe.scale)
     aspect: Any = tuple(recipe.ratio)
-    transform = create_transform(
-        recipe.image_resize,
-        is_training=True,
-        scale=area,
-        ratio=aspect,
-        hflip=recipe.hflip,
-        vflip=recipe.vflip,
-        color_jitter=tuple(jitter) if isinstance(jitter, list) else jitter,
-        auto_augment=timm_policy(recipe.auto_augment),
-        interpolation=recipe.interpolation,
-        mean=mean,
-        std=std,
-    )
+    try:
+        transform = create_transform(
+            recipe.image_resize,
+            is_training=True,
+            scale=area,
+            ratio=aspect,
+            hflip=recipe.hflip,
+            vflip=recipe.vflip,
+            color_jitter=tuple(jitter) if isinstance(jitter, list) else jitter,
+            auto_augment=None if trivial else timm_policy(recipe.auto_augment),
+            interpolation=recipe.interpolation,
+            mean=mean,
+            std=std,
+        )
+    except (AssertionError, KeyError, IndexError, ValueError) as error:
+        policies = "randaug-m9-mstd0.5, autoaug, autoaugr, augmix-m3, trivialaugwide (MindCV), rand-..., original, v0, 3a (timm)"
+        raise ValueError(f"auto_augment {recipe.auto_augment!r} is no policy of the kinds {policies} {error}".rstrip()) from None
+    if trivial:
+        from torchvision.transforms import InterpolationMode, TrivialAugmentWide
+
+        mode = InterpolationMode.BICUBIC if recipe.interpolation == "bicubic" else InterpolationMode.BILINEAR
+        place = next(i for i, one in enumerate(transform.transforms) if "ToTensor" in type(one).__name__)
+        transform.transforms.insert(place, TrivialAugmentWide(interpolation=mode))
     if recipe.re_prob > 0:  # added here for the ranges, which create_transform fixes
         (low, high), (narrow, wide) = recipe.re_scale, recipe.re_ratio
         mode = "pixel" if recipe.re_value == "random" else "const"
@@ -105,7 +116,8 @@ def eval_transform(recipe: Recipe) -> Any:
     from timm.data import create_transform
 
     mean, std = normalisation(recipe)
-    return create_transform(recipe.image_resize, crop_pct=recipe.crop_pct, interpolation=recipe.interpolation, mean=mean, std=std)
+    interpolation = "bicubic" if recipe.interpolation == "random" else recipe.interpolation
+    return create_transform(recipe.image_resize, crop_pct=recipe.crop_pct, interpolation=interpolation, mean=mean, std=std)
 
 
 def timm_policy(policy: str | None) -> str | None:
@@ -176,6 +188,8 @@ class TrainData:
         self._loader: _Loader | None = None
         if isinstance(self.source, DigitsSource):
             self._images, self._targets, self._blank = _digits(self.source, recipe)
+        else:
+            self._transform = train_transform(recipe)
 
     def order(self, epoch: int) -> np.ndarray:
         """Indices into ``chosen`` in the order of ``epoch``: [samples_per_epoch]."""
@@ -186,6 +200,10 @@ class TrainData:
             sampler = RepeatAugSampler(range(count), 1, 0, recipe.shuffle, recipe.aug_repeats, selected_round=0)
             sampler.set_epoch(mix_seed(recipe.seed, epoch))
             return np.fromiter(sampler, np.int64)
+        if recipe.class_balanced:
+            labels = np.asarray(self.source.targets)[self.chosen]
+            shares = 1 / np.bincount(labels)[labels]
+            return np.random.default_rng(mix_seed(recipe.seed, epoch)).choice(count, count, p=shares / shares.sum())
         if not recipe.shuffle:
             return np.arange(count)
         return np.random.default_rng(mix_seed(recipe.seed, epoch)).permutation(count)
@@ -228,7 +246,7 @@ class TrainData:
     def _load(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, list[BadImage]]]:
         if self._loader is None:
             recipe = self.recipe
-            samples = _Samples(self.source, self.chosen, train_transform(recipe), recipe.in_channels, recipe.seed)
+            samples = _Samples(self.source, self.chosen, self._transform, recipe.in_channels, recipe.seed)
             self._loader = _Loader(samples, _collate, recipe.num_parallel_workers, self.device)
         return self._loader.run(lambda done: self._passes(epoch, start * self.accumulation + done))
 

@@ -231,7 +231,8 @@ class TorchRun(Run):
         from timm.data.mixup import mixup_target
 
         at, recipe = self.progress, self.recipe
-        if len(images) % 2:  # pairs are mixed; an odd rest of the data stays as it is
+        off = 0 < recipe.mixup_off_epoch <= at.epoch
+        if off or len(images) % 2:  # pairs are mixed; an odd rest of the data stays as it is
             return images, mixup_target(targets, self.data.num_classes, 1.0, recipe.label_smoothing)
         with seeded(mix_seed(recipe.seed, at.epoch, at.step, self.world.rank, part, 3)):
             mixed: tuple[Tensor, Tensor] = self.mixup(images, targets)
