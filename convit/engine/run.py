@@ -231,11 +231,6 @@ class Run(ABC):
         if missing or not isinstance(saved["recipe"], dict) or not isinstance(saved["progress"], dict):
             raise ValueError(f"{self.last} is no state of a run: it has no {' and no '.join(missing) or 'recipe or progress'}")
         old = Recipe(**{name: value for name, value in (self.before | saved["recipe"]).items() if name in FIELDS})
-        if old.opt != self.recipe.opt:
-            raise ValueError(
-                f"{self.last} has the state of opt {old.opt!r}, and {self.recipe.opt!r} cannot go on from it: resume with --opt {old.opt}, "
-                f"or start a new run from the weights with --ckpt_path {self.last}"
-            )
         changed = {name: pair for name, pair in changed_keys(old, self.recipe).items() if name not in FREE}
         if changed:
             keys = ", ".join(f"{name} {before!r} -> {after!r}" for name, (before, after) in changed.items())
