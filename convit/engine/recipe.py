@@ -8,7 +8,8 @@ import argparse
 import dataclasses
 import math
 import os
-from collections.abc import Collection
+import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -50,7 +51,7 @@ class Recipe:
 
     # system
     framework: str = key("pytorch", "engine that trains", choices=("pytorch", "mindspore"))
-    device: str = key("auto", "auto, cpu, cuda, mps, npu, xpu (PyTorch); auto, CPU, GPU, Ascend (MindSpore)")
+    device: str = key("auto", "auto, cpu, cuda, mps, npu, xpu; MindSpore's GPU and Ascend are cuda and npu")
     mode: int = key(0, "MindSpore: 0 graph mode, 1 PyNative", choices=(0, 1))
     distribute: bool | None = key(None, "run on several processes; null: if a launcher started several")
     seed: int = key(42, "of weights, data order and augmentation", low=0)
@@ -93,10 +94,13 @@ class Recipe:
     re_prob: float = key(0.0, "probability of random erasing", low=0.0, high=1.0)
     re_scale: list[float] = key([0.02, 0.33], "range of the erased share of the area")
     re_ratio: list[float] = key([0.3, 3.3], "range of the erased area's aspect ratio")
+    re_max_attempts: int = key(10, "tries to place the erased area (timm's, of PyTorch, are always 10)", low=1)
     re_value: str = key("0", "what fills the erased area: 0, or random (noise per pixel)", choices=("0", "random"))
     mean: list[float] = key([0.485, 0.456, 0.406], "per channel; values above 1 are of 0 to 255")
     std: list[float] = key([0.229, 0.224, 0.225], "per channel; values above 1 are of 0 to 255")
-    crop_pct: float = key(0.875, "share of the resized image that the evaluation crop keeps", low=0.01, high=1.0)
+    crop_pct: float = key(
+        0.875, "share of the resized image that the evaluation crop keeps (above 1: with a black margin)", low=0.01, high=2.0
+    )
     mixup: float = key(0.0, "alpha of mixup (0: off)", low=0.0)
     cutmix: float = key(0.0, "alpha of cutmix (0: off)", low=0.0)
     mixup_off_epoch: int = key(0, "no mixup and cutmix from this epoch on (0: to the end)", low=0)
@@ -124,7 +128,7 @@ class Recipe:
     ckpt_save_dir: str = key("./ckpt", "folder of the run, as --output")
     ckpt_save_interval: int = key(1, "epochs between two kept checkpoints", low=1)
     ckpt_save_steps: int = key(1000, "optimiser steps between two writes of last.* inside an epoch (0: only at its end)", low=0)
-    ckpt_save_policy: str = key("latest_k", "which checkpoints to keep", choices=("latest_k", "top_k"))
+    ckpt_save_policy: str | None = key("latest_k", "which checkpoints to keep; null: all", choices=("latest_k", "top_k", None))
     keep_checkpoint_max: int = key(10, "how many to keep beside last and best", low=0)
     val_while_train: bool = key(True, "validate while training; best.* needs it (MindCV's default is False)")
     early_stop: int | None = key(None, "stop after so many epochs without a better top-1", low=1)
@@ -137,8 +141,15 @@ class Recipe:
         "auto", "PyTorch's mixed precision type; auto: bfloat16, or float16 with a gradient scaler where the GPU lacks it, and none on CPU",
         choices=("auto", "bfloat16", "float16"),
     )  # fmt: skip
+    val_amp_level: str | None = key(
+        None, "amp_level of convit validate; null: as amp_level (MindCV's default is O0)", choices=("O0", "O1", "O2", "O3", None)
+    )
+    amp_cast_list: str | None = key(None, "MindSpore: cells that O1 casts to float16, or O2 does not, as in [nn.Dense, nn.Conv2d]")
     loss_scale: float = key(1.0, "float16: (first) loss scale", low=1.0)
-    dynamic_loss_scale: bool = key(False, "MindSpore: adapt the loss scale (PyTorch always does)")
+    loss_scale_type: str = key(
+        "fixed", "MindSpore: fixed; dynamic: halved by an overflow (PyTorch's always is); auto: dynamic from 2^24 with O2, else none",
+        choices=("fixed", "dynamic", "auto"),
+    )  # fmt: skip
     gradient_accumulation_steps: int = key(1, "forward passes per optimiser step", low=1)
     clip_grad: bool = key(False, "clip the norm of the gradient")
     clip_value: float = key(15.0, "largest norm of the gradient", low=0.0)
@@ -157,7 +168,7 @@ class Recipe:
         "cosine_decay", "learning-rate schedule",
         choices=(
             *("constant", "cosine_decay", "warmup_cosine_decay", "step_decay"),
-            *("multi_step_decay", "exponential_decay", "polynomial_decay"),
+            *("multi_step_decay", "exponential_decay", "polynomial_decay", "one_cycle", "cyclic"),
         ),
     )  # fmt: skip
     lr: float = key(0.001, "learning rate", low=0.0)
@@ -172,15 +183,19 @@ class Recipe:
     decay_rate: float = key(0.9, "factor of step, multi-step and (every epoch) exponential decay; power of polynomial decay")
     multi_step_decay_milestones: list[int] = key([30, 60, 90], "epochs of multi_step_decay, counted as warmup_prefix says")
     lr_epoch_stair: bool = key(False, "change the learning rate once per epoch in place of every step")
-    num_cycles: int = key(1, "cycles of the cosine", low=1)
+    num_cycles: int = key(1, "cycles of the cosine, or of cyclic", low=1)
     cycle_decay: float = key(1.0, "factor of lr from one cycle to the next")
 
     # optimiser
-    opt: str = key("adam", "optimiser", choices=("sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad", "lamb", "nadam"))
+    opt: str = key("adam", "optimiser", choices=("sgd", "momentum", "adam", "adamw", "lion", "rmsprop", "adagrad", "lamb", "nadam"))
     momentum: float = key(0.9, "of sgd, momentum and rmsprop", low=0.0, high=1.0)
     weight_decay: float = key(1e-6, "weight decay", low=0.0)
     use_nesterov: bool = key(False, "Nesterov momentum")
-    filter_bias_and_bn: bool = key(True, "no weight decay on biases and norms")
+    weight_decay_filter: str = key(
+        "disable", "what has no weight decay. disable: nothing; auto: norms; norm_and_bias: these and biases; "
+        "timm: all vectors, position embedding and class token",
+        choices=("disable", "auto", "norm_and_bias", "timm"),
+    )  # fmt: skip
     layer_decay: float | None = key(None, "factor of the learning rate per block, from the head down", low=0.0, high=1.0)
     eps: float = key(1e-8, "of adaptive optimisers (MindCV's default is 1e-10)", low=0.0)
     ema: bool = key(False, "keep and evaluate an exponential moving average of the weights")
@@ -188,13 +203,27 @@ class Recipe:
     ema_warmup: bool = key(True, "the average follows the weights closely at first (MindCV); false: ema_decay from the start (timm)")
 
 
+# other names of keys: the key, and how its value follows
+ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "device_target": ("device", str),
+    "filter_bias_and_bn": ("weight_decay_filter", lambda value: "norm_and_bias" if parse_bool(value) else "disable"),  # MindCV to 0.2
+    "dynamic_loss_scale": ("loss_scale_type", lambda value: "dynamic" if parse_bool(value) else "fixed"),
+}
+DEVICES = {"gpu": "cuda", "ascend": "npu"}
+
+# MindCV keys that change nothing here, whatever they say
+MOOT = {
+    "drop_overflow_update": "a step whose gradient is not finite is always skipped",
+    "eval_shuffle": "the order of validation images does not change their scores",
+}
+
 # MindCV keys that mean nothing here, with the only value that can be honoured: any other is an error, never a silent no.
 INERT = {
     "aux_factor": (0.0, "ConViT has no auxiliary head"),
     "reduction": ("mean", "the loss is averaged over the global batch"),
     "dataset_download": (False, "data sets are not downloaded"),
     "resume_opt": (False, "--resume restores the optimiser with everything else"),
-    "re_max_attempts": (10, "timm's random erasing always tries ten times"),
+    "aug_splits": (0, "an image is not given three times; auto_augment augmix mixes its augmented views into one"),
     "enable_modelarts": (False, "ModelArts storage is not supported"),
 }
 
@@ -237,17 +266,26 @@ def load_recipe(config: str | os.PathLike[str] | None = None, overrides: dict[st
 
 def recipe_from(values: dict[str, Any], source: str = "the recipe") -> Recipe:
     """The recipe that ``values`` over the defaults make; raises ``ValueError`` as ``load_recipe`` does."""
-    known = {}
+    known: dict[str, Any] = {}
     for name, value in values.items():
+        if name in MOOT:
+            continue
         if name in INERT:
             only, why = INERT[name]
-            if value != only:
+            if str(value).lower() != str(only).lower() and value != only:
                 raise ValueError(f"{source}: {name} can only be {only!r}, got {value!r}: {why}")
             continue
-        if name not in FIELDS:
-            raise ValueError(f"{source}: unknown key {name!r}{nearest(name, FIELDS)}")
+        if name in ("drop_rate", "drop_path_rate") and value is None:
+            continue  # the model's default, as in MindCV
         try:
-            known[name] = _coerce(_TYPES[name], value)
+            if name in ALIASES:
+                name, follow = ALIASES[name]
+                value = follow(value)
+            if name not in FIELDS:
+                raise KeyError
+            known[name] = _spelt(name, _coerce(_TYPES[name], value))
+        except KeyError:
+            raise ValueError(f"{source}: unknown key {name!r}{nearest(name, [*FIELDS, *ALIASES])}") from None
         except (ValueError, TypeError) as error:
             raise ValueError(f"{source}: {name}: {error}") from None
         _check_value(source, name, known[name])
@@ -297,11 +335,13 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, own: Collection[str] |
         action = group.add_argument(*flags, dest=f"key_{name}", metavar="X", default=None, help=help, **more)
         if own is not None and name not in own:
             action.full_help, action.help = help, argparse.SUPPRESS  # type: ignore[attr-defined]
+    for name in ALIASES:
+        group.add_argument(f"--{name}", dest=f"key_{name}", default=None, help=argparse.SUPPRESS)
 
 
 def recipe_overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The recipe keys that were given on the command line."""
-    return {name: value for name in FIELDS if (value := getattr(args, f"key_{name}", None)) is not None}
+    return {name: value for name in (*FIELDS, *ALIASES) if (value := getattr(args, f"key_{name}", None)) is not None}
 
 
 def _read(config: str | os.PathLike[str]) -> dict[str, Any]:
@@ -387,6 +427,13 @@ def _scalar(kind: type, value: Any) -> Any:
     return whole
 
 
+def _spelt(name: str, value: Any) -> Any:
+    """``value`` in the spelling of its choices, whose case does not matter."""
+    if name == "device":
+        return DEVICES.get(value.lower(), value.lower())
+    return next((one for one in FIELDS[name].metadata["choices"] if str(one).lower() == str(value).lower()), value)
+
+
 def _check_value(source: str, name: str, value: Any) -> None:
     about = FIELDS[name].metadata
     if about["choices"] and value not in about["choices"]:
@@ -417,6 +464,15 @@ def _check_together(source: str, recipe: Recipe) -> None:
         raise ValueError(f"{source}: class_balanced is not supported with aug_repeats; set one of them to 0")
     if recipe.ckpt_save_policy == "top_k" and not recipe.val_while_train:
         raise ValueError(f"{source}: ckpt_save_policy top_k needs val_while_train")
+    if recipe.scheduler in ("one_cycle", "cyclic") and (recipe.warmup_epochs or recipe.lr_epoch_stair):
+        raise ValueError(f"{source}: scheduler {recipe.scheduler} needs warmup_epochs 0 and lr_epoch_stair false: it warms up itself")
+    if recipe.framework == "pytorch" and recipe.re_max_attempts != 10:
+        raise ValueError(f"{source}: re_max_attempts can only be 10 with framework pytorch (timm's), got {recipe.re_max_attempts}")
+    if recipe.amp_cast_list is not None:
+        if recipe.framework == "pytorch":
+            raise ValueError(f"{source}: amp_cast_list names cells of MindSpore, and autocast chooses by itself: framework mindspore")
+        if not re.fullmatch(r"\s*\[?\s*nn\.\w+\s*(,\s*nn\.\w+\s*)*,?\s*\]?\s*", recipe.amp_cast_list):
+            raise ValueError(f"{source}: amp_cast_list must be a list of cells such as [nn.Dense, nn.Conv2d], got {recipe.amp_cast_list!r}")
     if recipe.fsdp and recipe.ema:
         raise ValueError(f"{source}: ema is not supported with fsdp; set one of them to false")
     if recipe.fsdp and recipe.amp_dtype == "float16":

@@ -137,8 +137,8 @@ class Run(ABC):
         """Step the optimiser with the gradients, and the moving average; the norm of the new weights."""
 
     @abstractmethod
-    def skip(self) -> None:
-        """Drop the gradients; the schedule goes on."""
+    def skip(self) -> bool:
+        """Drop the gradients; the schedule goes on. Whether the loss scale could be lowered, so that the next step may do better."""
 
     @abstractmethod
     def total(self, values: list[float]) -> list[float]:
@@ -351,8 +351,7 @@ class Run(ABC):
                 raise self.diverged("the weights are not finite after this step")
             return loss, waited
         at.skipped += 1
-        at.skipped_in_row += 1
-        self.skip()
+        at.skipped_in_row += not self.skip()
         wrong = "loss" if not math.isfinite(loss) else "norm of the gradient"
         logger.warning("epoch %d, step %d: the %s is %s; skipped this step", at.epoch, at.step, wrong, norm if wrong[0] == "n" else loss)
         if at.skipped_in_row > recipe.max_skipped_steps:
@@ -424,6 +423,8 @@ class Run(ABC):
         at.kept = [one for one in at.kept if one[0] != name] + [[name, record.get("top1", -1.0)]]
         if recipe.ckpt_save_policy == "top_k":
             at.kept.sort(key=lambda one: one[1])  # stable: of equals the older goes first
+        if recipe.ckpt_save_policy is None:
+            return []
         dropped = [one[0] for one in at.kept[: -recipe.keep_checkpoint_max]]
         at.kept = at.kept[-recipe.keep_checkpoint_max :]
         return dropped

@@ -27,6 +27,15 @@ def _decayed(recipe: Recipe, lr: float, t: int, unit: int) -> float:
             return recipe.min_lr
         top = lr * recipe.cycle_decay**cycle
         return recipe.min_lr + 0.5 * (top - recipe.min_lr) * (1 + math.cos(math.pi * within / (recipe.decay_epochs * unit)))
+    if recipe.scheduler == "one_cycle":
+        last = recipe.epoch_size * unit - 1
+        top = 0.3 * (last + 1) - 1
+        from_, to, share = (lr / 25, lr, t / top) if t <= top else (lr, recipe.min_lr, (t - top) / (last - top))
+        return to + (from_ - to) / 2 * (math.cos(math.pi * share) + 1)
+    if recipe.scheduler == "cyclic":
+        up = max(int(recipe.epoch_size * unit / recipe.num_cycles / 2), 1)
+        within = t / (2 * up) % 1
+        return recipe.min_lr + (lr - recipe.min_lr) * (within if within <= 0.5 else 1 - within) * 2
     if recipe.scheduler == "step_decay":
         return float(lr * recipe.decay_rate ** math.floor(epoch / recipe.decay_epochs))
     if recipe.scheduler == "multi_step_decay":

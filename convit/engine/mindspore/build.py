@@ -34,6 +34,8 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError("interpolation can only be 'bilinear' or 'bicubic' with framework mindspore, got 'random'")
     if recipe.dataset not in ("imagenet", "folder", "digits"):
         raise ValueError(f"dataset must be imagenet, folder or digits with framework mindspore, got {recipe.dataset!r}")
+    if recipe.device not in ("auto", "cpu", "cuda", "npu"):
+        raise ValueError(f"device must be auto, CPU, GPU or Ascend with framework mindspore, got {recipe.device!r}")
     try:
         import mindcv  # noqa: F401
     except ImportError as error:
@@ -44,7 +46,7 @@ def start(recipe: Recipe) -> World:
     """Choose the device and mode, and join the other processes if a launcher (msrun, mpirun) started several."""
     ms.set_context(mode=recipe.mode)
     if recipe.device != "auto":
-        ms.set_device({"cpu": "CPU", "gpu": "GPU", "cuda": "GPU", "ascend": "Ascend"}.get(recipe.device.lower(), recipe.device))
+        ms.set_device({"cpu": "CPU", "cuda": "GPU", "npu": "Ascend"}[recipe.device])
     if recipe.mode == ms.PYNATIVE_MODE and ms.get_context("device_target") == "CPU":
         ms.runtime.launch_blocking()  # otherwise MindSpore's dispatching threads wait for one another on few cores
     world = find_world()
@@ -76,50 +78,44 @@ def build_model(recipe: Recipe, num_classes: int, strict_head: bool = True) -> n
 
 
 def sinks(recipe: Recipe) -> bool:
-    """Whether the device is fed a whole epoch at a time, by MindSpore's own loop; a CPU cannot be."""
-    return recipe.dataset_sink_mode and ms.get_context("device_target") != "CPU"
+    """Whether the device is fed a whole epoch at a time, by MindSpore's own loop; a CPU cannot be, nor are batches summed there."""
+    return recipe.dataset_sink_mode and recipe.gradient_accumulation_steps == 1 and ms.get_context("device_target") != "CPU"
 
 
-def build_trainer(recipe: Recipe, model: nn.Cell, schedule: list[float], sink: bool) -> Any:
-    """MindCV's trainer, a ``mindspore.Model`` whose ``train_network`` holds network, loss, optimiser and loss scale."""
+def first_scale(recipe: Recipe) -> tuple[float, bool]:
+    """The loss scale of the first step, and whether it adapts; with ``auto`` MindSpore's own choice."""
+    if recipe.loss_scale_type == "auto":
+        return (2.0**24, True) if recipe.amp_level == "O2" else (1.0, False)
+    return recipe.loss_scale, recipe.loss_scale_type == "dynamic"
+
+
+def build_step(recipe: Recipe, model: nn.Cell, schedule: list[float]) -> Any:
+    """MindCV's train step, of which ``network`` with the loss, ``grad``, ``weights``, ``grad_reducer`` and ``optimizer`` are used."""
     from mindcv.loss import create_loss
     from mindcv.optim import create_optimizer
     from mindcv.utils import create_trainer
-    from mindcv.utils.trainer_factory import require_customized_train_step
 
-    extras = {
-        "ema": recipe.ema,
-        "ema_decay": recipe.ema_decay,
-        "clip_grad": recipe.clip_grad,
-        "clip_value": recipe.clip_value,
-        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
-    }
-    # MindCV's step with extras undoes the loss scale itself, as ours does; MindSpore's plain one leaves it to the optimiser
-    plain = sink and not require_customized_train_step(recipe.ema, recipe.clip_grad, recipe.gradient_accumulation_steps)
+    trained: Any = model
+    if recipe.weight_decay_filter == "timm" and recipe.layer_decay is None:
+        parameters = model.trainable_params()
+        spared = [p for p in parameters if p.ndim < 2 or p.name in ("pos_embed", "cls_token")]
+        decayed = [p for p in parameters if not any(p is one for one in spared)]
+        trained = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}, {"order_params": parameters}]
+    elif recipe.weight_decay_filter == "auto":  # with layer_decay too, as MindCV
+        trained = model.trainable_params()
     optimizer = create_optimizer(
-        model if recipe.layer_decay is not None else model.trainable_params(),
+        trained,
         opt=recipe.opt,
         lr=schedule,
         weight_decay=recipe.weight_decay,
         momentum=recipe.momentum,
         nesterov=recipe.use_nesterov,
-        weight_decay_filter="norm_and_bias" if recipe.filter_bias_and_bn else "disable",
+        weight_decay_filter="auto" if isinstance(trained, list) else recipe.weight_decay_filter.replace("timm", "norm_and_bias"),
         layer_decay=recipe.layer_decay,
-        loss_scale=1.0 if recipe.dynamic_loss_scale or not plain else recipe.loss_scale,
         eps=recipe.eps,
     )
-    return create_trainer(
-        model,
-        create_loss(recipe.loss, label_smoothing=recipe.label_smoothing),
-        optimizer,
-        None,
-        recipe.amp_level,
-        None,
-        "dynamic" if recipe.dynamic_loss_scale else "fixed",
-        recipe.loss_scale,
-        drop_overflow_update=recipe.dynamic_loss_scale,
-        **(extras if sink else {}),
-    )
+    loss = create_loss(recipe.loss, label_smoothing=recipe.label_smoothing)
+    return create_trainer(model, loss, optimizer, None, recipe.amp_level, recipe.amp_cast_list, "fixed").train_network
 
 
 assert set(ONLY) <= set(FIELDS)

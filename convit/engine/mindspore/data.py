@@ -114,7 +114,8 @@ class Data:
             class_indexing={name: number for number, name in enumerate(self.classes)},
             shuffle=self.train and recipe.shuffle,
             num_parallel_workers=self.workers,
-            **{name: value for name, value in {**self.shards, **more}.items() if value},
+            **self.shards,
+            **{name: value for name, value in more.items() if value},
         )
 
     def _augmented(self, epoch: int) -> Any:
@@ -136,6 +137,7 @@ class Data:
             re_prob=recipe.re_prob,
             re_scale=tuple(recipe.re_scale),
             re_ratio=tuple(recipe.re_ratio),
+            re_max_attempts=recipe.re_max_attempts,
             re_value="random" if recipe.re_value == "random" else int(recipe.re_value),
         )
         for i, one in enumerate(transforms):

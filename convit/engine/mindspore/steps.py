@@ -3,22 +3,42 @@
 from typing import Any
 
 import mindspore as ms
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
+
+GROWTH_INTERVAL = 2000  # steps without overflow before the loss scale doubles, as in MindCV
+
+
+class LossScale(nn.Cell):
+    """The factor of the loss that keeps float16's small gradients; if ``dynamic``, halved by an overflow (not below 1), doubled after
+    many steps without."""
+
+    def __init__(self, first: float, dynamic: bool) -> None:
+        super().__init__(auto_prefix=False)
+        self.dynamic = dynamic
+        self.value = Parameter(Tensor(first, ms.float32), name="loss_scale", requires_grad=False)
+        self.good = Parameter(Tensor(0, ms.int32), name="loss_scale_good_steps", requires_grad=False)
+
+    def construct(self, finite: Tensor) -> Tensor:
+        """Take note of a step, whether its gradients were ``finite``."""
+        if self.dynamic:
+            good = ops.select(finite, self.good + 1, ops.zeros_like(self.good))
+            grown = ops.select(good == GROWTH_INTERVAL, self.value * 2, self.value)
+            ops.assign(self.value, ops.select(finite, grown, ops.maximum(self.value / 2, ops.ones_like(self.value))))
+            ops.assign(self.good, good % GROWTH_INTERVAL)
+        return finite
 
 
 class Gradients(nn.Cell):
     """Images and targets to the loss and its gradients, with the network and weights of a train step of MindCV's."""
 
-    def __init__(self, step: Any, scale: float) -> None:
+    def __init__(self, step: Any, scale: LossScale) -> None:
         super().__init__(auto_prefix=False)
         self.network, self.grad, self.weights, self.scale = step.network, step.grad, step.weights, scale
 
     def construct(self, images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        loss = self.network(images, targets)
-        gradients = self.grad(self.network, self.weights)(images, targets, ops.ones_like(loss) * self.scale)
-        if self.scale != 1.0:
-            gradients = _times(gradients, 1 / self.scale)
-        return loss, gradients
+        loss, scale = self.network(images, targets), self.scale.value
+        gradients = self.grad(self.network, self.weights)(images, targets, ops.ones_like(loss) * ops.cast(scale, loss.dtype))
+        return loss, _times(gradients, 1 / scale)
 
 
 # gradients are handed over one by one: a graph takes a tuple for a constant, and is compiled anew for each
@@ -92,7 +112,41 @@ class Average(nn.Cell):
             ops.assign(average, Tensor(mine))
 
 
-def _times(gradients: tuple[Tensor, ...], factor: float) -> tuple[Tensor, ...]:
+class WholeStep(nn.Cell):
+    """A step in one graph, for MindSpore's own loop: one whose gradients are not finite changes no weight, and is counted."""
+
+    def __init__(self, step: Any, scale: LossScale, clip: float | None, average: "Average | None", decay: float, warmup: bool) -> None:
+        super().__init__(auto_prefix=False)
+        self.gradients, self.mean, self.norm = Gradients(step, scale), Mean(step, 1), Norm()
+        self.scale, self.update, self.optimizer, self.average = scale, Update(step, clip), step.optimizer, average
+        self.decay, self.warmup = decay, warmup
+        self.updates = Parameter(Tensor(0, ms.float32), name="updates", requires_grad=False)
+        self.skipped = Parameter(Tensor(0, ms.int32), name="skipped", requires_grad=False)
+        self.skipped_in_row = Parameter(Tensor(0, ms.int32), name="skipped_in_row", requires_grad=False)
+        self.longest_row = Parameter(Tensor(0, ms.int32), name="longest_row", requires_grad=False)
+
+    def construct(self, images: Tensor, targets: Tensor) -> Tensor:
+        loss, gradients = self.gradients(images, targets)
+        gradients = self.mean(*gradients)
+        finite = ops.isfinite(self.norm(*gradients))
+        hopeless = self.scale.value == 1 if self.scale.dynamic else ops.ones_like(finite)
+        loss = ops.depend(loss, self.scale(finite))
+        if finite:
+            loss = ops.depend(loss, self.update(*gradients))
+            ops.assign(self.skipped_in_row, ops.zeros_like(self.skipped_in_row))
+            if self.average is not None:
+                ops.assign_add(self.updates, ops.ones_like(self.updates))
+                decay = self.decay * (1 - ops.exp(-self.updates / 2000)) if self.warmup else ops.ones_like(self.updates) * self.decay
+                loss = ops.depend(loss, self.average(decay))
+        else:
+            ops.assign_add(self.optimizer.global_step, ops.ones_like(self.optimizer.global_step))  # the schedule goes on
+            ops.assign_add(self.skipped, ops.ones_like(self.skipped))
+            ops.assign(self.skipped_in_row, self.skipped_in_row + ops.cast(hopeless, ms.int32))
+            ops.assign(self.longest_row, ops.maximum(self.longest_row, self.skipped_in_row))
+        return loss
+
+
+def _times(gradients: tuple[Tensor, ...], factor: float | Tensor) -> tuple[Tensor, ...]:
     scaled: tuple[Tensor, ...] = ()
     for gradient in gradients:
         scaled = scaled + (gradient * factor,)

@@ -4,8 +4,8 @@ The data of an epoch follows from its number, and so does stochastic depth, whos
 on one CPU process a run that is killed and resumed repeats, bit for bit, what the unbroken run does (with ``drop_rate`` 0: the state
 of MindSpore's dropout cannot be saved).
 
-Where a device is fed a whole epoch at a time (``dataset_sink_mode``, not on CPU) MindSpore's own loop runs: such a run resumes after its
-last whole epoch, and stops at the first loss seen that is not finite; its moving average, if it keeps one, stays in last.ckpt.
+Where a device is fed a whole epoch at a time (``dataset_sink_mode``, not on CPU) MindSpore's own loop runs the whole step as one graph:
+such a run resumes after its last whole epoch, and stops for too many skipped steps at the end of one.
 """
 
 import math
@@ -21,9 +21,9 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from convit.engine.mindspore import checkpoint
-from convit.engine.mindspore.build import build_model, build_trainer, check_recipe, sinks, start
+from convit.engine.mindspore.build import build_model, build_step, check_recipe, first_scale, sinks, start
 from convit.engine.mindspore.data import Data
-from convit.engine.mindspore.steps import Average, Gradients, Mean, Norm, Sum, Update
+from convit.engine.mindspore.steps import Average, Gradients, LossScale, Mean, Norm, Sum, Update, WholeStep
 from convit.engine.mindspore.validate import evaluate, total
 from convit.engine.recipe import Recipe, load_recipe
 from convit.engine.run import Interrupted, Plan, Result, Run
@@ -71,22 +71,22 @@ class MindSporeRun(Run):
         self.model: Any = build_model(recipe, recipe.num_classes or len(classes), strict_head=False)
         batch = recipe.batch_size * world.size * recipe.gradient_accumulation_steps
         lr = recipe.lr * (batch / recipe.scale_lr_batch if recipe.scale_lr else 1.0)
-        steps = self.data.steps // (1 if self.sink else recipe.gradient_accumulation_steps)
+        steps = self.data.steps // recipe.gradient_accumulation_steps
         if not steps:
             raise ValueError(f"gradient_accumulation_steps must be at most the {self.data.steps} batches of an epoch")
         schedule = rates(recipe, lr, steps)
-        self.trainer = build_trainer(recipe, self.model, schedule, self.sink)
-        self.network = self.trainer.train_network
-        self.average: Average | None = None
+        self.step = build_step(recipe, self.model, schedule)
+        self.scale = LossScale(*first_scale(recipe))
+        self.average = Average(self.model.get_parameters()) if recipe.ema else None
+        self.trained, self.norm = list(self.model.trainable_params()), Norm()
         self.paths: list[DropPath] = []
-        if not self.sink:
-            self.step_gradients = Gradients(self.network, recipe.loss_scale)
-            self.sum = Sum()
-            self.mean, self.norm = Mean(self.network, recipe.gradient_accumulation_steps), Norm()
-            self.update = Update(self.network, recipe.clip_value if recipe.clip_grad else None)
-            self.trained = list(self.model.trainable_params())
-            if recipe.ema:
-                self.average = Average(self.model.get_parameters())
+        clip = recipe.clip_value if recipe.clip_grad else None
+        if self.sink:
+            self.network: Any = WholeStep(self.step, self.scale, clip, self.average, recipe.ema_decay, recipe.ema_warmup)
+        else:
+            self.network = self.step
+            self.step_gradients, self.sum = Gradients(self.step, self.scale), Sum()
+            self.mean, self.update = Mean(self.step, recipe.gradient_accumulation_steps), Update(self.step, clip)
             self.paths = [cell for _, cell in self.model.cells_and_names() if isinstance(cell, DropPath) and cell.p > 0]
             for i, cell in enumerate(self.paths):
                 cell.take_draws(recipe.batch_size, f"drop_path_{i}")
@@ -94,7 +94,7 @@ class MindSporeRun(Run):
         return Plan(classes, self.data.samples, steps, batch, lr, schedule, about)
 
     def state(self) -> dict[str, Any]:
-        known = [*self.network.get_parameters(), *(self.average.average if self.average else ())]
+        known = [*self.network.get_parameters(), *self.scale.get_parameters(), *(self.average.average if self.average else ())]
         left_out = {"learning_rate", *self._draws()}  # the recipe gives the schedule anew, gradients() the draws
         return {p.name: p for p in known if p.name not in left_out}
 
@@ -104,6 +104,10 @@ class MindSporeRun(Run):
             self.say(f"the state of {old.opt} is of no use to {self.recipe.opt}: it starts anew")
             kept = {*self.weights(), "global_step", *(p.name for p in (self.average.average if self.average else ()))}
             own, found = ({name: value for name, value in all_.items() if name in kept} for all_ in (own, found))
+        if (old.loss_scale, old.loss_scale_type) != (self.recipe.loss_scale, self.recipe.loss_scale_type):
+            for parameter in self.scale.get_parameters():
+                own.pop(parameter.name)
+                found.pop(parameter.name, None)
         missing = [name for name in own if name not in found]
         if missing:
             raise ValueError(f"it lacks {len(missing)} parameters of this model and optimiser, the first is {missing[0]}")
@@ -123,7 +127,8 @@ class MindSporeRun(Run):
         at, recipe = self.progress, self.recipe
         if self.sink and at.epoch < recipe.epoch_size:
             pipeline = self.data.pipeline(at.epoch)
-            self.trainer.train(recipe.epoch_size, pipeline, callbacks=[_watch(self)], dataset_sink_mode=True, initial_epoch=at.epoch)
+            self.network.set_train(True)
+            ms.Model(self.network).train(recipe.epoch_size, pipeline, [_watch(self)], dataset_sink_mode=True, initial_epoch=at.epoch)
             if self.signals.noted:
                 raise Interrupted(self.signals.noted, self.last)
         super().loop()
@@ -157,14 +162,18 @@ class MindSporeRun(Run):
 
     def apply(self) -> float:
         self.update(*self.summed)
+        self.scale(Tensor(True))
         if self.average:
             self.progress.ema_updates += 1
             self.average(Tensor(average_decay(self.recipe, self.progress.ema_updates), ms.float32))
         return float(self.norm(*self.trained).asnumpy())
 
-    def skip(self) -> None:
-        counter = self.network.optimizer.global_step  # the schedule follows it
+    def skip(self) -> bool:
+        counter = self.step.optimizer.global_step  # the schedule follows it
         ops.assign(counter, Tensor(counter.asnumpy() + 1, counter.dtype))
+        before = float(self.scale.value.asnumpy())
+        self.scale(Tensor(False))
+        return float(self.scale.value.asnumpy()) < before
 
     # --- end of an epoch ---
 
@@ -204,15 +213,23 @@ def _watch(run: MindSporeRun) -> Any:
         def on_train_step_end(self, run_context: Any) -> None:
             at, outputs = run.progress, run_context.original_args().net_outputs
             loss = float((outputs[0] if isinstance(outputs, (tuple, list)) else outputs).asnumpy().mean())
-            if not math.isfinite(loss):
-                raise run.diverged(f"the loss is {loss}")
-            at.loss_sum += loss
-            at.loss_steps += 1
+            if math.isfinite(loss):
+                at.loss_sum += loss
+                at.loss_steps += 1
 
         def on_train_epoch_end(self, run_context: Any) -> None:
-            run.progress.updates += run.plan.steps
+            at, network = run.progress, run.network
+            at.updates += run.plan.steps
+            at.skipped, at.skipped_in_row = int(network.skipped.asnumpy()), int(network.skipped_in_row.asnumpy())
+            longest = int(network.longest_row.asnumpy())
+            for counter in (network.skipped, network.longest_row):
+                ops.assign(counter, Tensor(0, ms.int32))
+            if longest > run.recipe.max_skipped_steps:
+                raise run.diverged(f"the norm of the gradient was not finite in {longest} steps in a row")
+            if not math.isfinite(float(run.norm(*run.trained).asnumpy())):
+                raise run.diverged("the weights are not finite")
             run.finish_epoch(run.plan.steps, time.perf_counter() - self.began)
-            run.network.set_train(True)
+            network.set_train(True)
             if run.signals.noted:
                 run_context.request_stop()
 

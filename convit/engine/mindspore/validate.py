@@ -21,8 +21,9 @@ def validate(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
     num_classes = recipe.num_classes or len(classes) or None
     data = Data(recipe, False, world.rank, world.size, classes, num_classes)
     model = build_model(recipe, num_classes or len(data.classes))
-    if recipe.amp_level != "O0" and ms.get_context("device_target") != "CPU":
-        model = ms.amp.auto_mixed_precision(model, recipe.amp_level)
+    level = recipe.val_amp_level or (recipe.amp_level if ms.get_context("device_target") != "CPU" else "O0")
+    if level != "O0":
+        model = ms.amp.auto_mixed_precision(model, level)
     began = time.perf_counter()
     scores = evaluate(model, data.pipeline(0), world.size)
     return {

@@ -72,14 +72,22 @@ def build_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> torch.optim.
     from timm.optim import create_optimizer_v2
 
     opt = {"sgd": "sgd" if recipe.use_nesterov else "momentum", "momentum": "sgd" if recipe.use_nesterov else "momentum"}
-    more: dict[str, Any] = {} if recipe.opt in opt else {"eps": recipe.eps}
+    more: dict[str, Any] = {} if recipe.opt in (*opt, "lion") else {"eps": recipe.eps}
+    trained: Any = model
+    if recipe.weight_decay_filter in ("auto", "norm_and_bias") and recipe.layer_decay is None:
+        spared = ("norm", "bias") if recipe.weight_decay_filter == "norm_and_bias" else ("norm",)
+        groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups[any(word in name for word in spared)].append(parameter)
+        trained = [{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}]
     return create_optimizer_v2(
-        model,
+        trained,
         opt.get(recipe.opt, recipe.opt),
         lr=lr,
         weight_decay=recipe.weight_decay,
         momentum=recipe.momentum,
-        filter_bias_and_bn=recipe.filter_bias_and_bn,
+        filter_bias_and_bn=recipe.weight_decay_filter == "timm",
         layer_decay=recipe.layer_decay,
         **more,
     )

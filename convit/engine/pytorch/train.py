@@ -222,10 +222,12 @@ class TorchRun(Run):
             self.ema.update(self.model)
         return _number(nn.utils.get_total_norm(parameters))
 
-    def skip(self) -> None:
-        if self.norm is not None:
-            self.scaler.update()  # a smaller scale, if it was that which overflowed
+    def skip(self) -> bool:
         self.optimizer.zero_grad(set_to_none=True)
+        if self.norm is None or not self.scaler.is_enabled():
+            return False
+        self.scaler.update()  # a smaller scale, if it was that which overflowed
+        return self.scaler.get_scale() >= 1
 
     def _mix(self, images: Tensor, targets: Tensor, part: int) -> tuple[Tensor, Tensor]:
         from timm.data.mixup import mixup_target

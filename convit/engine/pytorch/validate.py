@@ -1,5 +1,6 @@
 """Evaluation in PyTorch: exact sums over every sample once, on one process or several."""
 
+import dataclasses
 import time
 from typing import Any, NamedTuple
 
@@ -85,6 +86,7 @@ def validate(recipe: Recipe, progress: bool = True, precision: str = "auto") -> 
         ValueError: Model, checkpoint and data do not fit together.
         OSError: Checkpoint or data cannot be read.
     """
+    recipe = dataclasses.replace(recipe, amp_level=recipe.val_amp_level or recipe.amp_level)
     world = find_world()
     device = choose_device(recipe.device, world)
     start(world, device)

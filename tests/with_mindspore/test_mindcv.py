@@ -1,0 +1,272 @@
+"""What a MindCV user brings: every key of MindCV's config, its train step, float16 that overflows."""
+
+import pytest
+
+ms = pytest.importorskip("mindspore")
+pytest.importorskip("mindcv")
+np = pytest.importorskip("numpy")
+Image = pytest.importorskip("PIL.Image")
+
+from convit.engine.mindspore import train as train_module  # noqa: E402
+from convit.engine.mindspore.build import build_model, build_step  # noqa: E402
+from convit.engine.mindspore.data import Data  # noqa: E402
+from convit.engine.mindspore.train import MindSporeRun, train  # noqa: E402
+from convit.engine.recipe import MOOT, load_recipe, recipe_from  # noqa: E402
+
+# key of MindCV 0.3.0's train.py: values that it takes beside its default; those after None are refused, with a reason that says the word
+KEYS = {
+    "mode": (1,),
+    "distribute": (True,),
+    "val_while_train": (True,),
+    "val_interval": (2,),
+    "log_interval": (10,),
+    "seed": (7,),
+    "device_target": ("Ascend", "GPU", "CPU"),
+    "dataset": ("imagenet", None, "cifar10", "imagenet"),
+    "data_dir": ("./data",),
+    "train_split": ("training",),
+    "val_split": ("test",),
+    "dataset_download": (False, None, True, "not downloaded"),
+    "num_parallel_workers": (2,),
+    "shuffle": (False,),
+    "num_samples": (None, 100),
+    "batch_size": (64,),
+    "drop_remainder": (False,),
+    "image_resize": (256,),
+    "scale": ([0.2, 1.0],),
+    "ratio": ([0.5, 2.0],),
+    "hflip": (0.0,),
+    "vflip": (0.5,),
+    "color_jitter": ([0.4, 0.4, 0.4], 0.1),
+    "interpolation": ("bicubic",),
+    "auto_augment": ("randaug-m7-mstd0.5-inc1", "autoaug", "autoaugr-mstd0.5", "3a", "augmix", "trivialaugwide"),
+    "aug_splits": (0, None, 3, "three times"),
+    "re_prob": (0.25,),
+    "re_scale": ([0.1, 0.2],),
+    "re_ratio": ([0.5, 2.0],),
+    "re_value": (0, "random"),
+    "re_max_attempts": (1,),
+    "mean": ([123.675, 116.28, 103.53],),
+    "std": ([58.395, 57.12, 57.375],),
+    "crop_pct": (0.9, 1.15),
+    "mixup": (0.2,),
+    "cutmix": (1.0,),
+    "cutmix_prob": (0.5,),
+    "aug_repeats": (3,),
+    "model": ("convit_small",),
+    "num_classes": (10,),
+    "in_channels": (3,),
+    "drop_rate": (0.1,),
+    "drop_path_rate": (0.2,),
+    "pretrained": (True,),
+    "ckpt_path": ("a.ckpt",),
+    "resume_opt": (False, None, True, "--resume"),
+    "keep_checkpoint_max": (3,),
+    "ckpt_save_dir": ("./out",),
+    "ckpt_save_interval": (5,),
+    "ckpt_save_policy": ("latest_k",),
+    "epoch_size": (300,),
+    "dataset_sink_mode": (False,),
+    "ema": (True,),
+    "ema_decay": (0.99,),
+    "clip_grad": (True,),
+    "clip_value": (1.0,),
+    "layer_decay": (0.75,),
+    "gradient_accumulation_steps": (4,),
+    "opt": ("sgd", "SGD", "momentum", "adam", "AdamW", "lion", "rmsprop", "adagrad", "lamb", "nadam"),
+    "momentum": (0.8,),
+    "weight_decay": (0.05,),
+    "use_nesterov": (True,),
+    "weight_decay_filter": ("disable", "auto", "norm_and_bias"),
+    "eps": (1e-6,),
+    "scheduler": ("constant", "cosine_decay", "exponential_decay", "step_decay", "multi_step_decay"),
+    "lr": (0.1,),
+    "min_lr": (0.0,),
+    "warmup_epochs": (0,),
+    "warmup_factor": (0.1,),
+    "decay_epochs": (10,),
+    "decay_rate": (0.5,),
+    "multi_step_decay_milestones": ([10, 20],),
+    "lr_epoch_stair": (True,),
+    "num_cycles": (2,),
+    "cycle_decay": (0.5,),
+    "loss": ("CE", "ce", "BCE"),
+    "label_smoothing": (0.1,),
+    "aux_factor": (0.0, None, 0.1, "auxiliary head"),
+    "reduction": ("mean", "Mean", None, "sum", "averaged"),
+    "amp_level": ("O0", "O1", "o2", "O3"),
+    "val_amp_level": ("O0", "O2"),
+    "amp_cast_list": ("[nn.Conv1d, nn.Conv2d]",),
+    "loss_scale_type": ("fixed", "dynamic", "auto"),
+    "loss_scale": (1024,),
+    "drop_overflow_update": (True, False),
+    "eval_shuffle": (True, False),
+}
+NULL = {"num_samples", "num_classes", "drop_rate", "drop_path_rate", "auto_augment", "layer_decay", "color_jitter", "amp_cast_list"}
+NULL |= {"ckpt_save_policy", "val_amp_level"}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_of_mindcv_is_honoured_or_refused_with_the_reason(key):
+    """A value that is taken is found again in the recipe, but for two keys that change no result."""
+    values = KEYS[key]
+    cut = values.index(None) if None in values[1:] else len(values)
+    before = recipe_from({"framework": "mindspore"})
+    for value in values[:cut]:
+        now = recipe_from({"framework": "mindspore", key: value})
+        changed = now != before or value in (getattr(before, key, value), None)
+        assert changed or key in MOOT or str(value).lower() == str(getattr(before, key)).lower() or key == "reduction", value
+    if cut < len(values):
+        with pytest.raises(ValueError, match=values[-1]):
+            recipe_from({"framework": "mindspore", key: values[-2]})
+    if key in NULL:
+        recipe_from({"framework": "mindspore", key: None})
+
+
+def test_keys_of_older_releases_and_cycles():
+    assert recipe_from({"filter_bias_and_bn": True}).weight_decay_filter == "norm_and_bias"
+    assert recipe_from({"filter_bias_and_bn": False, "dynamic_loss_scale": True}).weight_decay_filter == "disable"
+    for name in ("one_cycle", "cyclic"):
+        assert recipe_from({"scheduler": name, "warmup_epochs": 0}).scheduler == name
+        with pytest.raises(ValueError, match="warmup_epochs 0"):
+            recipe_from({"scheduler": name, "warmup_epochs": 3})
+    with pytest.raises(ValueError, match="amp_cast_list must be a list of cells"):
+        recipe_from({"framework": "mindspore", "amp_cast_list": "[__import__('os')]"})
+
+
+@pytest.mark.parametrize("name", ["one_cycle", "cyclic"])
+def test_cycles_are_mindcvs_own(name):
+    from mindcv.scheduler import create_scheduler
+
+    from convit.engine.schedule import rates
+
+    keys = {"lr": 0.02, "min_lr": 0.001, "warmup_epochs": 0, "num_cycles": 2}
+    ours = rates(recipe_from({**keys, "scheduler": name, "epoch_size": 12}), 0.02, 7)
+    np.testing.assert_allclose(ours, create_scheduler(7, name, num_epochs=12, **keys), rtol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two classes that colour tells apart: 24 + 24 training images, 2 + 2 for validation."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 2)):
+        for label, name in enumerate(("blue", "red")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 150, (16, 16, 3), dtype=np.uint8)
+                pixels[..., 2 - 2 * label] += 80
+                Image.fromarray(pixels).save(root / split / name / f"{i:02}.png")
+    return root
+
+
+# MindCV's recipe for convit_tiny on a small model, without augmentation: 12 steps
+TINY = {"framework": "mindspore", "embed_dim": 16, "num_heads": 4, "depth": 2, "local_up_to_layer": 1, "image_resize": 16, "patch_size": 4}
+TINY |= {"mode": 1, "epoch_size": 1, "batch_size": 4, "warmup_epochs": 0, "decay_epochs": 1, "num_classes": 2, "num_parallel_workers": 1}
+TINY |= {"amp_level": "O0", "loss_scale": 1, "mixup": 0, "cutmix": 0, "re_prob": 0, "color_jitter": None, "hflip": 0, "drop_path_rate": 0}
+TINY |= {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "lr": 0.005, "interpolation": "bilinear"}
+
+
+def tiny(images, **keys):
+    return load_recipe("convit_tiny", {**TINY, "data_dir": str(images), **keys})
+
+
+def finite(parameters):
+    return all(np.isfinite(p.asnumpy()).all() for p in parameters if getattr(p, "dtype", None) == ms.float32)
+
+
+@pytest.mark.parametrize("whole", [False, True])  # MindSpore's own loop, of accelerators, too
+def test_an_overflow_lowers_the_scale_and_loses_nothing(images, tmp_path, monkeypatch, whole):
+    """A loss scale that overflows: each such step is skipped and counted, and changes no weight, until the scale is low enough."""
+    monkeypatch.setattr(train_module, "sinks", lambda recipe: whole)
+    keys = {"loss_scale": 2.0**127, "loss_scale_type": "dynamic", "max_skipped_steps": 0}
+    result = train(tiny(images, **keys), tmp_path / "run", progress=False)
+    skipped, steps = result.history[0]["skipped_steps"], result.history[0]["update"]
+    assert 1 <= skipped < steps and finite(result.model.get_parameters())
+    saved = ms.load_checkpoint(str(tmp_path / "run/last.ckpt"))
+    assert float(saved["loss_scale"].asnumpy()) == 2.0 ** (127 - skipped) and int(saved["global_step"].asnumpy().item()) == steps
+    assert np.isfinite(result.train_loss) and finite(ms.load_checkpoint(str(tmp_path / "run/best.ckpt")).values())
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_fixed_scale_that_overflows_stops_the_run(images, tmp_path, monkeypatch, whole):
+    monkeypatch.setattr(train_module, "sinks", lambda recipe: whole)
+    with pytest.raises(FloatingPointError, match="was not finite in .* steps in a row"):
+        train(tiny(images, loss_scale=3e38, max_skipped_steps=0), tmp_path / "run", progress=False)
+    assert not list((tmp_path / "run").glob("*.ckpt"))
+
+
+FILTERS = {"adamw": "disable", "momentum": "norm_and_bias", "adam": "auto"}
+
+
+@pytest.mark.parametrize("opt", FILTERS)
+def test_ten_steps_are_those_of_mindcvs_trainer(images, tmp_path, monkeypatch, opt):
+    """MindCV's optimiser, schedule and train step, on our batches from our first weights: losses, weights and moving average."""
+    from mindcv.loss import create_loss
+    from mindcv.optim import create_optimizer
+    from mindcv.scheduler import create_scheduler
+    from mindcv.utils import create_trainer
+
+    seen, losses, gradients = [], [], MindSporeRun.gradients
+
+    def recording(self, batches):
+        batch = next(batches)
+        seen.append(batch)
+        found = gradients(self, iter([batch]))
+        losses.append(found[0])
+        return found
+
+    monkeypatch.setattr(MindSporeRun, "gradients", recording)
+    keys = {
+        "opt": opt,
+        "weight_decay": 0.1,
+        "weight_decay_filter": FILTERS[opt],
+        "lr": 0.005,
+        "ema": True,
+        "clip_grad": True,
+        "clip_value": 0.5,
+    }
+    keys |= {"val_while_train": False}
+    recipe = tiny(images, **keys)
+    ours = train(recipe, tmp_path / "run", progress=False)
+
+    theirs = build_model(recipe, 2)
+    schedule = create_scheduler(len(seen), "cosine_decay", lr=0.005, min_lr=recipe.min_lr, warmup_epochs=0, decay_epochs=1, num_epochs=1)
+    optimizer = create_optimizer(
+        theirs, opt=opt, lr=schedule, weight_decay=0.1, weight_decay_filter=FILTERS[opt], nesterov=recipe.use_nesterov
+    )  # fmt: skip
+    loss = create_loss("CE", label_smoothing=recipe.label_smoothing)
+    more = {"ema": True, "ema_decay": recipe.ema_decay, "clip_grad": True, "clip_value": 0.5}
+    step = create_trainer(theirs, loss, optimizer, None, "O0", None, "fixed", **more).train_network
+    assert len(seen) >= 10
+    expected = [float(step(*batch).asnumpy()) for batch in seen]
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    saved = ms.load_checkpoint(str(tmp_path / "run/last.ckpt"))
+    average = {p.name: p.asnumpy() for p in step.ema_weight}
+    for p in theirs.get_parameters():
+        np.testing.assert_allclose(saved[p.name].asnumpy(), p.asnumpy(), atol=2e-4, err_msg=p.name)
+        np.testing.assert_allclose(saved[f"ema.{p.name}"].asnumpy(), average[f"ema.{p.name}"], atol=2e-4, err_msg=p.name)
+    assert ours.history[0]["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "without"), [("disable", set()), ("timm", {"gamma", "beta", "bias", "gating_param", "pos_embed", "cls_token"})]
+)
+def test_what_has_no_weight_decay(images, name, without):
+    recipe = tiny(images, weight_decay_filter=name, weight_decay=0.25)
+    step = build_step(recipe, build_model(recipe, 2), [0.1] * 10)
+    groups = step.optimizer.weight_decay if isinstance(step.optimizer.weight_decay, tuple) else (step.optimizer.weight_decay,)
+    if without:
+        bare = {p.name.split(".")[-1] for p, decay in zip(step.optimizer.parameters, groups, strict=True) if float(decay) == 0}
+        assert bare == without
+    else:
+        assert {float(decay) for decay in groups} == {0.25}
+
+
+def test_each_of_two_processes_has_its_half(images):
+    """Shard 0 is a shard: the two halves are the whole, and differ."""
+    recipe = tiny(images, shuffle=False)
+    halves = [Data(recipe, True, rank, 2) for rank in (0, 1)]
+    seen = [np.concatenate([batch[0].asnumpy() for batch in half.batches(0)]) for half in halves]
+    assert [half.steps for half in halves] == [6, 6] and {half.samples for half in halves} == {48}
+    assert len({image.tobytes() for image in np.concatenate(seen)}) == 48
