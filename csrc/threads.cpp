@@ -4,6 +4,8 @@
 #include "threads.h"
 
 #include <atomic>
+#include <cstdio>
+#include <cstring>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -20,8 +22,22 @@ namespace {
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 #if defined(CONVIT_POSIX)
-// In a child made by fork the runtime's threads do not exist and waiting for them would never end.
-std::atomic<bool> forked{false};
+// Whether this process was made by fork and has not started another program since, as far as the system tells (Linux).
+bool made_by_fork() {
+    char text[512] = {};
+    std::FILE* file = std::fopen("/proc/self/stat", "r");
+    if (file == nullptr) return false;
+    const std::size_t size = std::fread(text, 1, sizeof text - 1, file);
+    std::fclose(file);
+    const char* after_name = size > 0 ? std::strrchr(text, ')') : nullptr;
+    unsigned flags = 0;
+    const bool found = after_name != nullptr && std::sscanf(after_name + 1, " %*c %*d %*d %*d %*d %*d %u", &flags) == 1;
+    return found && (flags & 0x40u) != 0;  // PF_FORKNOEXEC
+}
+
+// In a child made by fork the runtime's threads do not exist and waiting for them would never end: neither in one made later nor in one
+// where this library is used first, whose parent may have used the runtime for other things.
+std::atomic<bool> forked{made_by_fork()};
 
 void after_fork() { forked.store(true, std::memory_order_relaxed); }
 

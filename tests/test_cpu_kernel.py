@@ -184,6 +184,19 @@ def test_in_a_child_process_of_one_that_has_computed(start):
     assert got == expected
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="only Linux tells whether a process was made by fork")
+def test_first_use_in_a_forked_child():
+    """The parent has used torch's threads and never this library: its child must not wait for threads that it does not have."""
+    code = (
+        "import os, signal, torch; torch.set_num_threads(2); torch.randn(2000000).exp()\n"
+        "child = os.fork()\n"
+        "if child == 0:\n    signal.alarm(60)\n    import convit\n    q = torch.empty(1, 2, 196, 16)\n"
+        "    convit.gpsa(q, q, q, torch.empty(2, 3), torch.empty(2), (14, 14), backend='cpp')\n    os._exit(0)\n"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
 def test_offsets_beyond_31_bits():
     case = Case(2, 1, 8, (3, 3))
     inputs, grad = make_inputs(case)
