@@ -4,7 +4,7 @@ Importing this module registers the operator ``convit::gpsa``: do so before load
 ``torch.jit``.
 """
 
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,19 +97,14 @@ def linear(layer: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     Whatever else the layer is, it is called, and so is every layer where a backend other than ``cpp`` is forced: those run PyTorch's own
     operators.
     """
-    if (
-        type(x) is Tensor
-        and x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and bare(layer, nn.Linear)
-        and cpu_onednn.why_not(x, layer.weight, layer.bias) is None
-        and forced_backend(None) in (None, "cpp")
-    ):
-        gelu = act.approximate if isinstance(act, nn.GELU) and bare(act, nn.GELU) else None
-        y = cpu_onednn.linear(x, layer.weight, layer.bias, gelu)
-        return y if act is None or gelu else act(y)
+    if type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling() and bare(layer, nn.Linear):
+        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+        if weight is not None and cpu_onednn.why_not(x, weight, bias) is None and forced_backend(None) in (None, "cpp"):
+            gelu = act.approximate if isinstance(act, nn.GELU) and bare(act, nn.GELU) else None
+            y = cpu_onednn.linear(x, weight, bias, gelu)
+            return y if act is None or gelu else cast(Tensor, act(y))
     y = layer(x)
-    return y if act is None else act(y)
+    return y if act is None else cast(Tensor, act(y))
 
 
 def _check(q: Any, k: Any, v: Any, pos_weight: Any, gating: Any, grid: Any, dropout_p: float) -> None:

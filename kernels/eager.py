@@ -34,16 +34,20 @@ _complete = None not in (_dispatch_modes, _function_modes, _transforms, _tracing
 
 def eager(*tensors: Tensor | None) -> bool:
     """Whether nothing but autograd and the profiler would see the call: no compiler, mode, transform, subclass or lazy view."""
-    return (
-        not torch.compiler.is_compiling()
-        and _complete
-        and _dispatch_modes() == 0
-        and _function_modes() == 0
-        and not _transforms()
-        and _tracing_state() is None
-        and forward_ad._current_level < 0
-        and all(x is None or (type(x) in _PLAIN and not x.is_neg()) for x in tensors)
-    )
+    if (
+        torch.compiler.is_compiling()
+        or not _complete
+        or _dispatch_modes()
+        or _function_modes()
+        or _transforms()
+        or _tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    for x in tensors:  # noqa: SIM110
+        if x is not None and (type(x) not in _PLAIN or x.is_neg()):
+            return False
+    return True
 
 
 def profiled() -> bool:

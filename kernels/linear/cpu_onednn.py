@@ -40,14 +40,12 @@ class _Linear(torch.autograd.Function):
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
     """Why ``linear`` cannot take these tensors, or should not; ``None`` if it can."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
+    if not x.is_cpu or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return f"{x.dtype} on {x.device}: float32 on CPU only"
-    dense = weight.layout == torch.strided and weight.ndim == 2 and weight.device == x.device and weight.is_contiguous()
+    dense = weight.layout == torch.strided and weight.is_cpu and weight.ndim == 2 and weight.is_contiguous()
     if not dense or x.ndim < 2 or x.shape[-1] != weight.shape[1]:
         return f"the weight must be contiguous [O, I] on CPU, x [..., I]; got {list(weight.shape)} and {list(x.shape)}"
-    if bias is not None and not (
-        bias.dtype == torch.float32 and bias.device == x.device and bias.shape == weight.shape[:1] and bias.is_contiguous()
-    ):
+    if bias is not None and not (bias.dtype == torch.float32 and bias.is_cpu and bias.shape == weight.shape[:1] and bias.is_contiguous()):
         return f"the bias must be contiguous float32 [{len(weight)}]"
     if not eager(x, weight, bias):
         return "a compiler, mode, transform or tensor subclass chooses its own product"
