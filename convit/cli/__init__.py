@@ -49,8 +49,13 @@ def main(argv: list[str] | None = None) -> int:
     called = next((word for word in argv if not word.startswith("-")), None)
     chosen = parser
     for name, (summary, home) in COMMANDS.items():
-        about = {"help": summary, "description": summary[0].upper() + summary[1:] + "."}
-        command = commands.add_parser(name, **about, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         if name == called:
             module = importlib.import_module(home)
             module.add_arguments(command)

@@ -22,11 +22,11 @@ def _decayed(recipe: Recipe, lr: float, t: int, unit: int) -> float:
     """The rate ``t`` units after the decay began, ``unit`` of them an epoch."""
     epoch = t / unit
     if recipe.scheduler in ("cosine_decay", "warmup_cosine_decay"):
-        cycle, within = divmod(t, recipe.decay_epochs * unit)
+        cycle, rest = divmod(t, recipe.decay_epochs * unit)
         if cycle >= recipe.num_cycles:
             return recipe.min_lr
         top = lr * recipe.cycle_decay**cycle
-        return recipe.min_lr + 0.5 * (top - recipe.min_lr) * (1 + math.cos(math.pi * within / (recipe.decay_epochs * unit)))
+        return recipe.min_lr + 0.5 * (top - recipe.min_lr) * (1 + math.cos(math.pi * rest / (recipe.decay_epochs * unit)))
     if recipe.scheduler == "one_cycle":
         last = recipe.epoch_size * unit - 1
         top = 0.3 * (last + 1) - 1

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
@@ -431,12 +432,12 @@ class ConViT(nn.Module):
     @classmethod
     def from_pretrained(cls, place: str | PathLike[str], **options: Any) -> "ConViT":
         """``convit.from_pretrained``: from the Hub, a run's folder, or any checkpoint."""
-        model: ConViT = convit.from_pretrained(place, **options)
+        model: ConViT = convit.from_pretrained(Path(place) if isinstance(place, PathLike) else place, **options)
         return model
 
     def save_pretrained(self, folder: str | PathLike[str], **options: Any) -> str | None:
         """``convit.save_pretrained``: ``config.json``, ``model.safetensors`` and a model card."""
-        return convit.save_pretrained(self, folder, **options)
+        return convit.save_pretrained(self, Path(folder), **options)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """``convit.push_to_hub``: the same, uploaded."""
@@ -482,13 +483,15 @@ class ConViT(nn.Module):
             return False
         if type(self) is not ConViT or not _METHODS.isdisjoint(self.__dict__) or not eager(x):
             return False
-        block = self.blocks[-1]
+        block: Any = self.blocks[-1]
         if not (bare(block, Block) and bare(block.attn, MHSA) and bare(block.mlp, Mlp) and "_query_key_value" not in block.attn.__dict__):
             return False
-        attn, mlp = block.attn, block.mlp
+        attn, mlp, norms = block.attn, block.mlp, (block.norm1, block.norm2, self.norm)
         return (
             all(bare(module, nn.Linear) for module in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))
-            and all(bare(module, nn.LayerNorm) and len(module.normalized_shape) == 1 for module in (block.norm1, block.norm2, self.norm))
+            and all(
+                isinstance(module, nn.LayerNorm) and bare(module, nn.LayerNorm) and len(module.normalized_shape) == 1 for module in norms
+            )
             and all(bare(module, nn.Dropout, nn.Identity) for module in (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2))
             and bare(block.drop_path, DropPath, nn.Identity)
             and bare(mlp.act, nn.GELU, nn.ReLU, nn.SiLU)
@@ -581,7 +584,7 @@ def list_models() -> list[str]:
     return list(VARIANTS)
 
 
-def create_model(name: str, pretrained: bool | str | PathLike = False, **kwargs: Any) -> ConViT:
+def create_model(name: str, pretrained: bool | str | PathLike[str] = False, **kwargs: Any) -> ConViT:
     """Build one of the six variants of ConViT.
 
     Args:

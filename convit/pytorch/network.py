@@ -114,7 +114,7 @@ class Plain:
         self.weights, self.biases = [w.detach().flatten(1) for w in weights], [b.detach() for b in biases]
 
     def __call__(self, x: Tensor, gelu: str | None = None) -> Tensor:
-        biases = self.biases or [None] * len(self.weights)
+        biases: list[Tensor] | list[None] = self.biases or [None] * len(self.weights)
         parts = [F.linear(x, w.to(x.dtype), b if b is None else b.to(x.dtype)) for w, b in zip(self.weights, biases, strict=True)]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return F.gelu(y, approximate=gelu) if gelu else y

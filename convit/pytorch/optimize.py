@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convit import ops
+from convit.dispatch import forced_backend
 from convit.kernels.eager import unhooked
 from convit.kernels.linear import cpu_infer, cpu_packed
 from convit.pytorch.model import ConViT
@@ -59,7 +59,7 @@ class Optimized(nn.Module):
         self.dtype = dtype
         self.pretrained_cfg = pretrained_cfg
         self.num_classes, self.in_chans = shape.classes, shape.channels
-        own = cpu_infer.why_not(dtype) is None and ops.forced_backend(None) in (None, "cpp")
+        own = cpu_infer.why_not(dtype) is None and forced_backend(None) in (None, "cpp")
         self._network = _pack(shape, tensors, dtype, cpu_infer.Product if own else cpu_packed.Packed)
         self._inference = cpu_infer.Inference(self._network, dtype) if own else None
 
@@ -82,7 +82,7 @@ class Optimized(nn.Module):
             raise RuntimeError("a snapshot of convit.optimize cannot be trained: train the model, then optimize it again")
         return self
 
-    def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, destination: Any = None) -> dict[str, Any]:
+    def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, destination: Any = None) -> dict[str, Any]:  # type: ignore[override]
         """The plain weights, float32, under the names of the model."""
         found = {} if destination is None else destination
         found.update((prefix + name, tensor) for name, tensor in _unpack(self._network))
@@ -127,7 +127,8 @@ def _multiplies_bfloat16() -> bool:
 
 def _pack(shape: Shape, tensors: dict[str, Tensor], dtype: torch.dtype, product: Callable[..., Any]) -> Network:
     rows = shape.grid[0] * shape.grid[1]
-    products, packed = {}, set()
+    products: dict[str, Any] = {}
+    packed: set[str] = set()
     for key, layers in shape.products():
         weight = torch.cat([tensors[f"{layer}.weight"].flatten(1).to("cpu", torch.float32) for layer in layers])
         biases = [tensors[f"{layer}.bias"].to("cpu", torch.float32) for layer in layers if f"{layer}.bias" in tensors]
@@ -189,7 +190,7 @@ _PARTS = {
 _FRAMEWORK = {"Conv2d", "Dropout", "ModuleList", "Linear", "Identity"}  # torch's own or nothing
 
 
-def _read(model: nn.Module) -> Shape:
+def _read(model: Any) -> Shape:
     """The shape of a model of which every module is known; the error of the module's docstring if one is not."""
     home = type(model).__module__
     names = {"ConViT": "convit.pytorch.model", "ConVit": "timm.models.convit", "VisionTransformer": home}

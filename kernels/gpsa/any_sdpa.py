@@ -36,7 +36,7 @@ class _SecondDerivative(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled() and not tangents():
             return grads[0], None, None, None, None
-        _, pull = torch.func.vjp(lambda *inputs: plain_attention(*inputs, ctx.scale), *ctx.saved_tensors)
+        pull = torch.func.vjp(lambda q, k, v: plain_attention(q, k, v, ctx.scale), *ctx.saved_tensors)[1]
         return None, *pull(grads[0]), None
 
 

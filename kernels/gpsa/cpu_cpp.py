@@ -12,6 +12,7 @@ has them: then the weights and their gradients are rounded to bfloat16 as factor
 
 import os
 from operator import mul
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,7 +147,7 @@ def describe() -> dict[str, str]:
     }
 
 
-def why_not(problem) -> str | None:
+def why_not(problem: Any) -> str | None:
     if _C is None:
         return _broken
     if problem.framework != "torch" or problem.device != "cpu":

@@ -86,7 +86,7 @@ def _definition(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gating: Ten
 
 
 def _definition_gradients(grad_out: Tensor, *inputs: Tensor, grid: tuple[int, int], scale: float) -> tuple[Tensor, ...]:
-    _, pull = torch.func.vjp(lambda *inputs: _definition(*inputs, grid=grid, scale=scale), *inputs)
+    pull = torch.func.vjp(lambda *given: _definition(*given, grid=grid, scale=scale), *inputs)[1]  # type: ignore[misc]
     gradients: tuple[Tensor, ...] = pull(grad_out)
     return gradients
 
@@ -164,7 +164,7 @@ class _Transformed(torch.autograd.Function):
         size = info.batch_size
         tensors = [_more_heads(size, *given) for given in zip(inputs[:5], in_dims[:5], _HEADS, strict=True)]
         output = _Transformed.apply(*tensors, *inputs[5:])
-        return tuple(x.unflatten(1, (size, -1)) for x in output), (1, 1)  # type: ignore[return-value]
+        return tuple(x.unflatten(1, (size, -1)) for x in output), (1, 1)
 
 
 class _Gradient(torch.autograd.Function):
@@ -182,7 +182,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        _, pull = torch.func.vjp(lambda *inputs: _definition_gradients(*inputs, grid=ctx.grid, scale=ctx.scale), *ctx.saved_tensors)
+        pull = torch.func.vjp(lambda *given: _definition_gradients(*given, grid=ctx.grid, scale=ctx.scale), *ctx.saved_tensors)[1]
         return *pull(grads), None, None, None, None, None
 
     @staticmethod

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from convit.kernels.gpsa.cpu_cpp import _C, _broken
+from convit.kernels.gpsa.cpu_cpp import _C, _broken  # type: ignore[attr-defined]
 
 _LANES = 16
 
@@ -84,7 +84,7 @@ class Inference:
         def norm(name: str, eps: float) -> tuple[int, int, float]:
             return keep(_padded(net.tensors[f"{name}.weight"])), keep(_padded(net.tensors[f"{name}.bias"])), eps
 
-        def layer(i: int) -> tuple:
+        def layer(i: int) -> tuple[Any, ...]:
             norms = (norm(f"blocks.{i}.norm{n + 1}", shape.eps[2 * i + n]) for n in (0, 1))
             products = (net.products[f"{i}.{name}"].address() for name in ("qkv", "proj", "fc1", "fc2"))
             names = (f"blocks.{i}.attn.pos_proj.weight", f"blocks.{i}.attn.gating_param")

@@ -245,7 +245,7 @@ class TorchRun(Run):
         if self.sharded:
             self.model.set_requires_gradient_sync(last)
         elif self.world.size > 1 and not last:
-            return self.parallel.no_sync()  # type: ignore[no-any-return]
+            return self.parallel.no_sync()
         return nullcontext()
 
     # --- end of an epoch ---
