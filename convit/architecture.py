@@ -1,6 +1,10 @@
-"""What the models of both frameworks and their weights share: the six variants, and how a position embedding goes to another grid."""
+"""What the models of both frameworks and their weights share: variants, ImageNet's statistics, position embeddings on another grid."""
 
 from typing import Any
+
+# of the pictures that every published checkpoint was trained on, per channel of [0, 1]
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 VARIANTS: dict[str, dict[str, int]] = {
     "convit_tiny": {"embed_dim": 192, "num_heads": 4},

@@ -50,7 +50,11 @@ def read_log(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise ValueError(f"{path}:{number} is no JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}:{number} is no record: an object was expected, got {line[:40]!r}")
         if record.get("kind", "epoch") == "epoch" and "epoch" in record:
+            if "gating" in record:  # the name of logs written before the gates were called by theirs
+                record["gate"] = record.pop("gating")
             records.append(record)
     if not records:
         raise ValueError(f"{path} holds no finished epoch yet")
@@ -120,14 +124,14 @@ def plot_gates(before: Gates, after: Gates, path: str | os.PathLike[str], *, nam
 
 def plot_gates_over_time(log: str | os.PathLike[str] | Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> Path:
     """Every gate over the epochs: a thin line per head, a thick one for the mean of a layer."""
-    records = [record for record in _records(log) if record.get("gating")]
+    records = [record for record in _records(log) if record.get("gate")]
     if not records:
         raise ValueError("the log holds no gates")
     epochs = [record["epoch"] + 1 for record in records]
-    layers = len(records[0]["gating"])
+    layers = len(records[0]["gate"])
     with _figure(path, 1, (5.6, 3.2)) as (figure, axes):
         for layer, colour in enumerate(_colours(layers)):
-            gates = np.array([record["gating"][layer] for record in records])
+            gates = np.array([record["gate"][layer] for record in records])
             axes.plot(epochs, gates, color=colour, linewidth=0.6, alpha=0.45)
             axes.plot(epochs, gates.mean(1), color=colour, linewidth=2, marker="o" if len(epochs) == 1 else None)
         axes.axhline(0.5, color="0.6", linewidth=0.8, linestyle=":")
@@ -144,7 +148,7 @@ def plot_locality(log: str | os.PathLike[str] | Sequence[dict[str, Any]], path: 
         raise ValueError("the log holds no attention distances")
     epochs = [record["epoch"] + 1 for record in records]
     last = records[-1]["distance"]
-    local = len(records[-1].get("gating") or [])
+    local = len(records[-1].get("gate") or [])
     with _figure(path, 2, (7.6, 3.0)) as (figure, (left, right)):
         for layer, colour in enumerate(_colours(len(last))):
             means = [float(np.mean(record["distance"][layer])) for record in records]

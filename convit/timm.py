@@ -10,9 +10,10 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features_fx import register_notrace_module
 
-from convit.architecture import VARIANTS
+from convit.architecture import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
 from convit.pytorch.accelerate import _OURS
-from convit.pytorch.model import ConViT, DropPath, PatchEmbed
+from convit.pytorch.layers import DropPath, PatchEmbed
+from convit.pytorch.model import ConViT
 
 for _module in (*_OURS, DropPath, PatchEmbed):
     register_notrace_module(_module)
@@ -25,8 +26,8 @@ def _config(name: str) -> dict[str, Any]:
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "pool_size": None,
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
         "interpolation": "bicubic",
         "crop_pct": 0.875,
         "fixed_input_size": True,

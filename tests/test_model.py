@@ -9,7 +9,7 @@ from tolerances import FLOOR, MODEL
 
 import convit
 from convit.pytorch.gpsa import local_offsets
-from convit.pytorch.model import resample_position_embedding
+from convit.pytorch.layers import resample_position_embedding
 
 timm = pytest.importorskip("timm")
 

@@ -69,7 +69,7 @@ def test_diagnose_takes_timms_model():
 def records(epochs):
     gate = [[[0.7 - 0.01 * epoch * layer for _ in range(4)] for layer in range(2)] for epoch in range(epochs)]
     return [
-        {"kind": "epoch", "epoch": e, "train_loss": 2 / (e + 1), "top1": 10.0 + e, "gating": gate[e], "distance": [[1.0, 2.0]] * 3}
+        {"kind": "epoch", "epoch": e, "train_loss": 2 / (e + 1), "top1": 10.0 + e, "gate": gate[e], "distance": [[1.0, 2.0]] * 3}
         for e in range(epochs)
     ]
 

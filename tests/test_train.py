@@ -785,7 +785,7 @@ def test_digits_learn(tmp_path):
     assert result.top1 > 25
     epoch = result.history[-1]
     assert 0 < epoch["data_seconds"] < epoch["seconds"]
-    assert len(epoch["gating"]) == 1 and all(0 < gate < 1 for gate in epoch["gating"][0])
+    assert len(epoch["gate"]) == 1 and all(0 < gate < 1 for gate in epoch["gate"][0])
 
 
 def test_checkpoints_record_the_settings_of_the_model(whole, tmp_path):

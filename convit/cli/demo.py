@@ -83,10 +83,12 @@ def _photographs() -> tuple[list[str], list[Any], Any]:
     from sklearn.datasets import load_sample_images
     from timm.data import create_transform
 
+    from convit.architecture import IMAGENET_MEAN, IMAGENET_STD
+
     data = load_sample_images()
     transform = create_transform((3, 224, 224), crop_pct=0.875, interpolation="bicubic")
     images = [transform(Image.fromarray(array)) for array in data.images]
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
     pictures = [(image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy() for image in images]
     return [Path(name).name for name in data.filenames], pictures, torch.stack(images)
 

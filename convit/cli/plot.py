@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
         return Path(output, f"{name}.{args.format}")
 
     drawn = [figures.plot_history(records, path("history"))]
-    with_gates = [record["gating"] for record in records if record.get("gating")]
+    with_gates = [record["gate"] for record in records if record.get("gate")]
     if with_gates:
         drawn.append(figures.plot_gates_over_time(records, path("gates_over_time")))
         drawn.append(figures.plot_gates(with_gates[0], with_gates[-1], path("gates"), names=("after the first epoch", "at the end")))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from convit.architecture import IMAGENET_MEAN, IMAGENET_STD
 from convit.engine.recipe import Recipe
 
 if TYPE_CHECKING:  # a model is loaded where there is no Pillow
@@ -27,8 +28,8 @@ class Preparation(NamedTuple):
     """
 
     size: tuple[int, int]
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
     crop_pct: float = 0.875
     interpolation: str = "bicubic"
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from convit.architecture import IMAGENET_MEAN, IMAGENET_STD
 from convit.dispatch import nearest
 from convit.weights.files import BadFile, read_text, shown
 
@@ -96,8 +97,8 @@ class Recipe:
     re_ratio: list[float] = key([0.3, 3.3], "range of the erased area's aspect ratio")
     re_max_attempts: int = key(10, "tries to place the erased area (timm's, of PyTorch, are always 10)", low=1)
     re_value: str = key("0", "what fills the erased area: 0, or random (noise per pixel)", choices=("0", "random"))
-    mean: list[float] = key([0.485, 0.456, 0.406], "per channel; values above 1 are of 0 to 255")
-    std: list[float] = key([0.229, 0.224, 0.225], "per channel; values above 1 are of 0 to 255")
+    mean: list[float] = key(list(IMAGENET_MEAN), "per channel; values above 1 are of 0 to 255")
+    std: list[float] = key(list(IMAGENET_STD), "per channel; values above 1 are of 0 to 255")
     crop_pct: float = key(
         0.875, "share of the resized image that the evaluation crop keeps (above 1: with a black margin)", low=0.01, high=2.0
     )

@@ -18,7 +18,7 @@ from convit import ops
 from convit.dispatch import use_backend
 from convit.kernels.eager import know
 from convit.pytorch.gpsa import GPSA, MHSA
-from convit.pytorch.model import Mlp
+from convit.pytorch.layers import Mlp
 
 logger = logging.getLogger("convit")
 

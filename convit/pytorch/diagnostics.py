@@ -123,14 +123,14 @@ def diagnose(model: nn.Module, images: Tensor) -> dict[str, Any]:
         images: [B, C, H, W], normalised, on the model's device; some tens are enough.
 
     Returns:
-        {"gating": [GPSA layer][head], "distance": [layer][head], "nonlocality": [layer]}; distances in patches.
+        {"gate": [GPSA layer][head], "distance": [layer][head], "nonlocality": [layer]}; distances in patches.
 
     Raises:
         ValueError: The model has no GPSA or MHSA layers.
     """
     inputs = layer_inputs(model, images)
     distances = [attention_distance(module, *inputs[name]).tolist() for name, module in attentions(model)]
-    return {"gating": gates(model), "distance": distances, "nonlocality": [sum(heads) / len(heads) for heads in distances]}
+    return {"gate": gates(model), "distance": distances, "nonlocality": [sum(heads) / len(heads) for heads in distances]}
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from convit import ops
-from convit.pytorch.model import resample_position_embedding
+from convit.pytorch.layers import resample_position_embedding
 
 Grid = tuple[int, int]
 

@@ -60,7 +60,7 @@ def test_mindcvs_recipe_trains(finished):
     epochs = records(finished.output, "epoch")
     assert [record["epoch"] for record in epochs] == [0, 1] and len(records(finished.output, "step")) == 8
     assert all(np.isfinite(record["train_loss"]) for record in epochs)
-    assert len(epochs[0]["gating"]) == 1 and finished.best_top1 >= 50
+    assert len(epochs[0]["gate"]) == 1 and finished.best_top1 >= 50
 
 
 def test_a_run_validates_without_its_recipe(finished, folder, capsys):

@@ -194,7 +194,7 @@ class MindSporeRun(Run):
 
     def diagnose(self) -> dict[str, Any]:
         gates = [p.asnumpy() for p in self.model.get_parameters() if p.name.endswith("gating_param")]
-        return {"gating": [[round(float(1 / (1 + np.exp(-value))), 5) for value in gate] for gate in gates]}
+        return {"gate": [[round(float(1 / (1 + np.exp(-value))), 5) for value in gate] for gate in gates]}
 
     def finished(self) -> nn.Cell:
         """The model, with the moving average of its weights if the recipe keeps one."""

@@ -261,16 +261,16 @@ class TorchRun(Run):
         """Gates, attention distances and non-locality (``convit.pytorch.diagnostics``); only the gates where the model is sharded or
         compiled, or nothing validates."""
         if self.eval_data is None or self.sharded or self.recipe.compile:
-            return {"gating": self._gating()}
+            return {"gate": self._gates()}
         if not self.chief:
             return {}
         if self.probe is None:
             self.probe = next((images[:32].to(self.device) for images, _ in self.eval_data if len(images)), None)
         if self.probe is None:
-            return {"gating": self._gating()}
+            return {"gate": self._gates()}
         return {name: _rounded(value) for name, value in diagnose(self.model, self.probe).items()}
 
-    def _gating(self) -> list[list[float]]:
+    def _gates(self) -> list[list[float]]:
         """sigmoid(gating_param) per GPSA block and head: 1 is all position, 0 all content."""
         gates = []
         for block in self.model.blocks:

@@ -1,0 +1,198 @@
+"""The layers of ConViT beside the attention: patch embedding, MLP, drop path and block, with timm's names."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from convit import ops
+from convit.dispatch import nearest
+from convit.kernels.eager import exporting, know
+from convit.pytorch.gpsa import GPSA, MHSA
+
+Size = int | tuple[int, int]
+
+
+def pair(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def resample_position_embedding(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Resample a position embedding [1, gh * gw, C] from grid ``old`` to grid ``new``: bicubic with antialiasing, as timm does."""
+    same = old == new if torch.jit.is_scripting() else _same(old, new)
+    if same:
+        return pos_embed
+    image = pos_embed.float().reshape(1, old[0], old[1], -1).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=[new[0], new[1]], mode="bicubic", antialias=True)
+    return image.permute(0, 2, 3, 1).reshape(1, new[0] * new[1], -1).to(pos_embed.dtype)
+
+
+def _same(old: tuple[int, int], new: tuple[int, int]) -> bool:
+    return not exporting() and old == new  # an exported program takes other sizes than the one it is traced at
+
+
+class PatchEmbed(nn.Module):
+    """Images to patch tokens by one convolution: [B, in_chans, H, W] -> [B, gh * gw, C] and the grid.
+
+    A dynamic one takes images of any multiple of the patch size; with ``pad`` of any size, with zeros to the right and below.
+    """
+
+    def __init__(
+        self, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int, dynamic: bool, pad: bool = False, **where: Any
+    ) -> None:
+        super().__init__()
+        self.patch_size = pair(patch_size)
+        self.dynamic = dynamic or pad
+        self.pad = pad
+        self.set_input_size(img_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_size, **where)
+
+    def set_input_size(self, img_size: Size) -> None:
+        self.img_size = pair(img_size)
+        self.grid_size = self._grid(self.img_size[0], self.img_size[1])
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+
+    def set_patch_size(self, patch_size: tuple[int, int]) -> None:
+        """Resample the kernel to patches of ``patch_size`` as FlexiViT does; the caller sets the input size afterwards."""
+        try:
+            from timm.layers import resample_patch_embed
+        except ImportError as error:
+            raise ImportError(
+                "another patch size needs timm, which resamples the kernel: pip install '.[train]' in the source folder"
+            ) from error
+        old = self.proj
+        kernel = resample_patch_embed(old.weight.detach(), list(patch_size))
+        where: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype}
+        self.proj = nn.Conv2d(old.in_channels, old.out_channels, patch_size, patch_size, bias=old.bias is not None, **where)
+        self.proj.weight = nn.Parameter(kernel, requires_grad=old.weight.requires_grad)
+        self.proj.bias = old.bias
+        self.proj.train(old.training)
+        self.patch_size = patch_size
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        height, width = x.shape[-2], x.shape[-1]
+        if self.dynamic:
+            grid = self._grid(height, width)
+        elif height == self.img_size[0] and width == self.img_size[1]:
+            grid = self.grid_size
+        else:
+            raise ValueError(
+                f"this model takes images of {self.img_size[0]} x {self.img_size[1]}, got {height} x {width}: "
+                "call set_input_size, or build it with dynamic_img_size=True"
+            )
+        if self.pad:
+            x = F.pad(x, [0, grid[1] * self.patch_size[1] - width, 0, grid[0] * self.patch_size[0] - height])
+        # contiguous tokens: else the residual stream inherits the convolution's layout, and every norm and addition pays for it
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous(), grid
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        ph, pw = self.patch_size
+        if self.pad:
+            return (height + ph - 1) // ph, (width + pw - 1) // pw
+        if height % ph or width % pw or height < ph or width < pw:
+            raise ValueError(f"the image size must be a multiple of the patch size {ph} x {pw}, got {height} x {width}")
+        return height // ph, width // pw
+
+
+class Mlp(nn.Module):
+    """The MLP of a block: two linear layers."""
+
+    def __init__(self, dim: int, hidden: int, act_layer: Callable[[], nn.Module], drop: float, **where: Any) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden, **where)
+        self.act = act_layer()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden, dim, **where)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+        else:
+            return cast(Tensor, self.drop2(ops.linear(self.fc2, self.drop1(ops.linear(self.fc1, x, self.act)))))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drop the whole residual branch of a sample with probability ``drop_prob`` while training."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return x
+        keep = 1.0 - self.drop_prob
+        mask = x.new_empty([x.shape[0]] + [1] * (x.ndim - 1)).bernoulli_(keep)
+        return x * (mask / keep)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3f}"
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; its attention is GPSA (``use_gpsa``) or MHSA."""
+
+    use_gpsa: Final[bool]
+
+    def __init__(
+        self,
+        attn: GPSA | MHSA,
+        dim: int,
+        mlp_ratio: float,
+        proj_drop: float,
+        drop_path: float,
+        norm_layer: Callable[..., nn.Module],
+        act_layer: Callable[[], nn.Module],
+        **where: Any,
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm_layer(dim, **where)
+        self.attn = attn
+        self.use_gpsa = isinstance(attn, GPSA)
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = norm_layer(dim, **where)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer, proj_drop, **where)
+
+    def forward(self, x: Tensor, grid: tuple[int, int], first: int | None = None) -> Tensor:
+        """[B, N, C] to the same, or in an MHSA block to the ``first`` tokens of it."""
+        y = self.norm1(x)
+        if self.use_gpsa:  # noqa: SIM108 (TorchScript compiles one branch of a statement, both of an expression)
+            y = self.attn(y, grid)
+        else:
+            y = self.attn(y, first)
+        x = x[:, :first] + self.drop_path(y)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+# timm's names for the layers that need no timm
+_LAYERS: dict[str, dict[str, Callable[..., nn.Module]]] = {
+    "norm": {"layernorm": partial(nn.LayerNorm, eps=1e-6), "rmsnorm": partial(nn.RMSNorm, eps=1e-6)},
+    "act": {"gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, "tanh"), "relu": nn.ReLU, "silu": nn.SiLU, "swish": nn.SiLU},
+}
+
+
+def named_layer(kind: str, given: str | Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """The constructor that ``given`` is, or names: here, or in timm where it is installed."""
+    if not isinstance(given, str):
+        return given
+    known = _LAYERS[kind]
+    if given in known:
+        return known[given]
+    try:
+        from timm.layers import get_act_layer, get_norm_layer
+
+        found: Callable[..., nn.Module] | None = get_norm_layer(given) if kind == "norm" else get_act_layer(given)
+    except (ImportError, KeyError, AssertionError):
+        found = None
+    if found is None:
+        raise ValueError(
+            f"unknown {kind}_layer {given!r}{nearest(given, known)} (known: {', '.join(known)}, and timm's where it is installed)"
+        )
+    return found
+
+
+know(Mlp, DropPath, Block)
