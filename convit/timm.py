@@ -4,6 +4,7 @@ timm's ``create_model`` and its train, validate, inference and benchmark scripts
 with the same state dicts, pretrained weights and default configurations. ``features_only=True`` and feature extraction by graph work too.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -61,5 +62,7 @@ def _entry(name: str) -> Callable[..., ConViT]:
     return build
 
 
-for _name in VARIANTS:
-    globals()[_name] = register_model(_entry(_name))
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "Overwriting convit_", UserWarning)  # it is what importing this module asks for
+    for _name in VARIANTS:
+        globals()[_name] = register_model(_entry(_name))
