@@ -62,9 +62,9 @@ def test_source_distribution_is_complete(checkout):
     with tarfile.open(archive) as tar:
         packed = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
     tracked = {str(path.relative_to(checkout)) for path in checkout.rglob("*") if path.is_file()}
-    outside = {".gitignore", ".ci/run"}
+    outside = {".gitignore", ".dockerignore", ".ci/run"}
     own = {f"convit/{name}" if name.startswith("kernels/") else name for name in tracked}  # the kernels travel once, where the link leads
-    missing = {name for name in own - packed - outside if not name.startswith(("dist/", "convit.egg-info/", "bench/results/"))}
+    missing = {name for name in own - packed - outside if not name.startswith(("dist/", "convit.egg-info/", "bench/results/", ".github/"))}
     assert not missing
     assert not {name for name in packed if name.startswith("kernels/")}
     with tarfile.open(archive) as tar:

@@ -47,7 +47,7 @@ def test_diagnose_is_the_dense_distance_on_each_layers_input(kwargs):
     assert all(module.training for module in model.modules())
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert json.loads(json.dumps(found)) == found
-    assert found["gating"] == [block.attn.gating_param.sigmoid().tolist() for block in model.blocks[: model.local_up_to_layer]]
+    assert found["gate"] == [block.attn.gating_param.sigmoid().tolist() for block in model.blocks[: model.local_up_to_layer]]
     for block, x, heads, layer in zip(model.blocks, inputs, found["distance"], found["nonlocality"], strict=True):
         expected = block.attn.get_attention_map(x, grid=(3, 5))
         torch.testing.assert_close(torch.tensor(heads), expected.detach(), rtol=1e-5, atol=1e-6)

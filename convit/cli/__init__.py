@@ -11,7 +11,6 @@ import sys
 
 import convit
 from convit.dispatch import nearest
-from convit.engine.recipe import FALSE, TRUE
 
 COMMANDS = {
     "train": ("train a model from a recipe", "convit.cli.train"),
@@ -28,6 +27,8 @@ COMMANDS = {
 
 def _spelt_out(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
     """``argv`` with ``=true`` behind every boolean option that no boolean follows, so that it does not take the next word for its own."""
+    from convit.engine.recipe import FALSE, TRUE
+
     spelt = []
     for word, after in zip(argv, [*argv[1:], ""], strict=True):
         action = parser._option_string_actions.get(word)

@@ -277,27 +277,29 @@ class _Loader:
     def run(self, keys: Callable[[int], Iterable[list[Any]]]) -> Iterator[Any]:
         """What ``collate`` makes of the batches of ``keys(done)``: those that are left when ``done`` are done."""
         done = 0
-        while True:
-            self.keys.keys = keys(done)
-            batches = iter(self._start())
-            handler = _quiet_child_signals()
-            try:
-                for batch in batches:
-                    done += 1
-                    yield batch
-                return
-            except (RuntimeError, OSError, EOFError) as error:
-                # a worker's own exception arrives as "Caught ..."; the rest are the many ways in which its death shows
-                if not self.workers or str(error).startswith("Caught "):
-                    raise
-                self.deaths += 1
-                self.close()
-                if self.deaths > WORKER_RESTARTS:
-                    raise RuntimeError(f"data-loading workers died {self.deaths} times; the last: {error}") from None
-                logger.warning("a data-loading worker died (%s); started new ones, no sample is lost", error or type(error).__name__)
-            finally:
-                if handler is not None:
-                    signal.signal(signal.SIGCHLD, handler)
+        handler = None  # the one before ours: it must not be back while a death that we know of can still be signalled
+        try:
+            while True:
+                self.keys.keys = keys(done)
+                try:
+                    batches = iter(self._start())
+                    handler = handler or _quiet_child_signals()
+                    for batch in batches:
+                        done += 1
+                        yield batch
+                    return
+                except (RuntimeError, OSError, EOFError) as error:
+                    # a worker's own exception arrives as "Caught ..."; the rest are the many ways in which its death shows
+                    if not self.workers or str(error).startswith("Caught "):
+                        raise
+                    self.deaths += 1
+                    self.close()
+                    if self.deaths > WORKER_RESTARTS:
+                        raise RuntimeError(f"data-loading workers died {self.deaths} times; the last: {error}") from None
+                    logger.warning("a data-loading worker died (%s); started new ones, no sample is lost", error or type(error).__name__)
+        finally:
+            if handler is not None:
+                signal.signal(signal.SIGCHLD, handler)
 
     def _start(self) -> DataLoader[Any]:
         if self.loader is None:
