@@ -137,6 +137,8 @@ def accelerate(model: Model, grid: Layout = "square") -> Model:
 
 def accelerated(model: nn.Module) -> Accelerated:
     """Which modules of ``model`` run through ConViT's kernels since ``accelerate``, and which were left, and why."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     swapped, left = {}, {}
     for name, module in model.named_modules():
         theirs = module.__dict__.get(_THEIRS)

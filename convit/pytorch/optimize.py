@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from convit.dispatch import forced_backend
-from convit.kernels.eager import unhooked
+from convit.kernels.eager import eager, unhooked
 from convit.kernels.linear import cpu_infer, cpu_packed
 from convit.pytorch.model import ConViT
 from convit.pytorch.network import Network, Plain, Shape, forward
@@ -71,6 +71,14 @@ class Optimized(nn.Module):
             raise ValueError(f"this snapshot computes on the CPU, the images are on {images.device}")
         if images.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("a snapshot of convit.optimize has no gradient: differentiate the model that it was made from")
+        images = images.resolve_neg()
+        if not eager(images):
+            raise RuntimeError(
+                "a snapshot of convit.optimize runs plain tensors, eagerly: trace, export or transform the model that it was made from, "
+                "or take the exports of `convit export`"
+            )
+        if images.numel() and images.untyped_storage().nbytes() == 0:
+            raise ValueError("the storage of images has been freed")
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             if self._inference is not None:
                 return self._inference(self._network, images)
@@ -227,6 +235,8 @@ def _read(model: Any) -> Shape:
         eps=tuple(norm.eps for norm in norms),
     )
     ours = type(model) is ConViT
+    if getattr(embed, "pad", False):
+        raise _Unknown("it pads images (dynamic_img_pad), which a snapshot does not")
     if not ours and local == depth:
         raise _Unknown("without an MHSA block its class token never joins, a fault of timm's and FAIR's that ours does not repeat")
     bare = [block.attn for block in blocks[:local] if type(block.attn).__module__ != "convit.pytorch.gpsa"]
