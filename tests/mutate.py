@@ -49,6 +49,7 @@ TESTS: list[tuple[str, tuple[str, ...] | None]] = [
     ("convit/pytorch/accelerate.py", ("tests/test_accelerate.py",)),
     ("convit/pytorch/diagnostics.py", ("tests/test_plot.py", "tests/test_train.py")),
     ("convit/pytorch/*", ("tests/test_model.py", "tests/test_accelerate.py", "tests/test_checkpoints.py")),
+    ("convit/weights/published.py", ("tests/test_published.py",)),
     ("convit/weights/*", ("tests/test_checkpoints.py",)),
     ("convit/engine/recipe.py", ("tests/test_config.py", "tests/test_train.py")),
     ("convit/engine/*", ("tests/test_validate.py", "tests/test_train.py")),

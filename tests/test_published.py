@@ -1,0 +1,165 @@
+"""Published weights: fetching, checksums, what goes on after a break."""
+
+import hashlib
+import http.server
+import os
+import threading
+from functools import partial
+
+import pytest
+from test_checkpoints import DATA, randomised, tiny
+
+from convit.weights import load, published
+from convit.weights.load import load_checkpoint, read
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A web server on this machine in place of the public ones; it counts what it is asked for."""
+    (tmp_path / "site").mkdir()
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            if self.path.startswith("/timm/"):  # the hub: a redirect that states the checksum
+                self.send_response(302)
+                self.send_header("Location", "/blob")
+                digest = hashlib.sha256((tmp_path / "site/blob").read_bytes()).hexdigest()
+                self.send_header("X-Linked-ETag", f'"{digest if "tiny" in self.path else "0" * 64}"')
+                self.end_headers()
+            elif self.path.startswith("/cut-"):  # the first connection breaks after a third; the rest comes by ranges
+                data = (tmp_path / "site" / self.path[1:]).read_bytes()
+                begin = int((self.headers["Range"] or "bytes=0-")[6:-1])
+                asked[-1] += f" from {begin}"
+                self.send_response(206 if begin else 200)
+                self.send_header("Content-Length", str(len(data) - begin))
+                self.end_headers()
+                self.wfile.write(data[: len(data) // 3] if len(asked) == 1 else data[begin:])
+            elif self.path == "/ftp":
+                self.send_response(302)
+                self.send_header("Location", "ftp://127.0.0.1/weights.pth")
+                self.end_headers()
+            elif self.path.startswith("/plain/"):
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(b"anything")
+            elif self.path == "/short.ckpt":
+                self.send_response(200)
+                self.send_header("Content-Length", "1000")
+                self.end_headers()
+                self.wfile.write(b"few")
+            else:
+                super().do_GET()
+
+        def log_message(self, *args):
+            pass
+
+    site = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "site")))
+    threading.Thread(target=site.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{site.server_port}"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr(published, "_hub_cache", lambda name: None)
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    yield tmp_path / "site", address, asked
+    site.shutdown()
+    site.server_close()
+
+
+def test_fetch_from_the_hub(server, tmp_path):
+    site, _, asked = server
+    load.save_checkpoint(randomised(), site / "a.safetensors")
+    (site / "a.safetensors").rename(site / "blob")
+    path = published.fetch("convit_tiny")
+    assert path == tmp_path / "cache/hub/checkpoints/convit/convit_tiny.fb_in1k.safetensors"
+    assert path.read_bytes() == (site / "blob").read_bytes()
+    assert published.fetch("convit_tiny") == path and len(asked) == 2
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged.*delete it"):
+        published.fetch("convit_tiny")
+    with pytest.raises(ValueError, match="expected 0000"):
+        published.fetch("convit_small")
+    assert sorted(p.name for p in path.parent.iterdir()) == [path.name, path.name + ".sha256"]
+
+
+def test_fetch_checks_mindcvs_name(server, tmp_path, monkeypatch):
+    site, address, _ = server
+    data = (DATA / "mindcv_tiny.ckpt").read_bytes()
+    good = f"convit_tiny-{hashlib.sha256(data).hexdigest()[:8]}.ckpt"
+    for name in (good, "convit_base-01234567.ckpt"):
+        (site / name).write_bytes(data)
+    links = {"convit_tiny": good, "convit_base": "convit_base-01234567.ckpt", "convit_small": "short.ckpt"}
+    monkeypatch.setitem(published.ADDRESSES, "mindcv", {name: f"{address}/{file}" for name, file in links.items()})
+    assert load_checkpoint(tiny(), published.fetch("convit_tiny", "mindcv"))
+    with pytest.raises(ValueError, match="SHA-256"):
+        published.fetch("convit_base", "mindcv")
+    with pytest.raises(OSError, match="after 3 of 1000 bytes"):
+        published.fetch("convit_small", "mindcv")
+    assert sorted(p.name for p in published.cache_folder().iterdir()) == [".short.ckpt.part", good, good + ".sha256"]
+
+
+def test_download_goes_on_where_it_broke(server, tmp_path, monkeypatch):
+    site, address, asked = server
+    data = (DATA / "mindcv_tiny.ckpt").read_bytes()
+    name = f"cut-{hashlib.sha256(data).hexdigest()[:8]}.ckpt"
+    (site / name).write_bytes(data)
+    monkeypatch.setitem(published.ADDRESSES, "mindcv", {"convit_tiny": f"{address}/{name}"})
+    with pytest.raises(OSError, match="what came is kept"):
+        published.fetch("convit_tiny", "mindcv")
+    path = published.fetch("convit_tiny", "mindcv")
+    assert path.read_bytes() == data and asked == [f"/{name} from 0", f"/{name} from {len(data) // 3}"]
+    assert sorted(p.name for p in path.parent.iterdir()) == [name, name + ".sha256"]
+    os.chmod(path.parent, 0o500)  # a cache that only its owner may write
+    (site / name).unlink()
+    assert published.fetch("convit_tiny", "mindcv") == path
+    path.unlink()
+    (path.parent / f".{name}.part").write_bytes(b"the beginning of another file")
+    (site / name).write_bytes(data)
+    published.fetch("convit_tiny", "mindcv")
+    assert path.read_bytes() == data
+
+
+def test_only_https_and_stated_checksums(server, monkeypatch):
+    _, address, _ = server
+    monkeypatch.setitem(published.ADDRESSES, "fair", {"convit_tiny": f"{address}/ftp", "convit_base": "http://example.org/a.pth"})
+    for name in published.ADDRESSES["fair"]:
+        with pytest.raises(OSError, match="neither https nor on this machine"):
+            published.fetch(name, "fair")
+    monkeypatch.setenv("HF_ENDPOINT", f"{address}/plain")  # a mirror that does not say what it serves
+    with pytest.raises(OSError, match="states no checksum.*pretrained="):
+        published.fetch("convit_tiny")
+
+
+def test_offline_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setitem(published.ADDRESSES, "fair", {"convit_tiny": "http://127.0.0.1:9/convit_tiny.pth"})
+    with pytest.raises(OSError) as error:
+        published.fetch("convit_tiny", "fair")
+    assert all(text in str(error.value) for text in ("http://127.0.0.1:9/convit_tiny.pth", "pretrained='/path/to/convit_tiny.pth'"))
+    with pytest.raises(ValueError, match="no weights for 'convit_tiny_plus'"):
+        published.fetch("convit_tiny_plus", "timm")
+    with pytest.raises(ValueError, match="source must be one of timm, mindcv, fair"):
+        published.fetch("convit_tiny", "hub")
+
+
+def test_load_pretrained(monkeypatch):
+    asked = []
+    monkeypatch.setattr(load, "fetch", lambda name, source: asked.append(name) or DATA / "mindcv_tiny.ckpt")
+    weight = torch.tensor(read(DATA / "mindcv_tiny.ckpt").tensors["patch_embed.proj.weight"])
+    model = load.load_pretrained(randomised(num_classes=3, in_chans=1), "convit_tiny", strict_head=False)
+    torch.testing.assert_close(model.patch_embed.proj.weight.detach(), weight.sum(1, keepdim=True))
+    assert torch.equal(model.head.weight, randomised(num_classes=3, in_chans=1).head.weight)
+    model = load.load_pretrained(tiny(in_chans=5), "convit_base_plus")
+    torch.testing.assert_close(model.patch_embed.proj.weight.detach(), weight[:, [0, 1, 2, 0, 1]] * 3 / 5)
+    assert asked == ["convit_tiny", "convit_base_plus"]
+    with pytest.raises(ValueError, match="strict_head=False"):
+        load.load_pretrained(tiny(num_classes=3), DATA / "mindcv_tiny.ckpt")
+
+
+# our own model
