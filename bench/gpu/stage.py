@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from convit.weights.files import replacing
-
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("environment", "correctness", "roofline", "sweep", "core", "models", "profile", "plots")
 
@@ -44,8 +42,9 @@ class Stage:
         self._write(data)
 
     def _write(self, data: dict) -> None:
-        with replacing(self.file) as file:
-            file.write(json.dumps(data, indent=1, default=str).encode())
+        fresh = self.file.with_suffix(".tmp")
+        fresh.write_text(json.dumps(data, indent=1, default=str))
+        fresh.replace(self.file)
 
 
 def answer(*command: str) -> str:
