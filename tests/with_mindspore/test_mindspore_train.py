@@ -185,7 +185,7 @@ def test_resume_is_bit_exact_wherever_it_stops(whole, folder, tmp_path, monkeypa
     assert_same_run(whole, tmp_path / "run")
 
 
-@pytest.mark.xfail(strict=False, reason="a known fault: after SIGKILL some bits of last.ckpt differ from those of a run that nothing stopped")
+@pytest.mark.xfail(strict=False, reason="known fault: after SIGKILL some bits of last.ckpt differ from those of an unstopped run")
 def test_resume_after_sigkill_is_bit_exact(folder, tmp_path):
     """The real thing, in graph mode and in processes of its own: the command is killed twice, in its first and second epoch."""
     keys = WHOLE | {"mode": 0}
