@@ -18,3 +18,37 @@ def poisoned_memory(monkeypatch):
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def one_thread():
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """A run that nothing interrupts, with everything on that could go astray: dropout, stochastic depth, mixing, a moving average."""
+    import training
+
+    return training.finished(tmp_path_factory.mktemp("whole") / "run", **training.WHOLE)
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory):
+    """A run of one process that several together must repeat."""
+    import training
+
+    return training.finished(tmp_path_factory.mktemp("alone") / "run", **training.SHARED)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Two classes that colour tells apart: 12 + 12 training JPEGs, 4 + 4 for validation, of uneven sizes."""
+    import training
+
+    return training.paint(tmp_path_factory.mktemp("images"))

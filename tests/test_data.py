@@ -12,13 +12,14 @@ np = pytest.importorskip("numpy")
 torch = pytest.importorskip("torch")
 
 from PIL import Image  # noqa: E402
+from training import pictures  # noqa: E402
 
 from convit.engine.pytorch import data as data_module  # noqa: E402
-from convit.engine.pytorch.data import EvalData, TrainData  # noqa: E402
+from convit.engine.pytorch.data import EvalData, TrainData, timm_policy  # noqa: E402
 from convit.engine.pytorch.train import train  # noqa: E402
 from convit.engine.pytorch.validate import validate  # noqa: E402
 from convit.engine.recipe import load_recipe  # noqa: E402
-from convit.engine.sources import FolderSource, choose_samples, open_source  # noqa: E402
+from convit.engine.sources import FolderSource, choose_samples, open_source, read_sample  # noqa: E402
 from convit.engine.world import World  # noqa: E402
 
 COLOURS = {"a": (200, 0, 0), "b": (0, 200, 0), "c": (0, 0, 200)}
@@ -226,3 +227,118 @@ def test_copies_of_repeated_augmentation_go_to_different_processes(root):
     for step in range(datas[0].steps_per_epoch):
         taken = [[int(order[i]) for part in data.parts(step) for i in part] for data in datas]
         assert taken[0] == taken[1] == taken[2] and len(set(taken[0])) == 2
+
+
+# --- the order of an epoch ---
+
+
+def test_the_order_and_augmentation_do_not_depend_on_workers_or_position(folder):
+    def take(workers, start, epoch=1):
+        data = TrainData(pictures(folder, num_parallel_workers=workers), World(), torch.device("cpu"))
+        return [(batch.images, batch.targets) for batch in data.batches(epoch, start)]
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    whole, split = take(0, 0), take(2, 2)
+    assert torch.equal(before, torch.get_rng_state())
+    assert len(whole) == 6 and len(split) == 4
+    for (images, targets), (other_images, other_targets) in zip(whole[2:], split, strict=True):
+        assert torch.equal(images, other_images) and torch.equal(targets, other_targets)
+    assert not torch.equal(whole[0][0], take(0, 0, epoch=2)[0][0])
+
+
+def test_two_processes_share_the_batches_of_one(folder):
+    def take(rank, size, batch):
+        data = TrainData(
+            pictures(folder, batch_size=batch, drop_remainder=False, mixup=0, cutmix=0), World(rank, size), torch.device("cpu")
+        )
+        return list(data.batches(0))
+
+    for one, left, right in zip(take(0, 1, 10), take(0, 2, 5), take(1, 2, 5), strict=True):
+        assert torch.equal(one.images, torch.cat([left.images, right.images]))
+        assert left.share + right.share == one.share == 1.0
+
+
+def test_repeated_augmentation_repeats_images_with_other_augmentations(folder):
+    data = TrainData(pictures(folder, aug_repeats=3, batch_size=24), World(), torch.device("cpu"))
+    order = data.order(0)
+    assert len(order) == 24 and len(set(order.tolist())) == 8
+    images = next(data.batches(0)).images
+    same = np.flatnonzero(order == order[0])
+    assert not torch.equal(images[same[0]], images[same[1]])
+
+
+# --- other layouts ---
+
+
+def test_tar_shards_hold_the_images_of_the_folder(folder, tmp_path):
+    wds = pytest.importorskip("webdataset")
+    tree = open_source(pictures(folder), train=True)
+    with wds.ShardWriter(str(tmp_path / "train-%04d.tar"), maxcount=10, verbose=0) as writer:
+        for i, target in enumerate(tree.targets):
+            writer.write({"__key__": f"{i:06}", "jpg": Path(tree.name(i)).read_bytes(), "cls": str(target)})
+    shutil.copy(tmp_path / "train-0000.tar", tmp_path / "val-0000.tar")
+    shards = open_source(pictures(tmp_path), train=True)
+    assert type(shards).__name__ == "TarSource" and shards.targets == tree.targets
+    for i in range(len(tree.targets)):
+        assert shards.open(i).read() == tree.open(i).read()
+    assert train(pictures(tmp_path, epoch_size=1), tmp_path / "run", progress=False).epochs == 1
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_hugging_face_files_hold_the_images_of_the_folder(folder, tmp_path, saved, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tree = open_source(pictures(folder), train=True)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["blue", "red"])})
+    rows = {"image": [tree.name(i) for i in range(len(tree.targets))], "label": tree.targets}
+    data = datasets.Dataset.from_dict(rows, features=features)
+    root = tmp_path / "hf"
+    if saved:
+        datasets.DatasetDict({"train": data, "test": data}).save_to_disk(str(root))
+    else:
+        root.mkdir()
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        data.to_parquet(str(root / "train-00000.parquet"))
+    source = open_source(pictures(root), train=True)
+    assert type(source).__name__ == "HfSource" and source.targets == tree.targets and source.classes == ["blue", "red"]
+    image = read_sample(source, 5, 3)
+    assert image.tobytes() == read_sample(tree, 5, 3).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"data_dir": ""}, "data_dir must name the folder"),
+        ({"data_dir": "nowhere"}, "data_dir nowhere is no folder"),
+        ({"train_split": "holdout"}, "has no folder 'holdout'; --train_split names another"),
+        ({"dataset": "wds"}, "no tar shards train"),
+        ({"batch_size": 48}, "the global batch of 48 exceeds the 24 samples"),
+        ({"sampling_ratio": 0.01}, "no sample left"),
+    ],
+)
+def test_missing_data_is_named(folder, tmp_path, keys, message):
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        train(pictures(folder, **keys), tmp_path / "run", progress=False)
+    assert message in str(error.value)
+
+
+def test_choose_samples():
+    targets = [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+    assert choose_samples(targets, 2) == [0, 1, 2, 3, 4, 5]
+    assert choose_samples(targets, None, 0.5) == [0, 3, 6, 7]
+    assert choose_samples(targets, 1, 1.0, 2) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("mindcv", "timm"),
+    [
+        ("autoaug-mstd0.5", "original-mstd0.5"),
+        ("autoaugr", "originalr"),
+        ("randaug-m9-n2", "rand-m9-n2"),
+        ("rand-m9", "rand-m9"),
+        (None, None),
+    ],
+)
+def test_policies_of_mindcv_in_words_of_timm(mindcv, timm):
+    assert timm_policy(mindcv) == timm

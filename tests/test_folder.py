@@ -14,7 +14,7 @@ pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 torch = pytest.importorskip("torch")
 
-from test_train import WHOLE, command, fork, one_thread, records, small, whole  # noqa: E402, F401
+from training import WHOLE, command, fork, records, small  # noqa: E402
 
 from convit import cli  # noqa: E402
 from convit.engine.folder import Folder  # noqa: E402
@@ -22,9 +22,11 @@ from convit.engine.pytorch.checkpoint import load  # noqa: E402
 from convit.engine.pytorch.train import TorchRun, train  # noqa: E402
 from convit.engine.world import World  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
-def run(whole, tmp_path):  # noqa: F811
+def run(whole, tmp_path):
     """A copy of a finished run."""
     shutil.copytree(whole, tmp_path / "run")
     return tmp_path / "run"
@@ -132,7 +134,7 @@ def test_without_its_recipe_a_run_takes_the_states_own(run, capsys):
     assert "embed_dim: 16" in capsys.readouterr().out
 
 
-def test_lines_that_are_no_records_stay(run, whole):  # noqa: F811
+def test_lines_that_are_no_records_stay(run, whole):
     log = run / "log.jsonl"
     log.write_bytes(b'[1]\nnull\nwords\n{"kind": "epoch"}\n' + log.read_bytes() + b'{"kind": "st')
     result = train(small(**WHOLE), run, resume=True, progress=False)

@@ -7,7 +7,7 @@ import threading
 from functools import partial
 
 import pytest
-from test_checkpoints import DATA, randomised, tiny
+from checkpoints import DATA, randomised, tiny
 
 from convit.weights import load, published
 from convit.weights.load import load_checkpoint, read
@@ -160,6 +160,3 @@ def test_load_pretrained(monkeypatch):
     assert asked == ["convit_tiny", "convit_base_plus"]
     with pytest.raises(ValueError, match="strict_head=False"):
         load.load_pretrained(tiny(num_classes=3), DATA / "mindcv_tiny.ckpt")
-
-
-# our own model

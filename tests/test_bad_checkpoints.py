@@ -1,0 +1,182 @@
+"""Checkpoints that are damaged, wrong or hostile: a message that names the file, in no time, and an untouched model."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from checkpoints import DATA, randomised, snapshot, tiny, torch, unchanged
+
+from convit.weights import load
+from convit.weights.load import load_checkpoint, read, read_file, write_file
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (self.path,))
+
+
+def bad_files(folder):
+    state = randomised().state_dict()
+    load.save_checkpoint(randomised(), folder / "good.safetensors")
+    load.save_checkpoint(randomised(), folder / "good.pth")
+    torch.save({"model": state, "extra": Malicious(str(folder / "ran"))}, folder / "malicious.pth")
+    (folder / "malicious.pkl").write_bytes(pickle.dumps(Malicious(str(folder / "ran")), protocol=2))
+    (folder / "protocol4.pkl").write_bytes(pickle.dumps(Malicious(str(folder / "ran")), protocol=4))
+    (folder / "empty.pth").write_bytes(b"")
+    (folder / "page.pth").write_bytes(b"<!DOCTYPE html><html></html>")
+    (folder / "lfs.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    (folder / "noise.ckpt").write_bytes(np.random.default_rng(0).bytes(500))
+    (folder / "noise2.ckpt").write_bytes(b"\x0a\x7f" + b"\xff" * 200)
+    torch.save([1, 2], folder / "list.pth")
+    torch.save({"model": {"a": 1}}, folder / "numbers.pth")
+    torch.save({"conv1.weight": torch.zeros(2)}, folder / "resnet.pth")
+    torch.save(state | {"head.weight": torch.zeros(10, 16, dtype=torch.complex64)}, folder / "complex.pth")
+    torch.save({"model": state, "convit": {"act": "relu"}}, folder / "settings.pth")
+    for name in ("good.safetensors", "good.pth"):
+        data = (folder / name).read_bytes()
+        for share in (0.001, 0.5, 0.99):
+            (folder / f"cut{share}-{name}").write_bytes(data[: int(len(data) * share)])
+    (folder / "long.safetensors").write_bytes((folder / "good.safetensors").read_bytes() + b"more")
+    data = (DATA / "mindcv_tiny.ckpt").read_bytes()
+    for share in (0.001, 0.5, 0.99):
+        (folder / f"cut{share}.ckpt").write_bytes(data[: int(len(data) * share)])
+    header = {"a": {"dtype": "F32", "shape": [1 << 40, 1 << 40], "data_offsets": [0, 8]}}
+    overlap = {name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for name in "ab"}
+    negative = {"a": {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}}
+    for name, entry in (("huge", header), ("overlap", overlap), ("negative", negative), ("odd", {"a": [1]})):
+        text = json.dumps(entry).encode()
+        (folder / f"{name}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    return sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("good"))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_bad_files_leave_the_model_alone(tmp_path):
+    model = randomised(5)
+    before = snapshot(model)
+    files = bad_files(tmp_path)
+    assert len(files) > 25
+    for path in files:
+        with pytest.raises(ValueError) as error:
+            load_checkpoint(model, path)
+        message = str(error.value)
+        assert path.name in message and len(message) < 700 and "weights_only" not in message, (path, message)
+        for word in {"malicious": ["refused", "mkdir"], "cut": ["truncated"], "page": ["web page"], "lfs": ["git-lfs"]}.get(
+            path.name.split(".")[0].rstrip("0"), []
+        ):
+            assert word in message, (path, message)
+        assert unchanged(model, before), path
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(FileNotFoundError):
+        load_checkpoint(model, tmp_path / "absent.pth")
+    assert unchanged(model, before)
+
+
+def test_damaged_bytes_never_crash(tmp_path):
+    """Any byte of a file changed: it loads, or it is a ValueError; nothing else escapes the readers."""
+    rng = np.random.default_rng(0)
+    small = {"blocks.0.attn.qk.weight": np.ones((2, 1), np.float32), "patch_embed.proj.weight": np.ones((1, 1), np.float32)}
+    for name in ("a.safetensors", "a.ckpt"):
+        write_file(tmp_path / name, small, {"act": "gelu", "norm_eps": 1e-6})
+        data = (tmp_path / name).read_bytes()
+        for at in range(len(data)):
+            damaged = bytearray(data)
+            damaged[at] = int(rng.integers(256))
+            (tmp_path / "damaged").write_bytes(damaged)
+            try:
+                read(tmp_path / "damaged")
+            except ValueError as error:
+                assert "damaged" in str(error)
+
+
+HEADER = b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,8]}}'
+
+
+def pickled(folder, name, code, **records):
+    """An archive as torch.save makes it, around a pickle of one's own."""
+    with zipfile.ZipFile(folder / name, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02" + code + b".")
+        for record, data in records.items():
+            archive.writestr(f"a/data/{record}", data)
+
+
+def hostile_files(folder):
+    """Small files that once cost minutes, gigabytes or a traceback."""
+    for name, header in {
+        "nested": b'{"a":' + b"[" * 40_000 + b"]" * 40_000 + b"}",
+        "metadata": b'{"__metadata__":[1],"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        "infinite": HEADER % b"1e999",
+        "digits": HEADER % (b"9" * 4000),
+        "more_digits": HEADER % (b"9" * 5000),
+        "twice": HEADER[:-1] % b"2" + b"," + HEADER[1:] % b"2",
+        "settings": b'{"__metadata__":{"convit":"' + b"[" * 20_000 + b'"},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+    }.items():
+        (folder / f"{name}.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    for name, head in {"sparse.pth": b"PK\x03\x04", "sparse_old.pth": b"\x80\x02", "sparse.ckpt": b"\x0a\x10"}.items():
+        with open(folder / name, "wb") as file:
+            file.write(head)
+            file.truncate(1 << 40)
+    entry = {"dtype": "F32", "shape": [1 << 38], "data_offsets": [0, 1 << 40]}
+    header = json.dumps({"blocks.0.attn.qk.weight": entry}).encode()
+    with open(folder / "sparse.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + (1 << 40))
+    torch.save({"a": torch.zeros(1).expand(1 << 31)}, folder / "expanded.pth")
+    base = torch.zeros(100, 100)
+    torch.save({f"a{i}": base.t() for i in range(300)}, folder / "aliases.pth")
+    nested = []
+    for _ in range(60):
+        nested = [nested] * 10
+    torch.save({"a": {"b": torch.zeros(2)}, "model": {"b": torch.zeros(2)}, "convit": {"act": nested}}, folder / "lists.pth")
+    tuples = b")q\x01" + b"".join(b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(1, 200))
+    pickled(folder, "tuples.pth", b"}q\x00(" + b")q\x01" + tuples + b"K\x01u")
+    pickled(folder, "memo.pth", b"]r\xff\xff\xff\x7f")
+    pickled(folder, "long.pth", b"\x8d" + (1 << 62).to_bytes(8, "little"))
+    pickled(folder, "instructions.pth", b"N0" * 600_000)
+    numel = b"\x8a\x05" + (1 << 32).to_bytes(5, "little")
+    identity = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu" + numel + b"tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + identity + b"K\x00" + numel + b"\x85K\x01\x85\x89}tR"
+    pickled(folder, "storage.pth", b"}X\x01\x00\x00\x00a" + tensor + b"s", **{"0": bytes(8)})
+    with zipfile.ZipFile(folder / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(10_000_000))
+    os.mkfifo(folder / "pipe.pth")
+    (folder / "folder.pth").mkdir()
+    return sorted(folder.iterdir())
+
+
+def test_hostile_files_cost_nothing(tmp_path):
+    """Each is a ValueError that names the file, within two seconds and 300 MB."""
+    code = (
+        "import sys, time\nfrom convit.weights.load import read\nfor path in sys.argv[1:]:\n    began = time.process_time()\n"
+        "    try:\n        read(path)\n        print(path, 'was read')\n    except ValueError as error:\n"
+        "        if path not in str(error) or len(str(error)) > 600: print(path, repr(error))\n"
+        "    if time.process_time() - began > 2: print(path, 'is slow')\n"
+        "    peak = next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
+        "    if peak > 300_000: print(path, 'takes', peak, 'kB')\n"
+    )
+    files = hostile_files(tmp_path)
+    assert len(files) > 20
+    told = subprocess.run([sys.executable, "-c", code, *map(str, files)], capture_output=True, text=True, timeout=120)
+    assert told.stdout + told.stderr == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_weights_are_floating_point(tmp_path, dtype):
+    state = tiny().state_dict()
+    torch.save(state | {"head.weight": state["head.weight"].to(dtype)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="floating-point weights, got (int64|bool) at head.weight"):
+        read(tmp_path / "a.pth")
+
+
+def test_nan_weights_are_named(tmp_path, caplog):
+    weights, _ = read_file(DATA / "mindcv_tiny.ckpt")
+    write_file(tmp_path / "a.ckpt", weights | {"norm.gamma": weights["norm.gamma"] * np.float32("nan")}, None)
+    load_checkpoint(tiny(), tmp_path / "a.ckpt")
+    assert "NaN or infinite values in 1 of" in caplog.text and "norm.weight" in caplog.text

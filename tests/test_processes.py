@@ -1,0 +1,168 @@
+"""Several processes: the curve of one, uneven rests, processes that die, every launcher."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytest.importorskip("timm")
+pytest.importorskip("sklearn")
+np = pytest.importorskip("numpy")
+torch = pytest.importorskip("torch")
+
+from training import CPU, SHARED, assert_same_curve, command, fork, free_port, pictures, records, small, together, torchrun  # noqa: E402
+
+from convit.engine.pytorch import data as data_module  # noqa: E402
+from convit.engine.pytorch.train import train  # noqa: E402
+from convit.engine.world import World, find_world, first_host, rendezvous  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_two_processes_by_torchrun_give_the_curve_of_one(alone, tmp_path):
+    done = torchrun(tmp_path / "run", 2, **SHARED | {"batch_size": 16})
+    assert done.returncode == 0, done.stderr
+    assert "2 processes (torchrun)" in done.stderr
+    assert_same_curve(alone, tmp_path / "run")
+
+
+def test_two_machines_by_torchrun_give_the_curve_of_one(alone, tmp_path):
+    """Two agents, one per machine, that meet at a rendezvous; here both are on this one."""
+    head = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    head += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "test"]
+    words = [*head, *command(tmp_path / "run", **SHARED | {"batch_size": 16})[1:]]
+    logs = [tmp_path / f"agent{i}.txt" for i in range(2)]
+    agents = [subprocess.Popen(words, stdout=log.open("w"), stderr=subprocess.STDOUT, env=CPU) for log in logs]
+    try:
+        deadline = time.monotonic() + 600
+        while any(agent.poll() is None for agent in agents) and time.monotonic() < deadline:
+            if any("2 epochs in" in log.read_text() for log in logs):
+                # an agent waits five minutes for another that crashed on its way out, as torch's sometimes do: not for this test
+                deadline = min(deadline, time.monotonic() + 30)
+            time.sleep(0.2)
+    finally:
+        for agent in agents:
+            agent.kill()
+            agent.wait()
+    said = [log.read_text() for log in logs]
+    assert sum("2 processes (torchrun)" in text for text in said) == 1, "\n".join(said)
+    assert not any("ChildFailedError" in text for text in said), "\n".join(said)
+    assert_same_curve(alone, tmp_path / "run")
+
+
+def test_two_processes_sharded_give_the_curve_of_one(alone, tmp_path):
+    """FSDP2 with accumulation, under srun's variables; then a single process goes on from what the two saved."""
+    keys = SHARED | {"batch_size": 8, "gradient_accumulation_steps": 2, "fsdp": True}
+    environ = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+    def work(rank):
+        os.environ.update(environ | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)})
+        train(small(**keys), tmp_path / "run", progress=False)
+
+    children = [fork(lambda rank=rank: work(rank)) for rank in range(2)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert_same_curve(alone, tmp_path / "run")
+    result = train(small(**SHARED | {"epoch_size": 3}), tmp_path / "run", resume=True, progress=False)
+    assert result.epochs == 3 and result.train_loss < records(tmp_path / "run", "epoch")[0]["train_loss"]
+
+
+def test_sharded_processes_with_uneven_rests_score_as_one(tmp_path):
+    """289 validation images over four processes, 8 a batch: one of them has a batch more than the others."""
+    keys = SHARED | {"num_classes": 8, "drop_remainder": False, "num_samples": 350, "epoch_size": 1}
+    train(small(**keys | {"batch_size": 32}), tmp_path / "one", progress=False)
+    sharded = small(**keys | {"batch_size": 8, "fsdp": True})
+    assert together(4, lambda rank: train(sharded, tmp_path / "four", progress=False)) == [0] * 4
+    one, four = (records(tmp_path / name, "epoch")[-1] for name in ("one", "four"))
+    assert four["top1"] == pytest.approx(one["top1"], abs=0.3) and four["val_loss"] == pytest.approx(one["val_loss"], rel=1e-4)
+
+
+def test_a_process_without_validation_images_and_one_that_reads_only_broken_ones(folder, tmp_path):
+    """One image for two processes; a whole batch that cannot be read, sharded: all end, with the scores of what was read."""
+    shutil.copytree(folder, tmp_path / "data")
+    for path in sorted((tmp_path / "data/val").rglob("*.jpg"))[1:]:
+        path.unlink()
+    keys = {"epoch_size": 1, "mixup": 0, "cutmix": 0}
+    assert together(2, lambda rank: train(pictures(tmp_path / "data", **keys), tmp_path / "ddp", progress=False)) == [0, 0]
+    shutil.rmtree(tmp_path / "data/val")
+    shutil.copytree(folder / "val", tmp_path / "data/val")
+    for path in (tmp_path / "data/val/blue").iterdir():
+        path.write_bytes(b"broken")
+    assert together(2, lambda rank: train(pictures(tmp_path / "data", fsdp=True, **keys), tmp_path / "fsdp", progress=False)) == [0, 0]
+    assert "top1" in records(tmp_path / "fsdp", "epoch")[0]
+
+
+def test_a_process_that_dies_or_cannot_read_ends_the_others(folder, tmp_path, monkeypatch, capfd):
+    read = data_module.read_sample
+
+    def failing(rank, how):
+        def failing_read(source, index, channels):
+            if int(os.environ["SLURM_PROCID"]) == 1:
+                how()
+            return read(source, index, channels)
+
+        data_module.read_sample = failing_read
+        train(pictures(folder, num_parallel_workers=0, val_while_train=False), tmp_path / "run", overwrite=True, progress=False)
+
+    def broken():
+        raise RuntimeError("the disk is gone")
+
+    assert together(2, lambda rank: failing(rank, broken), 60) == [1, 1]
+    said = capfd.readouterr().err
+    assert "the disk is gone" in said and "another process cannot read its data" in said
+    assert together(2, lambda rank: failing(rank, lambda: os.kill(os.getpid(), signal.SIGKILL)), 60) == [1, -signal.SIGKILL]
+    assert "Error" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
+def test_two_processes_by_mpirun_give_the_curve_of_one(alone, tmp_path):
+    version = subprocess.run(["mpirun", "--version"], capture_output=True, text=True).stdout
+    options = ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"] if "Open MPI" in version else []
+    words = ["mpirun", *options, "-n", "2", *command(tmp_path / "run", **SHARED | {"batch_size": 16})]
+    done = subprocess.run(words, capture_output=True, text=True, env=CPU, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert f"2 processes ({'Open MPI' if options else 'MPICH'})" in done.stderr
+    assert_same_curve(alone, tmp_path / "run")
+
+
+LAUNCHED = {
+    "torchrun": {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node0", "MASTER_PORT": "1234"},
+    "Open MPI": {
+        "OMPI_COMM_WORLD_RANK": "3",
+        "OMPI_COMM_WORLD_SIZE": "8",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "8",
+    },
+    "MPICH": {"PMI_RANK": "3", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "8"},
+    "msrun": {"RANK_ID": "3", "MS_WORKER_NUM": "8", "DEVICE_ID": "1"},
+    "srun": {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[03-05,9],login"},
+}
+ADDRESSES = {"torchrun": "node0", "Open MPI": "127.0.0.1", "MPICH": "127.0.0.1", "msrun": "127.0.0.1", "srun": "gpu03"}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHED)
+def test_the_variables_of_every_launcher(launcher):
+    world = find_world(LAUNCHED[launcher])
+    assert world == (3, 8, 1, launcher)
+    address, port = rendezvous(world, LAUNCHED[launcher])
+    assert address == ADDRESSES[launcher]
+    assert port == (1234 if launcher == "torchrun" else port) and 1024 < port < 65536
+
+
+def test_worlds_without_or_with_a_confused_launcher():
+    assert find_world({}) == World()
+    assert find_world({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == World()  # inside sbatch, without srun
+    with pytest.raises(ValueError, match="set MASTER_ADDR"):
+        rendezvous(World(3, 8, 1, "Open MPI"), {**LAUNCHED["Open MPI"], "OMPI_COMM_WORLD_LOCAL_SIZE": "4"})
+    with pytest.raises(ValueError, match="must be whole numbers"):
+        find_world({"RANK": "a", "WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("a", "a"), ("a1,b2", "a1"), ("n[7]", "n7"), ("n[001-004].x,m", "n001.x"), ("gpu-[3,5-9]", "gpu-3")]
+)
+def test_first_host(nodes, first):
+    assert first_host(nodes) == first
