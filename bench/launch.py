@@ -107,7 +107,7 @@ def main() -> None:
 
 def _report() -> None:
     print("microseconds of the host for one call, B=1, H=4, D=16, bfloat16; nothing is computed")
-    for grid in ((14, 14), (17, 17)):  # one kernel forward and three backward; three and ten
+    for grid in ((14, 14), (17, 17)):  # one kernel forward and three backward; three and seven
         for name, call in _calls(grid).items():
             print(f"{grid[0]}x{grid[1]}  {name:<36} {microseconds(call):6.1f}", flush=True)
 

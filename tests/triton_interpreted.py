@@ -224,7 +224,7 @@ def test_float32_products_follow_torchs_setting_by_either_name(name):
     try:
         for value in (True, False) if name == "allow_tf32" else ("tf32", "ieee"):
             setattr(matmul, name, value)
-            assert configs.precision(torch.float32) == ("tf32" if value in (True, "tf32") else "ieee")
-            assert configs.precision(torch.bfloat16) == "ieee"
+            assert configs.precision(torch.float32, "cpu") == ("tf32" if value in (True, "tf32") else "ieee")
+            assert configs.precision(torch.bfloat16, "cpu") == "ieee"
     finally:
         setattr(matmul, name, before)

@@ -98,7 +98,7 @@ def sweep(stage: Stage) -> None:
     for number, (dtype, dim, block) in enumerate(targets):
         share = stage.left() - 8 if number + 1 == len(targets) else 0.72 * stage.left()
         end = time.monotonic() + share
-        arithmetic = "half" if dtype != "float32" else configs.precision(torch.float32)
+        arithmetic = "half" if dtype != "float32" else configs.precision(torch.float32, stage.device)
         # the tile kernels are for half precision
         candidates = {k: c for k, c in _candidates(stage.rehearse).items() if arithmetic == "half" or "tile" not in k}
         jobs = [

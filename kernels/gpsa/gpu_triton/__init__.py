@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from convit.kernels.gpsa import torch_operator
 from convit.kernels.gpsa.gpu_triton import launch  # registers the operator's kernels  # noqa: F401
-from convit.kernels.gpsa.gpu_triton.configs import DEVICES, INTERPRET
+from convit.kernels.gpsa.gpu_triton.configs import DEVICES, INTERPRET, LARGEST_D
 
 if TYPE_CHECKING:
     from convit.dispatch import Problem
@@ -40,8 +40,8 @@ def why_not(problem: Problem) -> str | None:
         return f"{problem.dtype} is not supported (float32, float16 and bfloat16 are)"
     if INTERPRET and problem.dtype == "bfloat16":
         return "Triton's interpreter computes bfloat16 wrongly"
-    if problem.head_dim > 128:
-        return f"head dimension {problem.head_dim} is larger than 128"
+    if problem.head_dim > LARGEST_D:
+        return f"head dimension {problem.head_dim} is larger than {LARGEST_D}"
     return DEVICES[problem.device].why_not()
 
 

@@ -8,14 +8,25 @@ from typing import NamedTuple
 
 import torch
 import triton
+from triton.backends import backends
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 SLOTS = 256  # the largest padded grid that the tile kernels hold
+LARGEST_D = 128  # head dimension
 ALL = SLOTS // 16  # a tile has 16 query slots at least, so that this many are all of a head
 MANY = 512  # batch times heads from which on one program takes several query blocks, or many lines of an axis
 
 
 # --------------------------------------------------------------------------------------------------------------------- devices
+def _tf32() -> bool:
+    """Torch's own setting for CUDA, by either of its names."""
+    matmul = torch.backends.cuda.matmul
+    try:
+        return bool(matmul.allow_tf32)
+    except RuntimeError:  # torch 2.9 renamed the setting; once a program has used the new name, reading the old one is an error
+        return bool(matmul.fp32_precision == "tf32")
+
+
 class Device(NamedTuple):
     """A type of torch device that Triton launches on. Its streams, current device and guard are ``torch.get_device_module``'s."""
 
@@ -23,6 +34,7 @@ class Device(NamedTuple):
     family: Callable[[int], str]  # index of a device -> key of the table of tile sizes
     why_not: Callable[[], str | None]  # why nothing runs there, or None
     direct: bool = False  # compiled kernels may be called past Triton's launch: nothing but the tensors' alignment chooses between them
+    tf32: Callable[[], bool] = _tf32  # whether float32 products may be rounded to tf32
 
 
 @functools.cache
@@ -43,16 +55,36 @@ def _no_gpu() -> str | None:
         return "no CUDA or ROCm device is usable (torch.cuda.is_available() is false)"
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
         major, minor = torch.cuda.get_device_capability()
-        return f"compute capability {major}.{minor} is older than 8.0"
+        return f"compute capability {major}.{minor} is older than 8.0 (Ampere): 'sdpa' serves Volta and Turing"
     return None
+
+
+def _none(device: str, backend: str, package: str) -> Callable[[], str | None]:
+    """Why nothing runs on ``device``: torch has none, or Triton no ``backend`` for it, which ``package`` brings."""
+
+    @functools.cache
+    def why_not() -> str | None:
+        module = getattr(torch, device, None)
+        if module is None or not module.is_available():
+            return f"torch finds no {device} device"
+        return None if backend in backends else f"Triton {triton.__version__} has no back end for {device}: install {package}"
+
+    return why_not
 
 
 TRITON = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
 # before 3.3 a compiled kernel takes other arguments; on AMD more than alignment matters
 _DIRECT = torch.version.hip is None and TRITON >= (3, 3)
 
-# torch device type -> device; Triton's interpreter takes CPU tensors, and no others
-DEVICES: dict[str, Device] = {"cuda": Device("CUDA", _gpu_family, _no_gpu, _DIRECT)}
+# torch device type -> device: the one place that says under which key the operator is registered, which tile sizes a chip takes, and
+# how launches reach it. On xpu and npu nothing here has run: they are used by name (``backend="triton"``) and not by the automatic
+# choice (``ORDER`` in convit/dispatch.py), with the general rows of the table below until it has rows of their families.
+# Triton's interpreter takes CPU tensors, and no others.
+DEVICES: dict[str, Device] = {
+    "cuda": Device("CUDA", _gpu_family, _no_gpu, _DIRECT),
+    "xpu": Device("XPU", lambda index: "xpu", _none("xpu", "intel", "triton-xpu"), tf32=lambda: False),
+    "npu": Device("PrivateUse1", lambda index: "npu", _none("npu", "ascend", "triton-ascend"), tf32=lambda: False),
+}
 if INTERPRET:
     DEVICES = {"cpu": Device("CPU", lambda index: "interpret", lambda: None)}
 
@@ -158,7 +190,7 @@ CONFIGS: dict[str, list[Row]] = {
     ),
 }
 OPTIONS = {"enable_fp_fusion": True}  # Triton 3.10 leaves it off by default; the exponents of all kernels count on it
-SMALL = Config(64, 64, 4, 1)  # of the two kernels that touch no tensor
+SMALL = Config(64, 64, 4, 1)  # of the reduction
 
 
 def choose(kernel: str, family: str, arithmetic: str, block_d: int) -> Config:
@@ -182,13 +214,6 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def precision(dtype: torch.dtype) -> str:
-    """``tl.dot``'s input precision: torch's own setting decides whether float32 products may use tf32."""
-    if dtype != torch.float32:
-        return "ieee"
-    matmul = torch.backends.cuda.matmul
-    try:
-        allowed = matmul.allow_tf32
-    except RuntimeError:  # torch 2.9 renamed the setting; once a program has used the new name, reading the old one is an error
-        allowed = matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
+def precision(dtype: torch.dtype, device: str) -> str:
+    """``tl.dot``'s input precision on this type of device."""
+    return "tf32" if dtype == torch.float32 and DEVICES[device].tf32() else "ieee"

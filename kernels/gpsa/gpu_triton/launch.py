@@ -13,7 +13,7 @@ from convit.kernels.gpsa import torch_operator
 from convit.kernels.gpsa.gpu_triton import configs
 from convit.kernels.gpsa.gpu_triton.common import LOG2E, reduce_kernel
 from convit.kernels.gpsa.gpu_triton.configs import CONFIGS, DEVICES, MANY, OPTIONS, SMALL, Config, Device, Row
-from convit.kernels.gpsa.gpu_triton.loop import dkdv_loop_kernel, dq_loop_kernel, fwd_loop_kernel, mix_kernel, moments_kernel, norm_kernel
+from convit.kernels.gpsa.gpu_triton.loop import dkdv_loop_kernel, dq_loop_kernel, fwd_loop_kernel, mix_kernel, moments_kernel
 from convit.kernels.gpsa.gpu_triton.tile import dkdv_tile_kernel, dq_tile_kernel, fwd_tile_kernel
 
 Steps: TypeAlias = tuple[int, ...]  # a tensor's strides
@@ -108,13 +108,13 @@ class Plan:
         self.strides = tuple(step for x in strides for step in x[:3])
         # float32 tiles of a whole key row do not fit: it takes the loops at any N
         self.arithmetic = "half" if half else precision
-        self.padded = configs.padded_grid(grid) if half else None
         self.block_d = max(16, configs.power_of_two(dim))
+        self.padded = configs.padded_grid(grid) if half else None
         self.lines = 32 if self.batch * self.heads >= MANY else 4  # of an axis that one program takes: its weights serve them all
         self.common: dict[str, Any] = {"D": dim, "BD": self.block_d, "PRECISION": precision}
         if self.padded:
             self.tile = {"GH": grid[0], "GW": grid[1], "GHP": self.padded[0], "GWP": self.padded[1], **self.common}
-        self.mixes: dict[tuple[Steps, bool, bool], Call] = {}
+        self.mixes: dict[tuple[Steps, bool, bool, bool], Call] = {}
 
     def config(self, kernel: str) -> Config:
         return configs.choose(kernel, self.family, self.arithmetic, self.block_d)
@@ -173,14 +173,14 @@ class Plan:
         return self.query_blocks(c)[2] if self.padded else -(-self.tokens // c.rows)
 
     @functools.cached_property
-    def moment_axes(self) -> list[bool]:
-        return [is_x for is_x in (True, False) if self.grid[is_x] > 1] or [True]
+    def moment_blocks(self) -> int:
+        rows = self.config("moments").rows
+        return self.line_blocks(True, rows) + self.line_blocks(False, rows)
 
     @functools.cached_property
     def parts(self) -> int:
         """Programs of a head that leave a share of the gradients of the gate and the position weights."""
-        rows = self.config("moments").rows
-        return self.dq_blocks + (0 if self.padded else sum(self.line_blocks(is_x, rows) for is_x in self.moment_axes))
+        return self.dq_blocks + (0 if self.padded else self.moment_blocks)
 
     @functools.cached_property
     def dq_tile(self) -> Call:
@@ -230,37 +230,25 @@ class Plan:
         return self.call(dkdv_loop_kernel, -(-self.tokens // c.keys), c, *numbers, BM=c.rows, BN=c.keys, **self.common)
 
     @functools.cached_property
-    def norm(self) -> Call:
-        (gh, gw), c = self.grid, SMALL
-        blocks = -(-gw // c.rows) + -(-gh // c.rows)
-        return self.launch(norm_kernel, self.heads * blocks, c, (gh, gw), {"BM": c.rows, "BK": c.keys})
-
-    @functools.cached_property
-    def moments(self) -> list[tuple[bool, Call]]:
-        """Axis and launch; one axis at least, since the gate goes with the first."""
-        c, part0 = self.config("moments"), self.dq_blocks
-        calls: list[tuple[bool, Call]] = []
-        for is_x in self.moment_axes:
-            numbers = *self.strides[:3], self.heads, *self.grid, self.parts, part0
-            constants = {"X": is_x, "GATE": not calls, "LINES": self.lines, "BM": c.rows, "BK": c.keys, **self.common}
-            blocks = self.line_blocks(is_x, c.rows)
-            calls.append((is_x, self.call(moments_kernel, blocks, c, *numbers, **constants)))
-            part0 += blocks
-        return calls
+    def moments(self) -> Call:
+        c = self.config("moments")
+        numbers = *self.strides[:3], *self.strides[9:12], self.heads, *self.grid, self.parts, self.dq_blocks
+        return self.call(moments_kernel, self.moment_blocks, c, *numbers, LINES=self.lines, BM=c.rows, BK=c.keys, **self.common)
 
     @functools.cached_property
     def reduce(self) -> Call:
         return self.launch(reduce_kernel, self.heads, SMALL, (self.heads, self.batch, self.parts), {"BLOCK": 256})
 
-    def mix(self, strides: tuple[int, ...], is_x: bool, transpose: bool) -> Call:
-        """Product of a tensor of these strides with one factor or its transpose."""
-        key = strides, is_x, transpose
+    def mix(self, strides: tuple[int, ...], is_x: bool, transpose: bool, sums: bool = False) -> Call:
+        """Product of a tensor of these strides with one factor or its transpose; ``sums``: also what the transposes divide by."""
+        key = strides, is_x, transpose, sums
         if key not in self.mixes:
             c = self.config("mix")
-            constants = {"X": is_x, "TRANSPOSE": transpose, "SHORT": self.grid[is_x] <= c.keys, "LINES": self.lines}
+            constants = {"X": is_x, "TRANSPOSE": transpose, "SUMS": sums, "SHORT": self.grid[is_x] <= c.keys, "LINES": self.lines}
             constants |= {"BM": c.rows, "BK": c.keys, **self.common}
-            blocks = self.line_blocks(is_x, c.rows)
-            self.mixes[key] = self.call(mix_kernel, blocks, c, *strides[:3], self.heads, *self.grid, **constants)
+            programs = self.batch * self.heads * self.line_blocks(is_x, c.rows)
+            programs += self.heads * sum(-(-size // c.rows) for size in self.grid) if sums else 0
+            self.mixes[key] = self.launch(mix_kernel, programs, c, (*strides[:3], self.heads, *self.grid), constants)
         return self.mixes[key]
 
 
@@ -268,7 +256,9 @@ _cached_plan = functools.lru_cache(maxsize=1024)(Plan)
 
 
 def _plan(q: Tensor, grid_h: int, grid_w: int, scale: float, *strides: Steps) -> Plan:
-    return _cached_plan(q.shape, q.dtype != torch.float32, (grid_h, grid_w), scale, strides, q.device, configs.precision(q.dtype))
+    return _cached_plan(
+        q.shape, q.dtype != torch.float32, (grid_h, grid_w), scale, strides, q.device, configs.precision(q.dtype, q.device.type)
+    )
 
 
 def forward(
@@ -284,20 +274,21 @@ def forward(
         if plan.padded:
             _through(plan.fwd_tile, q, k, v, pos_weight, gating, out, lse)
         else:
-            position = _mix(plan, v, pos_weight, None, (True, False))
+            position = v
+            for is_x in (True, False):
+                if plan.grid[is_x] > 1:  # one patch along an axis: its factor is 1
+                    position = _mix(plan, position, pos_weight, pos_weight, is_x)
+            if not position.transpose(1, 2).is_contiguous():
+                position = torch_operator.empty_heads(v).copy_(v)
             _through(plan.fwd_loop, q, k, v, position, gating, out, lse)
     return out, lse
 
 
-def _mix(plan: Plan, x: Tensor, pos_weight: Tensor, sums: Tensor | None, axes: tuple[bool, ...]) -> Tensor:
-    """Product of ``x`` [B, H, N, D] with Px (True) and Py (False) in turn, or with their transposes where ``sums`` are given."""
-    for is_x in axes:
-        if plan.grid[is_x] == 1:
-            continue  # one patch along this axis: the factor is 1
-        out = torch_operator.empty_heads(x)
-        _through(plan.mix(x.stride(), is_x, sums is not None), x, pos_weight, pos_weight if sums is None else sums, out)
-        x = out
-    return x if x.transpose(1, 2).is_contiguous() else torch_operator.empty_heads(x).copy_(x)
+def _mix(plan: Plan, x: Tensor, pos_weight: Tensor, sums: Tensor, is_x: bool, transpose: bool = False, first: bool = False) -> Tensor:
+    """Product of ``x`` [B, H, N, D] with Px or Py, or its transpose by ``sums``, which the ``first`` such call fills."""
+    out = torch_operator.empty_heads(x)
+    _through(plan.mix(x.stride(), is_x, transpose, first), x, pos_weight, sums, out)
+    return out
 
 
 def backward(
@@ -321,11 +312,11 @@ def backward(
             _through(plan.dkdv_tile, grad_out, q, k, v, pos_weight, gating, stats, dk, dv)
         else:
             sums = lse.new_empty((plan.heads, sum(plan.grid)))
-            _through(plan.norm, pos_weight, sums)
+            mixed_v = _mix(plan, v, pos_weight, sums, False, first=True)
             _through(plan.dq_loop, grad_out, q, k, v, out, gating, lse, dq, stats, part)
-            for is_x, call in plan.moments:
-                _through(call, grad_out, _mix(plan, v, pos_weight, None, (not is_x,)), pos_weight, part)
-            position = _mix(plan, grad_out, pos_weight, sums, (True, False))
+            mixed = _mix(plan, grad_out, pos_weight, sums, True, transpose=True)
+            _through(plan.moments, grad_out, mixed_v, mixed, v, pos_weight, part)
+            position = _mix(plan, mixed, pos_weight, sums, False, transpose=True) if plan.grid[0] > 1 else mixed
             _through(plan.dkdv_loop, grad_out, q, k, v, position, gating, stats, dk, dv)
         _through(plan.reduce, part, gating, dpos_weight, dgating)
     return dq, dk, dv, dpos_weight, dgating

@@ -7,12 +7,12 @@ from convit.kernels.gpsa.gpu_triton.common import BACKWARD_LIMIT, LARGE, LN2, LO
 
 
 @triton.jit
-def norm_kernel(w_ptr, sum_ptr, GH, GW, BM: tl.constexpr, BK: tl.constexpr):
+def _norms(pid, w_ptr, sum_ptr, GH, GW, BM: tl.constexpr, BK: tl.constexpr):
     """Sums of the unnormalised rows of Px, then of Py: [H, GW + GH]. One program: a head, an axis, BM rows."""
     blocks_x = (GW + BM - 1) // BM
     blocks = blocks_x + (GH + BM - 1) // BM
-    h = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
+    h = (pid // blocks).to(tl.int64)
+    block = pid % blocks
     is_x = block < blocks_x
     size = tl.where(is_x, GW, GH)
     w = tl.load(w_ptr + h * 3 + tl.where(is_x, 0, 1)) * LOG2E
@@ -36,20 +36,27 @@ def _mix_weights(w, w2, sum_ptr, to, t, size, TRANSPOSE: tl.constexpr):
 
 @triton.jit
 def mix_kernel(
-    in_ptr, w_ptr, sum_ptr, out_ptr,  # [B,H,N,D], [H,3], [H,GW+GH] (read if TRANSPOSE), [B,N,H,D]
+    in_ptr, w_ptr, sum_ptr, out_ptr,  # [B,H,N,D], [H,3], [H,GW+GH] (read if TRANSPOSE, written if SUMS), [B,N,H,D]
     stride_b, stride_h, stride_n, H, GH, GW,
-    X: tl.constexpr, TRANSPOSE: tl.constexpr, SHORT: tl.constexpr, LINES: tl.constexpr,
+    X: tl.constexpr, TRANSPOSE: tl.constexpr, SUMS: tl.constexpr, SHORT: tl.constexpr, LINES: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Product with Px along x, or with Py along y, or with its transpose. One program: LINES lines of the axis, BM patches each.
 
-    SHORT: a line fits into one tile, and its weights are made once for all lines.
+    SHORT: a line fits into one tile, and its weights are made once for all lines. SUMS: the first programs leave the sums for later.
     """
+    pid = tl.program_id(0)
+    if SUMS:
+        norms = H * ((GW + BM - 1) // BM + (GH + BM - 1) // BM)
+        if pid < norms:
+            _norms(pid, w_ptr, sum_ptr, GH, GW, BM, BK)
+            return
+        pid -= norms
     size = GW if X else GH
     count = GH if X else GW
     step = 1 if X else GW
     blocks = (size + BM - 1) // BM
-    block, bh, b, h = place(tl.program_id(0), blocks * ((count + LINES - 1) // LINES), H)
+    block, bh, b, h = place(pid, blocks * ((count + LINES - 1) // LINES), H)
     to = (block % blocks) * BM + tl.arange(0, BM)
     d = tl.arange(0, BD)
     w = tl.load(w_ptr + h * 3 + (0 if X else 1)) * LOG2E
@@ -87,25 +94,36 @@ def mix_kernel(
 
 @triton.jit
 def moments_kernel(
-    do_ptr, u_ptr, w_ptr, part_ptr,  # [B,H,N,D], [B,N,H,D] = product of v with the other axis, [H,3], [B*H,parts,4]
-    stride_b, stride_h, stride_n, H, GH, GW, parts, part0,
-    X: tl.constexpr, GATE: tl.constexpr, LINES: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    do_ptr, u_ptr, a_ptr, v_ptr, w_ptr, part_ptr,  # [B,H,N,D], Py v and Px^T dO [B,N,H,D], [B,H,N,D], [H,3], [B*H,parts,4]
+    stride_ob, stride_oh, stride_on, stride_vb, stride_vh, stride_vn, H, GH, GW, parts, part0,
+    LINES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One axis's share of dpos_weight: moments of P dP, dP = dO u^T summed over LINES lines, never stored. GATE: also sum P dP."""
-    size = GW if X else GH
-    count = GH if X else GW
-    step = 1 if X else GW
-    blocks = (size + BM - 1) // BM
-    block, bh, b, h = place(tl.program_id(0), blocks * ((count + LINES - 1) // LINES), H)
+    """Shares of dpos_weight and of the sum of P dA by one axis at a time: moments of P dP under P, dP never stored.
+
+    dPx = sum_y dO (Py v)^T, dPy = sum_x (Px^T dO) v^T. One program: an axis, BM of its patches, LINES of its lines.
+    """
+    blocks_x = (GW + BM - 1) // BM
+    blocks_y = (GH + BM - 1) // BM
+    programs_x = blocks_x * ((GH + LINES - 1) // LINES)
+    part, bh, b, h = place(tl.program_id(0), programs_x + blocks_y * ((GW + LINES - 1) // LINES), H)
+    is_x = part < programs_x
+    block = tl.where(is_x, part, part - programs_x)
+    blocks = tl.where(is_x, blocks_x, blocks_y)
+    size = tl.where(is_x, GW, GH)
+    count = tl.where(is_x, GH, GW)
+    step = tl.where(is_x, 1, GW)
+    along = tl.where(is_x, GW, 1)
     i = (block % blocks) * BM + tl.arange(0, BM)
     d = tl.arange(0, BD)
     at = i.to(tl.float32)
-    w = tl.load(w_ptr + h * 3 + (0 if X else 1)) * LOG2E
+    w = tl.load(w_ptr + h * 3 + tl.where(is_x, 0, 1)) * LOG2E
     w2 = tl.load(w_ptr + h * 3 + 2) * LOG2E
     q_mask = (i < size)[:, None] & (d < D)[None, :]
-    do_ptr += b * stride_b + h * stride_h
-    u_ptr += (b * GH * GW * H + h) * D
+    whole = (b * GH * GW * H + h) * D
+    left_ptr = tl.where(is_x, do_ptr + b * stride_ob + h * stride_oh, a_ptr + whole)
+    right_ptr = tl.where(is_x, u_ptr + whole, v_ptr + b * stride_vb + h * stride_vh)
+    left_step = tl.where(is_x, stride_on, H * D)
+    right_step = tl.where(is_x, H * D, stride_vn)
     # moments of order 0, 1, 2 about the largest weight, of P dP (c) and of P (p)
     best = peak(w, w2, at, size)
     p0 = tl.zeros((BM,), tl.float32)
@@ -119,10 +137,9 @@ def moments_kernel(
         kv_mask = (t < size)[:, None] & (d < D)[None, :]
         dp = tl.zeros((BM, BK), tl.float32)
         for line in range(block // blocks * LINES, tl.minimum(block // blocks * LINES + LINES, count)):
-            first = line * GW if X else line
-            do = tl.load(addresses(do_ptr, first + i * step, stride_n, d), mask=q_mask, other=0.0)  # [BM, BD]
-            u = tl.load(addresses(u_ptr, first + t * step, H * D, d), mask=kv_mask, other=0.0)  # [BK, BD]
-            dp = tl.dot(do, tl.trans(u), dp, input_precision=PRECISION)
+            left = tl.load(addresses(left_ptr, line * along + i * step, left_step, d), mask=q_mask, other=0.0)  # [BM, BD]
+            right = tl.load(addresses(right_ptr, line * along + t * step, right_step, d), mask=kv_mask, other=0.0)  # [BK, BD]
+            dp = tl.dot(left, tl.trans(right), dp, input_precision=PRECISION)
         p = axis_weights(w, w2, at[:, None], t.to(tl.float32)[None, :], size)  # [BM, BK]
         r = t.to(tl.float32)[None, :] - best[:, None]
         p0 += tl.sum(p, 1)
@@ -137,11 +154,12 @@ def moments_kernel(
     c0 = c0 * inverse  # expectation of dP, then its covariances with r and r^2
     c1 = (c1 - c0 * p1) * inverse
     c2 = (c2 - c0 * p2) * inverse
-    part = part_ptr + (bh * parts + part0 + block) * 4
-    tl.store(part, tl.sum(c0, 0) if GATE else 0.0)
-    tl.store(part + 1, tl.sum(c1, 0) if X else 0.0)
-    tl.store(part + 2, 0.0 if X else tl.sum(c1, 0))
-    tl.store(part + 3, tl.sum(c2 + 2.0 * (best - at) * c1, 0))  # the distance is r + best - at
+    first = tl.sum(c1, 0)
+    part_ptr += (bh * parts + part0 + part) * 4
+    tl.store(part_ptr, tl.where(is_x, tl.sum(c0, 0), 0.0))  # either axis has all of P dA
+    tl.store(part_ptr + 1, tl.where(is_x, first, 0.0))
+    tl.store(part_ptr + 2, tl.where(is_x, 0.0, first))
+    tl.store(part_ptr + 3, tl.sum(c2 + 2.0 * (best - at) * c1, 0))  # the distance is r + best - at
 
 
 @triton.jit
