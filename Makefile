@@ -14,10 +14,10 @@ test: test-torch test-mindspore
 test-torch: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-# What fails beside others is run once more in a process of its own: MindSpore's state outlives a test. It has an environment of its own: it needs numpy < 2, and nothing of torch (hence --no-deps). The install is not editable: the
+# An environment of its own: it needs numpy < 2, and nothing of torch (hence --no-deps). The install is not editable: the
 # library of an editable one would be built over the other environment's.
 test-mindspore: .venv-mindspore/ready
-	OMP_NUM_THREADS=1 .venv-mindspore/bin/pytest tests/with_mindspore || OMP_NUM_THREADS=1 .venv-mindspore/bin/pytest tests/with_mindspore --last-failed
+	OMP_NUM_THREADS=1 .venv-mindspore/bin/pytest tests/with_mindspore
 
 .venv-mindspore/ready: $(SOURCES) $(wildcard convit/*.py convit/*/*.py convit/*/*/*.py convit/engine/recipes/* kernels/*.py kernels/*/*.py)
 	test -x .venv-mindspore/bin/python || $(PYTHON) -m venv .venv-mindspore

@@ -27,7 +27,7 @@ class _Attention(nn.Module):
     weight: Tensor
     bias: Tensor | None
     proj: nn.Linear
-    content_share: Tensor
+    content_gate: Tensor
     gate: Tensor
     position: Tensor
     px: Tensor
@@ -49,7 +49,7 @@ class _Attention(nn.Module):
             gate = attn.gating_param.detach().double().sigmoid()[:, None, None]
             position = attn.pos_proj.weight.detach().double()
             self.register_buffer("gate", gate.float())
-            self.register_buffer("content_share", (1 - gate).float())
+            self.register_buffer("content_gate", (1 - gate).float())
             if grid is None:
                 self.register_buffer("position", position.float())
             else:
@@ -72,7 +72,7 @@ class _Attention(nn.Module):
             gh, gw = grid
             rows = py @ v.reshape(-1, self.heads, gh, gw * head)
             position = px @ rows.reshape(-1, self.heads, gh, gw, head)
-            out = out * self.content_share + position.reshape(-1, self.heads, tokens, head)
+            out = out * self.content_gate + position.reshape(-1, self.heads, tokens, head)
         projected: Tensor = self.proj(out.transpose(1, 2).reshape(-1, tokens, dim))
         return projected
 

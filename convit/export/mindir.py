@@ -76,7 +76,7 @@ class _Attention(nn.Cell):
         if self.local:
             gate = sigmoid(attn.gating_param.asnumpy().astype(np.float64))[:, None, None]
             w0, w1, w2 = attn.pos_proj.weight.asnumpy().astype(np.float64).T
-            self.share = Parameter(Tensor((1 - gate).astype(np.float32)), name=f"{prefix}.content_share")
+            self.content_gate = Parameter(Tensor((1 - gate).astype(np.float32)), name=f"{prefix}.content_gate")
             self.py = Parameter(Tensor((gate * _table(self.gh, w1, w2)).astype(np.float32)), name=f"{prefix}.py")
             self.px = Parameter(Tensor(_table(self.gw, w0, w2)[:, None].astype(np.float32)), name=f"{prefix}.px")
 
@@ -93,7 +93,7 @@ class _Attention(nn.Cell):
         if self.local:
             rows = ops.matmul(self.py, v.reshape(-1, self.heads, self.gh, self.gw * self.head))
             position = ops.matmul(self.px, rows.reshape(-1, self.heads, self.gh, self.gw, self.head))
-            out = out * self.share + position.reshape(-1, self.heads, tokens, self.head)
+            out = out * self.content_gate + position.reshape(-1, self.heads, tokens, self.head)
         return self.proj(out.transpose(0, 2, 1, 3).reshape(-1, tokens, self.dim))
 
 
