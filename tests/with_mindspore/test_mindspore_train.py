@@ -190,7 +190,8 @@ def test_resume_after_sigkill_is_bit_exact(folder, tmp_path):
     keys = WHOLE | {"mode": 0}
     words = [word for name, value in {**SMALL, **keys, "data_dir": folder}.items() for word in (f"--{name}", str(value))]
     output = tmp_path / "run"  # the same for both runs: a checkpoint names the folder that its command named
-    command = [sys.executable, "-m", "convit", "train", "--framework", "mindspore", "-c", "convit_tiny", "-q", *words, "--output", str(output)]
+    command = [sys.executable, "-m", "convit", "train", "--framework", "mindspore", "-c", "convit_tiny", "-q"]
+    command += [*words, "--output", str(output)]
     subprocess.run(command, check=True)
     output.rename(tmp_path / "whole")
     for wanted in (2, 7):
