@@ -98,6 +98,28 @@ def plot_history(log: str | os.PathLike[str] | Sequence[dict[str, Any]], path: s
     return Path(path)
 
 
+def plot_range_test(
+    rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[float], steepest: float | None, path: str | os.PathLike[str]
+) -> Path:
+    """Loss over the learning rate of a range test.
+
+    Args:
+        rates, losses, smoothed: Per step, see ``convit.engine.pytorch.range_test``.
+        steepest: The rate to mark.
+        path: The picture to write.
+    """
+    with _figure(path, 1, (4.8, 3.0)) as (figure, axes):
+        axes.plot(rates, losses, color="0.75", linewidth=0.8, label="loss of the step")
+        axes.plot(rates, smoothed, color=_BLUE, linewidth=1.6, label="smoothed")
+        if steepest is not None:
+            axes.axvline(steepest, color=_ORANGE, linewidth=1.2, linestyle="--", label=f"falls fastest: {steepest:.2g}")
+        low, high = min(smoothed), max(smoothed)
+        axes.set(xlabel="learning rate", ylabel="loss", title="Learning-rate range test", xscale="log")
+        axes.set_ylim(low - 0.1 * (high - low or 1), high + 0.1 * (high - low or 1))
+        axes.legend()
+    return Path(path)
+
+
 def plot_gates(before: Gates, after: Gates, path: str | os.PathLike[str], *, names: tuple[str, str] = ("before", "after")) -> Path:
     """The gate of every head before and after training, one column per GPSA layer.
 

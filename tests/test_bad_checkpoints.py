@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from checkpoints import DATA, randomised, snapshot, tiny, torch, unchanged
 
+from convit.engine.pytorch import checkpoint
 from convit.weights import load
 from convit.weights.load import load_checkpoint, read, read_file, write_file
 
@@ -180,3 +181,28 @@ def test_nan_weights_are_named(tmp_path, caplog):
     write_file(tmp_path / "a.ckpt", weights | {"norm.gamma": weights["norm.gamma"] * np.float32("nan")}, None)
     load_checkpoint(tiny(), tmp_path / "a.ckpt")
     assert "NaN or infinite values in 1 of" in caplog.text and "norm.weight" in caplog.text
+
+
+def test_flipped_bits_are_found(tmp_path):
+    """In an archive's weights, which torch.load takes as other numbers: the CRC-32 that torch.save wrote is compared."""
+    model = randomised()
+    load.save_checkpoint(model, tmp_path / "a.pth")
+    data, weight = (tmp_path / "a.pth").read_bytes(), model.head.weight.detach().numpy().tobytes()
+    flipped = bytearray(data)
+    flipped[data.index(weight) + 7] ^= 1
+    (tmp_path / "a.pth").write_bytes(flipped)
+    torch.load(tmp_path / "a.pth", weights_only=True)
+    with pytest.raises(ValueError, match=r"a\.pth, 'head\.weight' is damaged: its CRC-32"):
+        read(tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a\.pth.* is damaged"):
+        checkpoint.load(tmp_path / "a.pth")
+
+
+def test_an_archive_without_sums_is_read(tmp_path):
+    model = randomised()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(model.state_dict(), tmp_path / "a.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(load_checkpoint(tiny(), tmp_path / "a.pth").head.weight, model.head.weight)

@@ -1,8 +1,10 @@
 """Where images come from: classes matched by name, folders as strangers leave them, even shares, workers that die."""
 
+import io
 import os
 import shutil
 import signal
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -106,7 +108,7 @@ def test_tar_labels_are_the_models_numbers(tmp_path):
     assert source.targets == [1, 2]
     for label in (b"-1", b"1000000000", b"", b"cat"):
         shard(tmp_path / "data/train.tar", [b"0", label])
-        with pytest.raises(ValueError, match=r"train\.tar .*1\.cls holds the label .*, expected 0 to 99999"):
+        with pytest.raises(ValueError, match=r"train\.tar .*1\.cls' holds the label .*, expected 0 to 99999"):
             open_source(recipe(tmp_path / "data"), train=True)
 
 
@@ -227,6 +229,76 @@ def test_copies_of_repeated_augmentation_go_to_different_processes(root):
     for step in range(datas[0].steps_per_epoch):
         taken = [[int(order[i]) for part in data.parts(step) for i in part] for data in datas]
         assert taken[0] == taken[1] == taken[2] and len(set(taken[0])) == 2
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_single_class_is_no_data_to_train_on(root, tmp_path, train):
+    shutil.copytree(root / "train/a", tmp_path / "train/a")
+    shutil.copytree(root / "train/a", tmp_path / "val/a")
+    if train:
+        with pytest.raises(ValueError, match=r"train with the single class 'a' leaves nothing to tell apart.*two classes"):
+            open_source(recipe(tmp_path), train=True)
+        with pytest.raises(ValueError, match="num_classes 1 leaves nothing to tell apart"):
+            open_source(recipe(root, num_classes=1), train=True)
+    else:
+        assert open_source(recipe(tmp_path), train=False).classes == ["a"]  # some of a model's classes can be scored
+
+
+# --- labels of strangers ---
+
+
+def shard(path, label, size=None, kind=tarfile.REGTYPE, images=("0", "1")):
+    """A shard of two images; the second one's label is as it is given."""
+    with tarfile.open(path, "w") as tar:
+        for key in images:
+            info = tarfile.TarInfo(f"{key}.jpg")
+            info.size = 4
+            tar.addfile(info, io.BytesIO(b"jpeg"))
+        for key, text, type_ in (("0", b"0", tarfile.REGTYPE), ("1", label, kind)):
+            if text is not None:
+                info = tarfile.TarInfo(f"{key}.cls")
+                info.type, info.size = type_, len(text) if type_ == tarfile.REGTYPE else 0
+                info.linkname = "0.cls" if type_ == tarfile.SYMTYPE else ""
+                tar.addfile(info, io.BytesIO(text))
+
+
+LABELS = [b"1000000000", b"-1", b"", b"1.5", b"one", b"\xb2", b"1" * 25, b"0" * 5000, b"1 2"]
+
+
+@pytest.mark.parametrize("label", LABELS, ids=lambda label: label[:12].decode("latin-1") or "empty")
+def test_labels_that_are_no_class_are_named(tmp_path, label):
+    shard(tmp_path / "train-0.tar", label)
+    with pytest.raises(ValueError, match=r"train-0\.tar.*'1\.cls' holds the label .*expected 0 to 99999"):
+        open_source(recipe(tmp_path), train=True)
+
+
+@pytest.mark.parametrize("kind", [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+def test_labels_that_are_no_files_are_named(tmp_path, kind):
+    shard(tmp_path / "train-0.tar", b"", kind=kind)
+    with pytest.raises(ValueError, match=r"train-0\.tar.*'1\.cls' holds the label b'of no file'"):
+        open_source(recipe(tmp_path), train=True)
+
+
+def test_images_without_labels_are_counted(tmp_path, caplog):
+    shard(tmp_path / "train-0.tar", b"1", images=("0", "1", "2", "3"))
+    assert open_source(recipe(tmp_path), train=True).targets == [0, 1]
+    assert "left out 2 images without a .cls label, the first is 2" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["image", "label", "range"])
+def test_null_rows_are_named(root, tmp_path, what):
+    datasets = pytest.importorskip("datasets")
+    paths = [str(path) for path in sorted((root / "train").rglob("*.png"))[:4]]
+    rows = {"image": paths, "label": [0, 1, 0, 1]}
+    if what == "range":
+        rows["label"][2] = -1
+    else:
+        rows[what][2] = None
+    data = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}))
+    datasets.DatasetDict({"train": data}).save_to_disk(str(tmp_path / "hf"))
+    said = "1 rows have no image, the first is row 2" if what == "image" else "row 2 has the label"
+    with pytest.raises(ValueError, match=said):
+        open_source(recipe(tmp_path / "hf"), train=True)
 
 
 # --- the order of an epoch ---

@@ -85,3 +85,25 @@ def test_imports_run_one_way(tmp_path):
     ops.write_text("import convit.engine.recipe\n" + ops.read_text())
     broken = lint()
     assert broken.returncode == 1 and "convit.ops is not allowed to import convit.engine" in broken.stdout
+
+
+@pytest.mark.parametrize(
+    "error", [AttributeError("x"), KeyError("shape"), IndexError(), OverflowError(), MemoryError(), ZeroDivisionError("by 0")]
+)
+def test_what_no_reader_foresaw_is_a_message(tmp_path, monkeypatch, capsys, error):
+    """Never a traceback for a bad file: which file, what happened, and how to see more."""
+    from convit import cli
+    from convit.cli import convert
+
+    def broken(*args, **kwargs):
+        raise error
+
+    (tmp_path / "a.pth").write_bytes(b"strange")
+    monkeypatch.setattr(convert, "run", broken)
+    monkeypatch.delenv("CONVIT_TRACEBACK", raising=False)
+    assert cli.main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.pth")]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(tmp_path / "a.pth") in said and f"{type(error).__name__}" in said and "CONVIT_TRACEBACK=1" in said
+    monkeypatch.setenv("CONVIT_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        cli.main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.pth")])

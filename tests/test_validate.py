@@ -244,7 +244,9 @@ def test_one_reader_for_every_kind_of_image(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(224, 224), (192, 256), (16, 16)])
-@pytest.mark.parametrize(("crop", "interpolation"), [(0.875, "bicubic"), (0.915, "bilinear"), (1.0, "bicubic")])
+@pytest.mark.parametrize(
+    ("crop", "interpolation"), [(0.875, "bicubic"), (0.915, "bilinear"), (1.0, "bicubic"), (1.1, "bicubic"), (1.5, "bilinear")]
+)
 def test_a_preparation_is_timms_bit_for_bit(size, crop, interpolation):
     """Of wide, high and small images, with a mean and std of 0 to 255 as of 0 to 1."""
     from timm.data import create_transform
@@ -257,7 +259,7 @@ def test_a_preparation_is_timms_bit_for_bit(size, crop, interpolation):
         image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (high, wide, 3), dtype=np.uint8))
         assert np.array_equal(prepare(image), theirs(image).numpy())
     grey = prepare._replace(mean=(0.5,), std=(0.25,))(Image.new("L", (40, 20), 255))
-    assert grey.shape == (1, *size) and np.unique(grey).tolist() == [2.0]
+    assert grey.shape == (1, *size) and np.unique(grey).tolist() == ([2.0] if crop <= 1 else [-2.0, 2.0])
 
 
 def test_what_is_no_image_is_named(tmp_path):

@@ -16,6 +16,7 @@ COMMANDS = {
     "train": ("train a model from a recipe", "convit.cli.train"),
     "validate": ("measure a checkpoint on a validation set", "convit.cli.validate"),
     "infer": ("classify images", "convit.cli.infer"),
+    "lr-find": ("find a learning rate: a range test and its plot", "convit.cli.lr_find"),
     "plot": ("draw the pictures of a training run", "convit.cli.plot"),
     "export": ("write a model for another runtime", "convit.cli.export"),
     "serve": ("serve a model over HTTP, with a page", "convit.cli.serve"),
@@ -74,4 +75,12 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("CONVIT_TRACEBACK"):
             raise
         print(f"convit {args.command}: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:  # what a reader of ours, or of a library, did not foresee
+        if os.environ.get("CONVIT_TRACEBACK"):
+            raise
+        given = dict.fromkeys(str(value) for value in vars(args).values() for value in (value if isinstance(value, list) else [value]))
+        files = ", ".join(word for word in given if os.sep in word or os.path.exists(word)) or "what was given"
+        what = f"{type(error).__name__} {str(error)[:200]}".rstrip()
+        print(f"convit {args.command}: {files} cannot be used: {what} (CONVIT_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1

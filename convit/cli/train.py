@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int | None:
-    recipe, about = _recipe(args)
+    if args.resume and args.output and Path(args.resume) != Path(args.output):
+        raise ValueError(f"--resume {args.resume} and --output {args.output} name two runs")
+    recipe, about = chosen_recipe(args, args.output, args.resume)
     if args.print_config:
         print(dump_recipe(recipe), end="")
         return None
@@ -61,17 +63,15 @@ def run(args: argparse.Namespace) -> int | None:
     return None
 
 
-def _recipe(args: argparse.Namespace) -> tuple[Recipe, str]:
+def chosen_recipe(args: argparse.Namespace, output: str | None, resume: str | None) -> tuple[Recipe, str]:
     """Of ``--config``; without one, of the run to resume; else, for pictures, finetune if there are weights and small if not; else the
     digits. A new run on pictures is fitted to them, and the second part says how.
     """
     overrides = recipe_overrides(args)
-    if args.resume and args.output and Path(args.resume) != Path(args.output):
-        raise ValueError(f"--resume {args.resume} and --output {args.output} name two runs")
-    output = args.resume or args.output or overrides.get("ckpt_save_dir")
+    output = resume or output or overrides.get("ckpt_save_dir")
     config = args.config
     if config is None:
-        folder = Path(output) if output and args.resume is not None else None
+        folder = Path(output) if output and resume is not None else None
         states = {kind: folder / f"last.{suffix}" for kind, suffix in (("pytorch", "pth"), ("mindspore", "ckpt"))} if folder else {}
         if folder and (folder / "recipe.yaml").exists():
             return load_recipe(folder / "recipe.yaml", overrides | {"ckpt_save_dir": output}), ""
@@ -87,7 +87,7 @@ def _recipe(args: argparse.Namespace) -> tuple[Recipe, str]:
         recipe = replace(recipe, ckpt_path=str(weights_at(Path(recipe.ckpt_path))))
     if config == "finetune" and not (recipe.ckpt_path or recipe.pretrained):
         raise ValueError("finetune starts from weights: --pretrained for the published ones, or --ckpt_path RUN or FILE")
-    if recipe.dataset == "digits" or (args.resume is not None and output and Path(output, "recipe.yaml").exists()):
+    if recipe.dataset == "digits" or (resume is not None and output and Path(output, "recipe.yaml").exists()):
         return recipe, ""
     return fit(recipe, overrides, find_world().size, free=own and config == "small")
 

@@ -23,7 +23,7 @@ class Preparation(NamedTuple):
     Attributes:
         size: (height, width) of the model's input.
         mean, std: One value per channel, of pixels in 0 to 1.
-        crop_pct: The share of the resized image that the crop keeps.
+        crop_pct: The share of the resized image that the crop keeps; above 1 it has a black margin.
         interpolation: A filter of Pillow's, such as "bilinear" or "bicubic".
     """
 
@@ -56,7 +56,8 @@ class Preparation(NamedTuple):
     @classmethod
     def of_recipe(cls, recipe: Recipe) -> "Preparation":
         size = (recipe.image_resize, recipe.image_resize)
-        return cls(size, *unit_scale(recipe.mean, recipe.std), recipe.crop_pct, recipe.interpolation)
+        interpolation = "bicubic" if recipe.interpolation == "random" else recipe.interpolation  # as the engines evaluate
+        return cls(size, *unit_scale(recipe.mean, recipe.std), recipe.crop_pct, interpolation)
 
     def crop(self, image: "Image.Image") -> "Image.Image":
         """The part of an image that the model sees, in the model's size."""
@@ -71,7 +72,7 @@ class Preparation(NamedTuple):
             resized = (round(old_width / ratio), round(old_height / ratio))
         if resized != image.size:
             image = image.resize(resized, _FILTERS[self.interpolation])
-        top, left = round((resized[1] - height) / 2.0), round((resized[0] - width) / 2.0)
+        top, left = _margin(resized[1] - height), _margin(resized[0] - width)
         return image.crop((left, top, left + width, top + height))
 
     def __call__(self, image: "Image.Image") -> np.ndarray:
@@ -83,6 +84,11 @@ class Preparation(NamedTuple):
         array = np.asarray(crop, dtype=np.float32).reshape(*self.size, -1).transpose(2, 0, 1) / np.float32(255)
         mean, std = (np.array(values, np.float32)[:, None, None] for values in (self.mean, self.std))
         return np.ascontiguousarray((array - mean) / std)
+
+
+def _margin(spare: int) -> int:
+    """Where the middle begins; of a negative ``spare``, a margin, the larger half comes behind (torchvision's ``center_crop``)."""
+    return round(spare / 2.0) if spare >= 0 else -(-spare // 2)
 
 
 def unit_scale(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -269,6 +269,8 @@ def recipe_from(values: dict[str, Any], source: str = "the recipe") -> Recipe:
     """The recipe that ``values`` over the defaults make; raises ``ValueError`` as ``load_recipe`` does."""
     known: dict[str, Any] = {}
     for name, value in values.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{source}: a key must be a name, got {shown(name)}")
         if name in MOOT:
             continue
         if name in INERT:
@@ -286,7 +288,7 @@ def recipe_from(values: dict[str, Any], source: str = "the recipe") -> Recipe:
                 raise KeyError
             known[name] = _spelt(name, _coerce(_TYPES[name], value))
         except KeyError:
-            raise ValueError(f"{source}: unknown key {name!r}{nearest(name, [*FIELDS, *ALIASES])}") from None
+            raise ValueError(f"{source}: unknown key {shown(name)}{nearest(name, [*FIELDS, *ALIASES])}") from None
         except (ValueError, TypeError) as error:
             raise ValueError(f"{source}: {name}: {error}") from None
         _check_value(source, name, known[name])

@@ -13,6 +13,7 @@ from PIL import Image
 from convit.dispatch import nearest
 from convit.engine.images import BadImage, image_suffixes, images_below, read_image
 from convit.engine.recipe import Recipe
+from convit.weights.files import shown
 
 logger = logging.getLogger("convit")
 
@@ -106,13 +107,18 @@ class TarSource:
                     key = f"{folder}/{stem}"
                     if f".{suffix.lower()}" in image_suffixes():
                         images[key] = (member.offset_data, member.size)
-                    elif suffix == "cls" and member.isfile():
-                        text = tar.extractfile(member).read(20)  # type: ignore[union-attr]
-                        if not text.strip().isdigit() or int(text) >= MOST_CLASSES:
-                            raise ValueError(f"{member.name} holds the label {text!r}, expected 0 to {MOST_CLASSES - 1}")
+                    elif suffix == "cls":
+                        text = tar.extractfile(member).read(20) if member.isfile() else b"of no file"  # type: ignore[union-attr]
+                        if not text.strip().isdigit() or int(text) >= MOST_CLASSES or member.size > len(text):
+                            raise ValueError(f"{shown(member.name)} holds the label {text!r}, expected 0 to {MOST_CLASSES - 1}")
                         labels[key] = int(text)
-        except (tarfile.TarError, ValueError, EOFError) as error:
+        except (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError) as error:
             raise ValueError(f"{shard} is not an uncompressed tar of key.jpg and key.cls files: {error}") from None
+        unlabelled = [key for key in images if key not in labels]
+        if unlabelled and labels:
+            logger.warning(
+                "%s: left out %d images without a .cls label, the first is %s", shard, len(unlabelled), unlabelled[0].lstrip("/")
+            )
         for key, (offset, size) in images.items():
             if key in labels:
                 self.samples.append((shard, key, offset, size))
@@ -156,6 +162,10 @@ class HfSource:
         if wrong is not None:
             raise ValueError(f"{root}: row {wrong} has the label {labels[wrong]!r}, expected 0 to {MOST_CLASSES - 1}")
         self.where, self.targets = str(root), list(labels)
+        column = data.data.column(self.image)
+        if column.null_count and data._indices is None:
+            row = next(i for i, null in enumerate(column.is_null()) if null.as_py())
+            raise ValueError(f"{root}: {column.null_count} rows have no image, the first is row {row}")
         names = getattr(data.features[self.label], "names", None)
         self.named = bool(names)
         self.classes = names or [str(i) for i in range(max(self.targets, default=0) + 1)]
@@ -197,10 +207,13 @@ def open_source(recipe: Recipe, train: bool, classes: list[str] | None = None) -
     """The split that ``recipe`` names, its classes numbered as in ``classes`` (of a checkpoint or the training split) or ``class_map``.
 
     Raises:
-        ValueError: ``data_dir`` is not set or holds no such data, or classes that are not among the given ones.
+        ValueError: ``data_dir`` is not set or holds no such data, classes that are not among the given ones, or, to train on, only one.
         FileNotFoundError: ``data_dir`` or the split does not exist.
     """
     source = _open(recipe, train)
+    if train and min(len(source.classes), recipe.num_classes or 2) < 2:
+        only = "num_classes 1" if recipe.num_classes == 1 else f"{source.where} with the single class {source.classes[0]!r}"
+        raise ValueError(f"{only} leaves nothing to tell apart: training needs images of two classes at least")
     if recipe.class_map:
         names = [line.strip() for line in Path(recipe.class_map).expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
         match_classes(source, names, recipe.class_map)

@@ -8,12 +8,13 @@ that are known to hold only values (``argparse.Namespace`` in FAIR's files, nump
 
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from convit.weights import archive
 from convit.weights.files import BFLOAT16, MAX_DIMS, MAX_TENSORS, SETTINGS, BadFile, Settings, Tensors, parse_settings, shown, to_torch
 
 # where a training checkpoint keeps its weights; timm looks in this order too
@@ -82,10 +83,10 @@ class _Global(NamedTuple):
 
 
 class _Storage:
-    """``numel`` elements of ``dtype``; ``data`` is None until an old file's storages are reached."""
+    """``numel`` elements of ``dtype``; ``data`` is None until an old file's storages are reached; ``record`` is not checked yet."""
 
-    def __init__(self, dtype: str, numel: int, data: memoryview | None) -> None:
-        self.dtype, self.numel, self.data = dtype, numel, data
+    def __init__(self, dtype: str, numel: int, data: memoryview | None, record: archive.Record | None = None) -> None:
+        self.dtype, self.numel, self.data, self.record = dtype, numel, data, record
 
 
 class _Tensor(NamedTuple):
@@ -103,7 +104,7 @@ def read(path: Path, data: memoryview, key: str | None) -> tuple[Tensors, Settin
         BadFile: It is truncated, damaged or no checkpoint, holds other things than dense tensors, or would run code when unpickled.
     """
     try:
-        loaded = _read_zip(path, data) if bytes(data[:4]) == b"PK\x03\x04" else _read_old(path, data)
+        loaded = _read_zip(path, data) if bytes(data[:4]) == archive.MAGIC else _read_old(path, data)
     except (IndexError, struct.error, UnicodeDecodeError):
         raise BadFile(path, "is truncated, or is no PyTorch checkpoint") from None
     if not isinstance(loaded, dict):
@@ -144,6 +145,8 @@ def _array(path: Path, name: str, tensor: _Tensor) -> np.ndarray:
         raise BadFile(path, f"has dtype {kind[:40]}, which is not supported", name)
     if not isinstance(shape, tuple) or not isinstance(strides, tuple) or len(shape) != len(strides) or len(shape) > MAX_DIMS:
         raise BadFile(path, "is damaged: it has no shape", name)
+    if storage.record is not None:
+        storage.data, storage.record = storage.record.check(path, name), None
     dtype, available = _DTYPES[kind], len(storage.data or b"")
     if 0 in shape and all(type(size) is int and 0 <= size < 1 << 40 for size in shape):
         return np.empty(shape, dtype)
@@ -162,55 +165,23 @@ def _array(path: Path, name: str, tensor: _Tensor) -> np.ndarray:
 
 
 def _read_zip(path: Path, data: memoryview) -> Any:
-    records = dict(_records(path, data))
+    records = dict(archive.records(path, data))
     folder = next((name.removesuffix("/data.pkl") for name in records if name.endswith("/data.pkl")), None)
     if folder is None or f"{folder}/constants.pkl" in records:
         kind = "a TorchScript program (torch.jit.load runs it)" if folder else "an archive without data.pkl"
         raise BadFile(path, f"is no PyTorch checkpoint: it is {kind}")
-    if bytes(records.get(f"{folder}/byteorder", b"little")) != b"little":
+    order = records.get(f"{folder}/byteorder")
+    if order is not None and bytes(order.data) != b"little":
         raise BadFile(path, "was written on a big-endian machine, which is not supported")
 
     def storage(kind: str, key: str, numel: int) -> _Storage:
         record = records.get(f"{folder}/data/{key}")
-        if record is None or len(record) != numel * _DTYPES[kind].itemsize:
-            found = "no record" if record is None else f"{len(record)} bytes"
+        if record is None or len(record.data) != numel * _DTYPES[kind].itemsize:
+            found = "no record" if record is None else f"{len(record.data)} bytes"
             raise BadFile(path, f"is damaged: {shown(numel)} elements of {kind} are {found} in the archive", f"storage {shown(key)}")
-        return _Storage(kind, numel, record)
+        return _Storage(kind, numel, None, record)
 
-    return _Machine(path, records[f"{folder}/data.pkl"], storage).run()
-
-
-def _records(path: Path, data: memoryview) -> Iterator[tuple[str, memoryview]]:
-    """The records of a zip archive without compression, by name."""
-    tail = bytes(data[-65557:])
-    at = tail.rfind(b"PK\x05\x06")
-    if at < 0:
-        raise BadFile(path, "is truncated: the archive has no directory at its end")
-    end = len(data) - len(tail) + at
-    count, size, start = struct.unpack_from("<10xHII", data, end)
-    if end >= 20 and bytes(data[end - 20 : end - 16]) == b"PK\x06\x07":
-        (wide,) = struct.unpack_from("<8xQ", data, end - 20)
-        count, size, start = struct.unpack_from("<32xQQQ", data, wide) if wide < len(data) else (0, 0, len(data))
-    if start + size > end or count > MAX_TENSORS or size > 1000 * count:
-        raise BadFile(path, "is truncated or damaged: its directory is not in the file, or too large")
-    used, at = 0, start
-    for _ in range(count):
-        method, packed, length, names, extra, comment, header = struct.unpack_from("<10xH8xIIHHH8xI", data, at)
-        name = bytes(data[at + 46 : at + 46 + names])
-        fields, at = data[at + 46 + names : at + 46 + names + extra], at + 46 + names + extra + comment
-        while len(fields) >= 4:  # 64-bit sizes, in this order, where the 32-bit ones are full
-            tag, width = struct.unpack_from("<HH", fields)
-            if tag == 1:
-                wides = iter(struct.unpack_from(f"<{width // 8}Q", fields, 4))
-                length, packed, header = (next(wides, 0) if n == 0xFFFFFFFF else n for n in (length, packed, header))
-            fields = fields[4 + width :]
-        if method or packed != length:
-            raise BadFile(path, "is compressed, which torch.save never does", shown(name))
-        begin = header + 30 + sum(struct.unpack_from("<26xHH", data, header)) if header < len(data) else len(data)
-        used += length
-        if begin + length > start or used > len(data):
-            raise BadFile(path, "is truncated or damaged: the record is not in the file", shown(name))
-        yield name.decode("utf-8", "replace"), data[begin : begin + length]
+    return _Machine(path, records[f"{folder}/data.pkl"].check(path, "data.pkl"), storage).run()
 
 
 # files before PyTorch 1.6: magic number, protocol, system, the object, the keys of its storages; then each storage with its length

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from convit.engine.folder import writing
+from convit.weights.archive import check_records
+from convit.weights.files import BadFile
 
 
 def save(path: Path, tensors: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -23,9 +25,12 @@ def load(path: Path) -> dict[str, Any]:
         ValueError: The file is no such checkpoint.
     """
     try:
+        check_records(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError):
         raise
+    except BadFile as error:
+        raise ValueError(f"{path} is damaged or no checkpoint: {error}") from None
     except Exception as error:  # of the archive, of pickle, or the refusal of weights_only
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is damaged or no checkpoint: {reason}") from None
