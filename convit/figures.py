@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ _STYLE: Any = {
 }
 # Okabe and Ito: told apart in every kind of colour vision
 _BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
+_RUNS = (_BLUE, _ORANGE, _GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LAYERS, _HEAT = "viridis", "inferno"
 
 
@@ -90,6 +91,7 @@ def plot_history(log: str | os.PathLike[str] | Sequence[dict[str, Any]], path: s
             # above the best value the curve never comes
             right.annotate(text, (epochs[best], values[best]), xytext=(0, 5), textcoords="offset points", ha=side, color=_BLUE)
             right.margins(y=0.14)
+            _no_more_than_all(right)
             right.legend(loc="lower right")
         else:
             right.text(0.5, 0.5, "not validated", ha="center", va="center", transform=right.transAxes, color="0.5")
@@ -117,6 +119,37 @@ def plot_range_test(
         axes.set(xlabel="learning rate", ylabel="loss", title="Learning-rate range test", xscale="log")
         axes.set_ylim(low - 0.1 * (high - low or 1), high + 0.1 * (high - low or 1))
         axes.legend()
+    return Path(path)
+
+
+def plot_comparison(runs: Mapping[str, Sequence[dict[str, Any]]], path: str | os.PathLike[str]) -> Path:
+    """Loss and top-1 of several runs over the epochs, a colour for each.
+
+    Args:
+        runs: Their records per epoch, by the names to show.
+        path: The picture to write.
+    """
+    if not 0 < len(runs) <= len(_RUNS):
+        raise ValueError(f"1 to {len(_RUNS)} runs can be told apart in one picture, got {len(runs)}")
+    with _figure(path, 2, (7.2, 3.0 + 0.16 * len(runs))) as (figure, (left, right)):
+        lines = []
+        for (name, records), colour in zip(runs.items(), _RUNS, strict=False):
+            label = name
+            for axes, key, style in ((left, "train_loss", ":"), (left, "val_loss", "-"), (right, "top1", "-")):
+                epochs, values = _series(records, key)
+                if epochs:
+                    axes.plot(epochs, values, style, color=colour, linewidth=1.6, marker="o" if len(epochs) == 1 else None, markersize=4)
+                if epochs and key == "top1":
+                    best = int(np.argmax(values))
+                    right.plot(epochs[best], values[best], "o", color=colour, markersize=4)
+                    label = f"{name}: best top-1 {values[best]:.2f} % (epoch {epochs[best]})"
+            lines += left.plot([], [], color=colour, linewidth=2.5, label=label)
+        scale = "log" if _spans_decades([record for records in runs.values() for record in records]) else "linear"
+        left.set(xlabel="epoch", ylabel="loss", title="Loss (training dotted)", yscale=scale)
+        right.set(xlabel="epoch", ylabel="accuracy (%)", title="Validation accuracy, top-1")
+        _no_more_than_all(right)
+        figure.legend(handles=lines, loc="outside lower center")
+        _whole_epochs(left, right)
     return Path(path)
 
 
@@ -354,6 +387,12 @@ def _whole_epochs(*panels: Any) -> None:
 
     for axes in panels:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _no_more_than_all(axes: Any) -> None:
+    """An axis of percents does not show what is past 100, but for a margin."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, min(high, 100 + 0.14 * (100 - low)))
 
 
 def _layer_bar(figure: Any, axes: Any, layers: int) -> None:

@@ -54,6 +54,32 @@ def test_a_folder_gives_the_model_back(tmp_path, kwargs):
     assert "| top1 | 81.25 |" in card and "äpfel, b, c, d, e" in card and "value: 81.25" in card
 
 
+def test_infer_and_validate_call_the_classes_by_the_folders_names(tmp_path, capsys):
+    """``config.json`` names them: descriptions are shown, and validation data is matched by the names themselves."""
+    pytest.importorskip("timm")
+    from PIL import Image
+
+    from convit.cli import main
+
+    model_of(img_size=32).save_pretrained(tmp_path / "m", classes=["n01", "n02", "n03", "n04", "n05"])
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"label_descriptions": {"n02": "goldfish"}}))
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)
+    for name in ("n05", "n02"):  # two of the five
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / "val" / name / "a.png")
+    assert main(["infer", str(tmp_path / "val" / "n02"), "--ckpt_path", str(tmp_path / "m"), "--json"]) == 0
+    (answer,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert {one["name"] for one in answer["classes"]} == {"n01", "goldfish", "n03", "n04", "n05"}
+    first = ["n01", "n02", "n03", "n04", "n05"][answer["classes"][0]["index"]]
+    words = ["validate", str(tmp_path / "m"), "--data_dir", str(tmp_path), "--num_parallel_workers", "0", "--json"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["top1"] == 50 * (first in ("n05", "n02"))
+    (tmp_path / "val" / "n05").rename(tmp_path / "val" / "tench")
+    assert main(words) == 1
+    assert "'tench'" in capsys.readouterr().err
+
+
 def test_to_fine_tune(tmp_path):
     model_of().save_pretrained(tmp_path)
     back = convit.ConViT.from_pretrained(tmp_path, num_classes=7, img_size=(40, 64))

@@ -57,6 +57,56 @@ def test_env_lists_each_backend_with_its_reason():
     assert all(f"\n  {name}" in text for name in convit.backends())
 
 
+def test_env_names_the_threads():
+    """Those that PyTorch runs; the C++ kernels are asked after it is loaded, since they use the same runtime."""
+    torch = pytest.importorskip("torch")
+    report = json.loads(convit_command("env", "--json").stdout)
+    threads, told = report["threads"], torch.__config__.parallel_info()
+    assert threads["torch"] == torch.get_num_threads()
+    if "parallel backend: OpenMP" in told:
+        assert threads["runtime"].startswith("OpenMP ") and threads["runtime"] in told
+        if sys.platform == "linux":
+            assert threads["libraries"] and report["extension"]["threads"] == "OpenMP"
+
+
+@pytest.mark.parametrize("command", ["env", "plot", "infer"])
+def test_of_several_processes_one_prints(command):
+    words = {"env": [], "plot": ["nowhere"], "infer": ["nowhere.png"]}[command]
+    told = [
+        subprocess.run(
+            [sys.executable, "-m", "convit", command, *words],
+            env={**os.environ, "RANK": rank, "WORLD_SIZE": "2"},
+            capture_output=True,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    assert told[0].stdout if command == "env" else told[0].returncode == 1
+    assert told[1].stdout == "" and told[1].returncode == 0
+    assert told[1].stderr == f"convit {command}: process 1 of 2 leaves this to process 0\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion(shell, tmp_path):
+    pytest.importorskip("shtab")
+    script = convit_command("completion", shell)
+    assert script.returncode == 0, script.stderr
+    assert all(command in script.stdout for command in COMMANDS) and "local_up_to_layer" in script.stdout
+    if shell == "bash":
+        (tmp_path / "convit.bash").write_text(script.stdout)
+        (tmp_path / "RUN").mkdir()
+
+        def complete(*words: str) -> list[str]:
+            typed = " ".join(f'"{word}"' for word in words)
+            code = f"source convit.bash; COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; _shtab_convit; echo ${{COMPREPLY[@]}}"
+            return subprocess.run(["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
+
+        assert complete("convit", "val") == ["validate"]
+        assert complete("convit", "plot", "--que") == ["--query"]
+        assert complete("convit", "plot", "R") == ["RUN"]
+        assert complete("convit", "train", "--framework", "") == ["pytorch", "mindspore"]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command):
     result = convit_command(command, "--help")

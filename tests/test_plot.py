@@ -91,6 +91,29 @@ def test_command_draws_a_run(tmp_path, capsys, epochs):
     assert "<svg" in (tmp_path / "svg/history.svg").read_text()
 
 
+def test_command_compares_runs(tmp_path, capsys, monkeypatch):
+    """A line a run, what differs between their recipes, one picture; names that tell runs of one name apart."""
+    from convit.cli import main
+    from convit.engine.recipe import dump_recipe, load_recipe
+
+    monkeypatch.chdir(tmp_path)
+    for name, layers in (("a", 5), ("b", 0), ("c/a", 5)):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "log.jsonl").write_text("\n".join(json.dumps(record) for record in records(3)))
+        recipe = load_recipe("digits", {"local_up_to_layer": layers, "ckpt_save_dir": name})
+        (tmp_path / name / "recipe.yaml").write_text(dump_recipe(recipe))
+    assert main(["plot", "a", "b", "--format", "svg"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    score = "3 epochs  training loss 0.6667  best top-1 12.00 % (epoch 3)"
+    assert told == [f"a  {score}", f"b  {score}", "local_up_to_layer: 5 / 0", "plots/comparison.svg"]
+    assert "b: best top-1 12.00 % (epoch 3)" in (tmp_path / told[-1]).read_text()
+    assert main(["plot", "a", "c/a", "-o", "out"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("c/a  3 epochs") and (tmp_path / "out" / "comparison.png").exists()
+    for words, message in ((["a", "a"], "the same run twice"), (["a", "b", "--image", "x.png"], "--image and --query are about one run")):
+        assert main(["plot", *words]) == 1
+        assert message in capsys.readouterr().err
+
+
 def test_command_says_what_is_wrong(tmp_path, capsys):
     from convit.cli import main
 

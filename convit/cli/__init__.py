@@ -8,6 +8,7 @@ import argparse
 import importlib
 import os
 import sys
+from collections.abc import Collection
 
 import convit
 from convit.dispatch import nearest
@@ -23,7 +24,10 @@ COMMANDS = {
     "convert": ("convert a checkpoint between timm, FAIR, safetensors and MindCV", "convit.cli.convert"),
     "env": ("print versions, devices and which backend can run what", "convit.cli.env"),
     "demo": ("see a ConViT work on real images", "convit.cli.demo"),
+    "completion": ("print the script that completes these commands in a shell", "convit.cli.completion"),
 }
+# commands whose processes work together; of several that a launcher started, the first alone runs the others
+TOGETHER = ("train", "validate")
 
 
 def _spelt_out(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
@@ -43,31 +47,43 @@ def spellings(name: str) -> list[str]:
     return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
 
 
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+def build_parser(called: Collection[str]) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and those of its commands; only those that are ``called`` have their arguments."""
     parser = argparse.ArgumentParser(prog="convit", description="ConViT with fused kernels.")
     parser.add_argument("--version", action="version", version=f"convit {convit.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    called = next((word for word in argv if not word.startswith("-")), None)
-    chosen = parser
+    parsers = {}
     for name, (summary, home) in COMMANDS.items():
-        command = commands.add_parser(
+        command = parsers[name] = commands.add_parser(
             name,
             help=summary,
             description=summary[0].upper() + summary[1:] + ".",
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if name == called:
+        if name in called:
             module = importlib.import_module(home)
             module.add_arguments(command)
             command.set_defaults(run=module.run)
-            chosen = command
+    return parser, parsers
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    called = next((word for word in argv if not word.startswith("-")), "")
+    parser, parsers = build_parser([called])
+    chosen = parsers.get(called, parser)
     args, unknown = parser.parse_known_args(_spelt_out(argv, chosen))
     if unknown:
         hint = nearest(unknown[0].split("=")[0], chosen._option_string_actions)
         chosen.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    from convit.engine.world import find_world
+
     try:
+        world = find_world()
+        if args.command not in TOGETHER and world.rank:
+            print(f"convit {args.command}: process {world.rank} of {world.size} leaves this to process 0", file=sys.stderr)
+            return 0
         return args.run(args) or 0
     except KeyboardInterrupt:
         return 130

@@ -5,12 +5,16 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import convit
 from convit.dispatch import MODULES, Problem, forced_backend, order, why_not
 
+OPENMP = {"libgomp": "GNU", "libiomp": "Intel", "libomp": "LLVM"}
 PACKAGES = ("torch", "numpy", "timm", "triton", "mindspore", "onnxruntime", "openvino")
 
 
@@ -30,6 +34,7 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": {name: _version(name) for name in PACKAGES},
+        "threads": _threads(),
         "extension": _extension(),
         "devices": [_device(*device) for device in _devices()],
         "forced": forced_backend(None),
@@ -41,6 +46,24 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _threads() -> dict[str, Any]:
+    """Who runs PyTorch's threads on CPU, and how many; the C++ kernels take the same ones where they can."""
+    if not _version("torch"):
+        return {}
+    import torch
+
+    told = torch.__config__.parallel_info()
+    backend = re.search(r"ATen parallel backend: (.*)", told)
+    version = re.search(r"^OpenMP \d+.*", told, re.M)
+    runtime = version[0] if version and backend and backend[1] == "OpenMP" else backend[1] if backend else "unknown"
+    loaded = set()
+    with suppress(OSError):  # Linux alone tells which libraries a process has
+        names = re.findall(r"/(lib(?:gomp|iomp|omp)[^/\s]*)$", Path("/proc/self/maps").read_text(), re.M)
+        loaded = {f"{vendor}'s {name}" for name in names for prefix, vendor in OPENMP.items() if name.startswith(prefix)}
+    given = os.environ.get("OMP_NUM_THREADS")
+    return {"torch": torch.get_num_threads(), "runtime": runtime, "libraries": sorted(loaded), "OMP_NUM_THREADS": given}
 
 
 def _extension() -> dict[str, str]:
@@ -87,6 +110,9 @@ def _device(framework: str, device: str) -> dict[str, Any]:
 def _text(report: dict[str, Any]) -> str:
     lines = [f"convit {report['convit']}, Python {report['python']} ({sys.executable}), {report['platform']}"]
     lines += [f"  {name:<12} {version or 'not installed'}" for name, version in report["packages"].items()]
+    if threads := report["threads"]:
+        runtime = ", ".join([threads["runtime"], *threads["libraries"]])
+        lines.append(f"threads of PyTorch: {threads['torch']}, {runtime}; OMP_NUM_THREADS is {threads['OMP_NUM_THREADS'] or 'not set'}")
     lines.append("C++ extension: " + ", ".join(f"{k} {v}" if k != "state" else v for k, v in report["extension"].items()))
     for device in report["devices"]:
         lines.append(f"{device['framework']} on {device['device']}: automatic choice is {device['chosen']}")

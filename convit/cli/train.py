@@ -35,11 +35,12 @@ def run(args: argparse.Namespace) -> int | None:
     if args.resume and args.output and Path(args.resume) != Path(args.output):
         raise ValueError(f"--resume {args.resume} and --output {args.output} name two runs")
     recipe, about = chosen_recipe(args, args.output, args.resume)
+    first = find_world().rank == 0
     if args.print_config:
-        print(dump_recipe(recipe), end="")
+        print(dump_recipe(recipe) if first else "", end="")
         return None
     _show_messages(args.quiet)
-    if about and find_world().rank == 0:
+    if about and first:
         logging.getLogger("convit").info(about)
     try:
         result = engine(recipe.framework, "train").train(
@@ -51,15 +52,12 @@ def run(args: argparse.Namespace) -> int | None:
     except FloatingPointError as error:
         print(f"convit train: {error}", file=sys.stderr)
         return 1
-    if not args.quiet:
+    if first and not args.quiet:
         scores = f": training loss {result.train_loss:.4f}"
         if result.best_epoch >= 0:
             best = f"best top-1 {result.best_top1:.2f} % (epoch {result.best_epoch + 1})"
             scores = f": top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %; {best}"
-        print(
-            f"{result.epochs} epochs in {result.seconds:.0f} s{scores}; {result.output}",
-            file=sys.stderr,
-        )
+        print(f"{result.epochs} epochs in {result.seconds:.0f} s{scores}; {result.output}", file=sys.stderr)
     return None
 
 
@@ -92,6 +90,13 @@ def chosen_recipe(args: argparse.Namespace, output: str | None, resume: str | No
     return fit(recipe, overrides, find_world().size, free=own and config == "small")
 
 
+class _Messages(logging.Handler):
+    """To what is sys.stderr now: a progress bar puts its own there, so that a message does not land in the bar's line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
 def _show_messages(quiet: bool) -> None:
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", handlers=[_Messages()])
     logging.getLogger("convit").setLevel(logging.WARNING if quiet else logging.INFO)

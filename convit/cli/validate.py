@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int | None:
     recipe = evaluation_recipe(args)
     if args.print_config:
-        print(dump_recipe(recipe), end="")
+        print(dump_recipe(recipe) if find_world().rank == 0 else "", end="")
         return None
     options = precision(args, recipe)
     result = engine(recipe.framework, "validate").validate(recipe, progress=not args.quiet and sys.stderr.isatty(), **options)

@@ -150,6 +150,17 @@ def variant_of(shape: dict[str, Any]) -> str | None:
     return next((name for name, each in VARIANTS.items() if each == size), None) if usual else None
 
 
+def recorded_classes(path: str, facts_of: Callable[[str], dict[str, Any]], described: bool = False) -> list[str]:
+    """The classes that the run which wrote ``path`` stored, or the ``config.json`` beside it; empty if there are none.
+
+    ``described``: in the words that ``config.json`` has for them.
+    """
+    if not path:
+        return []
+    config = _hub_config(Path(path).parent)
+    return _names(facts_of(path).get("classes") or config.get("label_names"), config if described else {})
+
+
 def class_names(recorded: list[str], num_classes: int) -> list[str]:
     """Those that a checkpoint or data set gives; without any, ImageNet's for a head of 1000, if timm is there; numbers for the rest."""
     if not recorded and num_classes == 1000:

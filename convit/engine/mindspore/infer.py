@@ -13,7 +13,7 @@ from convit.engine.mindspore.build import build_model, check_recipe, start
 from convit.engine.mindspore.checkpoint import facts_of
 from convit.engine.mindspore.data import eval_transforms, normalisation
 from convit.engine.recipe import Recipe
-from convit.engine.trained import class_names
+from convit.engine.trained import class_names, recorded_classes
 
 
 def infer(recipe: Recipe, images: list[str], topk: int = 5, progress: bool = False) -> Iterator[dict[str, Any]]:
@@ -28,7 +28,7 @@ def infer(recipe: Recipe, images: list[str], topk: int = 5, progress: bool = Fal
     check_recipe(recipe)
     paths = find_images(images)
     start(recipe)
-    recorded = list(facts_of(recipe.ckpt_path).get("classes", [])) if recipe.ckpt_path else []
+    recorded = recorded_classes(recipe.ckpt_path, facts_of, described=True)
     num_classes = recipe.num_classes or len(recorded) or 1000
     model = build_model(recipe, num_classes).set_train(False)
     prepare = _preparation(recipe)

@@ -11,13 +11,14 @@ from convit.engine.mindspore.build import build_model, check_recipe, start
 from convit.engine.mindspore.checkpoint import facts_of
 from convit.engine.mindspore.data import Data
 from convit.engine.recipe import Recipe
+from convit.engine.trained import recorded_classes
 
 
 def validate(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
     """Measure the model and checkpoint of ``recipe`` on its validation split; result and errors as the PyTorch engine's."""
     check_recipe(recipe)
     world = start(recipe)
-    classes = list(facts_of(recipe.ckpt_path).get("classes", [])) if recipe.ckpt_path else []
+    classes = recorded_classes(recipe.ckpt_path, facts_of)
     num_classes = recipe.num_classes or len(classes) or None
     data = Data(recipe, False, world.rank, world.size, classes, num_classes)
     model = build_model(recipe, num_classes or len(data.classes))

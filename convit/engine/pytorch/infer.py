@@ -13,7 +13,7 @@ from convit.engine.pytorch.checkpoint import facts_of
 from convit.engine.pytorch.data import eval_transform
 from convit.engine.pytorch.distributed import choose_device
 from convit.engine.recipe import Recipe
-from convit.engine.trained import class_names
+from convit.engine.trained import class_names, recorded_classes
 from convit.engine.world import World
 
 
@@ -26,7 +26,7 @@ def infer(recipe: Recipe, images: list[str], topk: int = 5, progress: bool = Fal
     """
     need_weights(recipe)
     paths = find_images(images)
-    recorded = list(facts_of(recipe.ckpt_path).get("classes", [])) if recipe.ckpt_path else []
+    recorded = recorded_classes(recipe.ckpt_path, facts_of, described=True)
     num_classes = recipe.num_classes or len(recorded) or 1000
     device = choose_device(recipe.device, World())
     model = fastest(build_model(recipe, num_classes).to(device).eval(), recipe, device, precision)

@@ -15,6 +15,7 @@ from convit.engine.pytorch.checkpoint import facts_of
 from convit.engine.pytorch.data import EvalData
 from convit.engine.pytorch.distributed import choose_device, gathered, start, total
 from convit.engine.recipe import Recipe
+from convit.engine.trained import recorded_classes
 from convit.engine.world import World, find_world
 
 
@@ -92,7 +93,7 @@ def validate(recipe: Recipe, progress: bool = True, precision: str = "auto") -> 
     start(world, device)
     data = None
     try:
-        classes = list(facts_of(recipe.ckpt_path).get("classes", [])) if recipe.ckpt_path else []
+        classes = recorded_classes(recipe.ckpt_path, facts_of)
         num_classes = recipe.num_classes or len(classes) or None
         data = EvalData(recipe, world, device, classes, num_classes)
         model = build_model(recipe, num_classes or len(data.source.classes)).to(device)
