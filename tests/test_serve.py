@@ -1,6 +1,7 @@
 """``convit serve``: real requests to a real process, many at once, hostile ones, a signal in mid-request, and the page in a browser."""
 
 import concurrent.futures
+import contextlib
 import http.client
 import io
 import json
@@ -277,6 +278,29 @@ def test_sigterm_answers_what_is_in_flight(checkpoint):
     assert answer.startswith(b"HTTP/1.1 200") and b"probability" in answer
     assert service.process.wait(60) == -signal.SIGTERM
     assert "Traceback" not in "".join(service.log)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_sigint_leaves_no_traceback(checkpoint, times):
+    """Once: what is in flight gets its time. Twice: the end, at once."""
+    service = Service(checkpoint)
+    with socket.create_connection(("127.0.0.1", service.port)) as client:
+        client.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc")
+        deadline = time.monotonic() + 30
+        while "convit_in_flight 1.0" not in service.ask("GET", "/metrics")[1]:
+            assert time.monotonic() < deadline
+        service.process.send_signal(signal.SIGINT)
+        while "Shutting down" not in "".join(service.log):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        if times == 2:
+            service.process.send_signal(signal.SIGINT)
+        assert service.process.wait(60) == 130
+        client.settimeout(5)
+        with contextlib.suppress(ConnectionError):
+            assert (b" 408 " in client.recv(1000)) == (times == 1)
+    log = "".join(service.log)
+    assert "Traceback" not in log and ("stopped at once" in log) == (times == 2)
 
 
 @pytest.mark.parametrize(

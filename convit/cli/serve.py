@@ -1,7 +1,12 @@
 """``convit serve CHECKPOINT``: an HTTP service with a page."""
 
 import argparse
+import os
+import signal
+import sys
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,5 +61,22 @@ def run(args: argparse.Namespace) -> None:
         timeout=args.timeout,
         precision=args.precision,
     )
+
+    def end_now(signum: int, frame: FrameType | None) -> None:
+        os._exit(128 + signum)
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if self.should_exit:  # a second signal
+                print("convit serve: stopped at once, requests in flight are not answered", file=sys.stderr, flush=True)
+                end_now(sig, frame)
+            super().handle_exit(sig, frame)
+
     # requests in flight are answered after SIGTERM and SIGINT, new ones are not taken
-    uvicorn.run(app, host=args.host, port=args.port, timeout_graceful_shutdown=max(1, round(args.timeout)), access_log=False)
+    graceful = max(1, round(args.timeout))
+    server = Server(uvicorn.Config(app, host=args.host, port=args.port, timeout_graceful_shutdown=graceful, access_log=False))
+    signal.signal(signal.SIGINT, end_now)  # while the server starts, and after it
+    with suppress(KeyboardInterrupt):
+        server.run()
+    if not server.started:
+        raise OSError(f"{args.host}:{args.port} cannot be served, as the lines above say")
