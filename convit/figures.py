@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from convit.engine.folder import log_lines
+
 Gates = Sequence[Sequence[float]]  # [layer][head]
 
 _STYLE: Any = {
@@ -42,13 +44,12 @@ def read_log(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = path / "log.jsonl" if path.is_dir() or not path.suffix else path
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: RUN must be the folder of a training run (convit train --output RUN)")
-    lines = path.read_text(encoding="utf-8").splitlines()
     records = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(log_lines(path), 1):
         try:
             record = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
+        except (ValueError, RecursionError) as error:
+            if not line.endswith(b"\n"):
                 break
             raise ValueError(f"{path}:{number} is no JSON: {error}") from error
         if not isinstance(record, dict):

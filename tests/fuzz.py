@@ -79,10 +79,13 @@ def shard(data: bytes) -> None:
 
 def log(data: bytes) -> None:
     from convit.engine.folder import Log, Progress, last_epoch
+    from convit.figures import read_log
 
-    WORK.write_bytes(data)
-    refused(lambda: last_epoch(WORK))
-    refused(lambda: Log(WORK, Progress(epoch=1, updates=10)).close())
+    path = WORK.with_suffix(".jsonl")
+    path.write_bytes(data)
+    refused(lambda: last_epoch(path))
+    refused(lambda: Log(path, Progress(epoch=1, updates=10)).close())
+    refused(lambda: read_log(path), str(path))
 
 
 def operator(data: bytes) -> None:

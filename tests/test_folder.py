@@ -90,7 +90,8 @@ def test_one_run_at_a_time(tmp_path):
         if os.fork() == 0:
             os.read(release[0], 1)  # a data worker that is slow to see that it is alone
             os._exit(0)
-        (folder.path / ".last.pth.1-0123abcd.partial.pth").write_bytes(b"half")
+        for name in (".last.pth.1-0123abcd.partial.pth", ".run.json.1-0123abcd.partial.json", ".log.jsonl.1-0123abcd.partial.jsonl"):
+            (folder.path / name).write_bytes(b"half")
         os.write(ready[1], b"x")
         time.sleep(60)
 

@@ -17,7 +17,10 @@ torch = pytest.importorskip("torch")
 from training import CPU, SHARED, assert_same_curve, command, fork, free_port, pictures, records, small, together, torchrun  # noqa: E402
 
 from convit.engine.pytorch import data as data_module  # noqa: E402
-from convit.engine.pytorch.train import train  # noqa: E402
+from convit.engine.pytorch import train as train_module  # noqa: E402
+from convit.engine.pytorch.checkpoint import load  # noqa: E402
+from convit.engine.pytorch.data import EvalData, TrainData  # noqa: E402
+from convit.engine.pytorch.train import TorchRun, train  # noqa: E402
 from convit.engine.world import World, find_world, first_host, rendezvous  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -166,3 +169,89 @@ def test_worlds_without_or_with_a_confused_launcher():
 )
 def test_first_host(nodes, first):
     assert first_host(nodes) == first
+
+
+# --- kills, and another number of processes ---
+
+
+def test_a_killed_process_and_a_resume_with_another_number(alone, tmp_path, capfd):
+    """One of two is killed inside an epoch: the other ends with a message; then four, or one, go on inside it, with the curve of one."""
+    step = TorchRun.apply
+
+    def work(rank):
+        def dying(self):
+            if rank == 1 and self.progress.updates == 17:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(self)
+
+        TorchRun.apply = dying
+        train(small(**SHARED | {"batch_size": 16, "ckpt_save_steps": 4}), tmp_path / "two", progress=False)
+
+    assert together(2, work, 60) == [1, -signal.SIGKILL]
+    assert "Error" in capfd.readouterr().err
+    assert load(tmp_path / "two" / "last.pth")["progress"]["updates"] == 15
+    for size, keys in ((4, {"batch_size": 8, "fsdp": True}), (3, {"batch_size": 16}), (1, {})):
+        shutil.copytree(tmp_path / "two", tmp_path / str(size))
+        recipe, run = small(**SHARED | keys), tmp_path / str(size)
+        ended = together(size, lambda rank, recipe=recipe, run=run: train(recipe, run, resume=True, progress=False))
+        if size == 3:  # another global batch, inside an epoch
+            assert ended == [1, 1, 1] and "global batch of 32" in capfd.readouterr().err
+        else:
+            assert ended == [0] * size
+            assert_same_curve(alone, tmp_path / str(size))
+
+
+def test_the_order_between_epochs_does_not_depend_on_the_number_of_processes(alone, tmp_path):
+    """The first epoch by two, the second by one: the curve of one."""
+    first = small(**SHARED | {"batch_size": 16, "epoch_size": 1})
+    assert together(2, lambda rank: train(first, tmp_path / "run", progress=False)) == [0, 0]
+    train(small(**SHARED), tmp_path / "run", resume=True, progress=False)
+    assert_same_curve(alone, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(2, 1), (3, 1), (4, 1), (2, 2), (3, 2)])
+def test_every_step_has_the_samples_of_one_process(processes, accumulation):
+    """With rests that do not divide: each sample once, in the same step, whoever takes it; a step's shares add up to one."""
+    keys = {"batch_size": 12, "drop_remainder": False, "num_samples": 107}
+    one = TrainData(small(**keys), World(), torch.device("cpu"))
+    several = keys | {"batch_size": 12 // processes // accumulation, "gradient_accumulation_steps": accumulation}
+    ranks = [TrainData(small(**several), World(rank, processes), torch.device("cpu")) for rank in range(processes)]
+    for epoch in (0, 3):
+        for step in range(one.steps_per_epoch):
+            parts = [part for data in ranks for part in data.parts(step)]
+            assert sorted(np.concatenate(parts).tolist()) == one.parts(step)[0].tolist()
+            assert all(np.array_equal(data.order(epoch), one.order(epoch)) for data in ranks)
+        for whole, *mine in zip(one.batches(epoch), *(grouped(data.batches(epoch), accumulation) for data in ranks), strict=True):
+            assert sum(share for group in mine for _, share in group) == pytest.approx(1)
+            assert sum(len(images) for group in mine for images, _ in group) == len(whole.images)
+
+
+def grouped(batches, size):
+    made = [(batch.images, batch.share) for batch in batches]
+    return [made[i : i + size] for i in range(0, len(made), size)]
+
+
+@pytest.mark.parametrize("fault", ["never starts", "has no data", "dies in validation", "dies in validation, sharded"])
+def test_one_of_three_processes_fails_and_all_end_with_a_message(tmp_path, monkeypatch, capfd, fault):
+    monkeypatch.setenv("CONVIT_JOIN_SECONDS", "8")
+    keys = SHARED | {"epoch_size": 1, "num_samples": 96, "batch_size": 8, "fsdp": fault.endswith("sharded")}
+
+    def work(rank):
+        if fault == "never starts" and rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault.startswith("dies") and rank == 2:
+            EvalData.__iter__ = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "has no data" and rank == 2:
+            train_module.TrainData = lambda *args: open(tmp_path / "nowhere")  # noqa: SIM115
+        try:
+            train(small(**keys), tmp_path / "run", progress=False)
+        except (RuntimeError, OSError, ValueError) as error:
+            print(f"process {rank} says: {str(error)[:300]}", file=sys.stderr, flush=True)
+            raise
+
+    died = -signal.SIGKILL if fault != "has no data" else 1
+    assert together(3, work, 60) == [1, 1, died]
+    said = capfd.readouterr().err
+    assert all(f"process {rank} says: " in said for rank in range(2 if died < 0 else 3)), said
+    if fault == "never starts":
+        assert "did not meet" in said and "CONVIT_JOIN_SECONDS" in said

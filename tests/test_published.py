@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 from checkpoints import DATA, randomised, tiny
+from training import fork
 
 from convit.weights import load, published
 from convit.weights.load import load_checkpoint, read
@@ -160,3 +161,80 @@ def test_load_pretrained(monkeypatch):
     assert asked == ["convit_tiny", "convit_base_plus"]
     with pytest.raises(ValueError, match="strict_head=False"):
         load.load_pretrained(tiny(num_classes=3), DATA / "mindcv_tiny.ckpt")
+
+
+def test_a_proxy_is_honoured(server, monkeypatch):
+    """What http_proxy names is asked for the whole address; for https a tunnel is asked of it, and what it refuses is a message."""
+    site, address, asked = server
+    proxied = []
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            proxied.append(self.path)
+            data = (site / self.path.rsplit("/", 1)[1]).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def do_CONNECT(self):
+            proxied.append(f"CONNECT {self.path}")
+            self.send_error(403)
+
+        def log_message(self, *args):
+            pass
+
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.server_port}")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    data = (DATA / "mindcv_tiny.ckpt").read_bytes()
+    file = f"convit_tiny-{hashlib.sha256(data).hexdigest()[:8]}.ckpt"
+    (site / file).write_bytes(data)
+    far = {"convit_tiny": f"{address}/{file}", "convit_base": "https://weights.invalid/convit_base-01234567.ckpt"}
+    monkeypatch.setitem(published.ADDRESSES, "mindcv", far)
+    assert published.fetch("convit_tiny", "mindcv").read_bytes() == data
+    with pytest.raises(OSError, match="weights.invalid.*403"):
+        published.fetch("convit_base", "mindcv")
+    assert proxied == [f"{address}/{file}", "CONNECT weights.invalid:443"] and not asked
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    published.cache_folder().joinpath(file).unlink()
+    published.fetch("convit_tiny", "mindcv")
+    assert asked == [f"/{file}"] and len(proxied) == 2
+    proxy.shutdown()
+    proxy.server_close()
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_cache_that_can_only_be_read(tmp_path, recorded):
+    """Shared by all users of a machine: what is there is checked and used, what is not is a message that names the place."""
+    data = (DATA / "mindcv_tiny.ckpt").read_bytes()
+    file = f"convit_tiny-{hashlib.sha256(data).hexdigest()[:8]}.ckpt"
+    cache = tmp_path / "cache/hub/checkpoints/convit"
+    cache.mkdir(parents=True)
+    (cache / file).write_bytes(data)
+    if recorded:
+        (cache / f"{file}.sha256").write_text(hashlib.sha256(data).hexdigest())
+    for path in (*cache.iterdir(), cache):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+
+    def work():
+        for path in (tmp_path, *tmp_path.parents):  # pytest's own folders are its user's
+            os.chmod(path, os.stat(path).st_mode | 0o111) if os.stat(path).st_uid == os.getuid() else None
+        if os.getuid() == 0:  # whom no permission stops
+            os.setuid(65534)
+        os.environ["TORCH_HOME"] = str(tmp_path / "cache")
+        published.ADDRESSES["mindcv"] = {
+            "convit_tiny": f"https://weights.invalid/{file}",
+            "convit_base": "https://weights.invalid/b-01234567.ckpt",
+        }
+        torch.hub._hub_dir = None
+        assert published.fetch("convit_tiny", "mindcv").read_bytes() == data
+        with pytest.raises(OSError, match="Permission denied.*pretrained='/path/to/b-01234567.ckpt'"):
+            published.fetch("convit_base", "mindcv")
+
+    before = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert os.waitpid(fork(work), 0)[1] == 0
+    assert {path.name: path.stat().st_mtime_ns for path in cache.iterdir()} == before

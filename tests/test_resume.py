@@ -1,7 +1,9 @@
 """Resuming: exact to the bit wherever a run was stopped, and what is said of a state that is not as it should be."""
 
+import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import threading
@@ -15,12 +17,14 @@ pytest.importorskip("sklearn")
 np = pytest.importorskip("numpy")
 torch = pytest.importorskip("torch")
 
+import kills  # noqa: E402
 from training import WHOLE, assert_same_state, command, fork, losses, records, small  # noqa: E402
 
 from convit import cli  # noqa: E402
 from convit.engine.folder import Log, Progress  # noqa: E402
 from convit.engine.pytorch.checkpoint import load, save  # noqa: E402
 from convit.engine.pytorch.train import TorchRun, train  # noqa: E402
+from convit.engine.run import Interrupted  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -163,3 +167,36 @@ def test_checkpoints_record_the_settings_of_the_model(whole, tmp_path):
     torch.save(state, tmp_path / "tanh.pth")
     read = read_checkpoint(tmp_path / "tanh.pth")
     assert read.act == "gelu_tanh" and read.norm_eps == 1e-7
+
+
+def test_kills_at_random_moments_while_others_read(whole, tmp_path):
+    """tests/kills.py does 200 of them."""
+    assert kills.killed_round(whole, tmp_path / "run", 4, 0.6, random.Random(0)) > 0
+
+
+def test_a_clock_that_jumps_changes_nothing(whole, tmp_path, monkeypatch):
+    """The time of day goes back and forth by years while a run trains and is resumed: no order depends on it."""
+    now = itertools.count()
+    monkeypatch.setattr(time, "time", lambda: 1e9 * (1 + next(now) % 3))
+    train(small(**WHOLE | {"epoch_size": 2}), tmp_path / "run", progress=False)
+    for path in (tmp_path / "run").iterdir():
+        os.utime(path, (next(now), 4e9 - next(now)))
+    train(small(**WHOLE), tmp_path / "run", resume=True, progress=False)
+    assert_same_state(whole, tmp_path / "run")
+
+
+def test_a_slow_disk_only_takes_longer(tmp_path, monkeypatch):
+    """Every write waits half a second for the disk: a signal that comes meanwhile is not lost, and what is saved is whole."""
+    sync, slept, signalled = os.fsync, [], []
+
+    def slow_sync(descriptor):
+        time.sleep(0.5)
+        sync(descriptor)
+        slept.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if "last.pth" in slept[-1] and signalled.append(1) is None and len(signalled) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(os, "fsync", slow_sync)
+    with pytest.raises(Interrupted):
+        train(small(**WHOLE), tmp_path / "run", progress=False)
+    assert len(signalled) == 2 and load(tmp_path / "run" / "last.pth")["progress"]["updates"] > 0

@@ -7,10 +7,11 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from convit.weights.files import BadFile, parse_json, partials, read_text, replacing
+from convit.weights.files import BadFile, mapped, parse_json, partials, read_text, replacing
 
 try:
     import fcntl
@@ -97,7 +98,8 @@ class Folder:
                 "or start over with --overwrite, which deletes them"
             )
         for partial in partials(self.path):  # of a run that was killed while it wrote: whoever holds the lock is alone
-            if _OURS.fullmatch(partial.name[1:].split(".partial")[0].rpartition(".")[0]):
+            name = partial.name[1:].split(".partial")[0].rpartition(".")[0]
+            if name == MANIFEST or _OURS.fullmatch(name):
                 partial.unlink()
         self.files, self.saved = listed & found, saved or resumed
         self._write()
@@ -141,6 +143,7 @@ class Folder:
 
 
 MANIFEST = "run.json"
+MAX_RECORD = 1 << 20  # bytes of a line of the log
 _OURS = re.compile(r"(last|best|epoch_\d+)\.(pth|ckpt)|log\.jsonl|recipe\.yaml")
 _held: set[int] = set()  # the locks of this process
 
@@ -204,9 +207,8 @@ class Log:
         """Open for appending, without the records that a resumed run will write again."""
         self.path = path
         if path.exists():
-            kept = [line for line in path.read_bytes().splitlines(keepends=True) if _is_past(line, progress)]
             with writing(path) as file:
-                file.writelines(kept)
+                file.writelines(line for line in log_lines(path) if _is_past(line, progress))
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, record: dict[str, Any], sync: bool = False) -> None:
@@ -224,6 +226,24 @@ class Log:
         self.file.close()
 
 
+def log_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a log, one by one.
+
+    Raises:
+        OSError: It cannot be opened.
+        BadFile: It is no regular file, or has a line that is too long for a record.
+    """
+    mapped(path)
+    with open(path, "rb") as file:
+        for number in count(1):
+            line = file.readline(MAX_RECORD)
+            if len(line) == MAX_RECORD and not line.endswith(b"\n"):
+                raise BadFile(path, f"has more than {MAX_RECORD:,} bytes, which is no record of a run", f"line {number}")
+            if not line:
+                return
+            yield line
+
+
 def _is_past(line: bytes, progress: Progress) -> bool:
     """Whether a resumed run will not write this line again; one that is no record of a run is kept as it is."""
     try:
@@ -239,11 +259,14 @@ def _is_past(line: bytes, progress: Progress) -> bool:
 
 def last_epoch(path: Path) -> dict[str, Any]:
     """The last epoch record of a log: what a run that was complete already gives. Lines that are no records are passed over."""
-    for line in reversed(path.read_bytes().splitlines() if path.exists() else []):
+    last: dict[str, Any] = {}
+    for line in log_lines(path) if path.exists() else []:
+        if b'"kind": "step"' in line:
+            continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and record.get("kind") == "epoch":
-            return record
-    return {}
+            last = record
+    return last

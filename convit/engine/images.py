@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from convit.engine.recipe import Recipe
+from convit.weights.files import check_regular
 
 # what Pillow opens only with a program or library of its own, or what holds no picture
 _OTHERS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -44,6 +45,8 @@ def read_image(file: str | os.PathLike[str] | BinaryIO, channels: int = 3) -> Im
         ValueError: It is no image, is damaged, or its values have no stated range.
     """
     try:
+        if isinstance(file, (str, os.PathLike)):
+            check_regular(file)
         with Image.open(file) as opened:
             image: Image.Image = opened
             image.load()

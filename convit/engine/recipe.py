@@ -21,6 +21,7 @@ from convit.dispatch import nearest
 from convit.weights.files import BadFile, read_text, shown
 
 MAX_RECIPE = 64 << 10  # bytes; yaml is read at some 100 kB a second
+MAX_DEPTH = 20
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -35,7 +36,7 @@ def parse_bool(value: Any) -> bool:
         return True
     if text in FALSE:
         return False
-    raise ValueError(f"expected a boolean ({'/'.join(TRUE)} or {'/'.join(FALSE)}), got {value!r}")
+    raise ValueError(f"expected a boolean ({'/'.join(TRUE)} or {'/'.join(FALSE)}), got {shown(value)}")
 
 
 def key(default: Any, help: str, *, choices: tuple[Any, ...] = (), low: float | None = None, high: float | None = None) -> Any:
@@ -276,7 +277,7 @@ def recipe_from(values: dict[str, Any], source: str = "the recipe") -> Recipe:
         if name in INERT:
             only, why = INERT[name]
             if str(value).lower() != str(only).lower() and value != only:
-                raise ValueError(f"{source}: {name} can only be {only!r}, got {value!r}: {why}")
+                raise ValueError(f"{source}: {name} can only be {only!r}, got {shown(value)}: {why}")
             continue
         if name in ("drop_rate", "drop_path_rate") and value is None:
             continue  # the model's default, as in MindCV
@@ -362,8 +363,13 @@ def _read(config: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"unknown recipe {name!r}{nearest(name, packaged_recipes())} (packaged: {', '.join(packaged_recipes())})")
     try:
         # few bytes of aliases of aliases make values of any size
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise BadFile(name, "has aliases (*name), which recipes do not take: write the values out")
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:  # more takes PyYAML minutes
+                raise BadFile(name, "is not yaml of a recipe: it is nested too deeply")
+            if isinstance(event, yaml.AliasEvent):
+                raise BadFile(name, "has aliases (*name), which recipes do not take: write the values out")
         values = yaml.safe_load(text)
     except BadFile:
         raise
@@ -400,7 +406,7 @@ def _list(kind: type, value: Any) -> list[Any]:
     if isinstance(value, str):
         value = [part for part in value.strip().strip("[]()").split(",") if part.strip()]
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"expected a list, got {value!r}")
+        raise ValueError(f"expected a list, got {shown(value)}")
     return [_scalar(kind, item) for item in value]
 
 
@@ -410,7 +416,7 @@ def _scalar(kind: type, value: Any) -> Any:
     if kind is str:
         return str(value)
     if isinstance(value, (bool, list, dict)):
-        raise ValueError(f"expected {kind.__name__}, got {value!r}")
+        raise ValueError(f"expected {kind.__name__}, got {shown(value)}")
     try:
         number = float(value)  # yaml reads 1e-4, without a dot, as text
     except (TypeError, ValueError, OverflowError):
@@ -441,7 +447,7 @@ def _check_value(source: str, name: str, value: Any) -> None:
     about = FIELDS[name].metadata
     if about["choices"] and value not in about["choices"]:
         hint = nearest(str(value), map(str, about["choices"]))
-        raise ValueError(f"{source}: {name} must be one of {', '.join(map(repr, about['choices']))}, got {value!r}{hint}")
+        raise ValueError(f"{source}: {name} must be one of {', '.join(map(repr, about['choices']))}, got {shown(value)}{hint}")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if about["low"] is not None and not value >= about["low"]:
             raise ValueError(f"{source}: {name} must be at least {about['low']}, got {value}")
@@ -453,12 +459,14 @@ def _check_together(source: str, recipe: Recipe) -> None:
     for name in ("scale", "ratio", "re_scale", "re_ratio"):
         pair = getattr(recipe, name)
         if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
-            raise ValueError(f"{source}: {name} must be a range [low, high] with 0 < low <= high, got {pair}")
+            raise ValueError(f"{source}: {name} must be a range [low, high] with 0 < low <= high, got {shown(pair)}")
     for name in ("mean", "std"):
         if len(getattr(recipe, name)) != recipe.in_channels:
-            raise ValueError(f"{source}: {name} needs one value per input channel ({recipe.in_channels}), got {getattr(recipe, name)}")
+            raise ValueError(
+                f"{source}: {name} needs one value per input channel ({recipe.in_channels}), got {shown(getattr(recipe, name))}"
+            )
     if min(recipe.std) <= 0:
-        raise ValueError(f"{source}: std must be positive, got {recipe.std}")
+        raise ValueError(f"{source}: std must be positive, got {shown(recipe.std)}")
     if (recipe.mixup or recipe.cutmix) and recipe.batch_size % 2:
         raise ValueError(f"{source}: batch_size must be even with mixup or cutmix, got {recipe.batch_size}")
     if recipe.early_stop and not recipe.val_while_train:
@@ -475,7 +483,9 @@ def _check_together(source: str, recipe: Recipe) -> None:
         if recipe.framework == "pytorch":
             raise ValueError(f"{source}: amp_cast_list names cells of MindSpore, and autocast chooses by itself: framework mindspore")
         if not re.fullmatch(r"\s*\[?\s*nn\.\w+\s*(,\s*nn\.\w+\s*)*,?\s*\]?\s*", recipe.amp_cast_list):
-            raise ValueError(f"{source}: amp_cast_list must be a list of cells such as [nn.Dense, nn.Conv2d], got {recipe.amp_cast_list!r}")
+            raise ValueError(
+                f"{source}: amp_cast_list must be a list of cells such as [nn.Dense, nn.Conv2d], got {shown(recipe.amp_cast_list)}"
+            )
     if recipe.fsdp and recipe.ema:
         raise ValueError(f"{source}: ema is not supported with fsdp; set one of them to false")
     if recipe.fsdp and recipe.amp_dtype == "float16":

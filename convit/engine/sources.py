@@ -13,7 +13,7 @@ from PIL import Image
 from convit.dispatch import nearest
 from convit.engine.images import BadImage, image_suffixes, images_below, read_image
 from convit.engine.recipe import Recipe
-from convit.weights.files import shown
+from convit.weights.files import check_regular, shown
 
 logger = logging.getLogger("convit")
 
@@ -74,6 +74,7 @@ class FolderSource:
         return self.paths[index]
 
     def open(self, index: int) -> BinaryIO:
+        check_regular(self.paths[index])
         return open(self.paths[index], "rb")
 
 
@@ -99,6 +100,7 @@ class TarSource:
 
     def _index(self, shard: str) -> None:
         images, labels = {}, {}
+        check_regular(shard)
         try:
             with tarfile.open(shard, "r:") as tar:
                 for member in tar:

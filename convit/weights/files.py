@@ -72,6 +72,8 @@ def shown(value: Any, limit: int = 60) -> str:
         return repr(value if len(value) <= limit else value[:limit]) + ("" if len(value) <= limit else "...")
     if isinstance(value, int) and value.bit_length() > 128:
         return f"a number of {value.bit_length()} bits"
+    if isinstance(value, list) and 0 < len(value) <= 8 and not any(isinstance(one, (list, tuple, dict, set)) for one in value):
+        return f"[{', '.join(shown(one, limit // len(value)) for one in value)}]"
     return repr(value) if value is None or isinstance(value, (bool, int, float)) else f"a {type(value).__name__}"
 
 
@@ -82,14 +84,19 @@ def mapped(path: str | os.PathLike[str]) -> memoryview:
         OSError: The file cannot be opened.
         BadFile: It is a folder, a named pipe, a device.
     """
-    _check_regular(path, os.stat(path).st_mode)  # before it is opened, which a pipe would block
+    check_regular(path)
     with open(path, "rb") as file:
-        information = os.fstat(file.fileno())
-        _check_regular(path, information.st_mode)
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if information.st_size else b"")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b"")
 
 
-def _check_regular(path: str | os.PathLike[str], mode: int) -> None:
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse, before it is opened, what is no regular file: a pipe would block for ever.
+
+    Raises:
+        OSError: There is no such file.
+        BadFile: It is a folder, a named pipe, a device.
+    """
+    mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         raise BadFile(path, f"is {_KINDS.get(stat.S_IFMT(mode), 'a device')}, not a file")
 

@@ -1,5 +1,7 @@
 """Processes and devices in torch: join the others, take a device, add up over all."""
 
+import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,11 +13,27 @@ BACKENDS = {"cuda": "nccl", "npu": "hccl", "xpu": "xccl"}
 
 
 def start(world: World, device: torch.device) -> None:
-    """Join the process group of ``world``, if it has more than one process."""
-    if world.size > 1 and not dist.is_initialized():
-        # torchrun's agent already holds the port
-        where = "env://" if world.launcher == "torchrun" else "tcp://{}:{}".format(*rendezvous(world))
-        dist.init_process_group(BACKENDS.get(device.type, "gloo"), init_method=where, rank=world.rank, world_size=world.size)
+    """Join the process group of ``world``, if it has more than one process.
+
+    Raises:
+        OSError: Not all of them have come within ``CONVIT_JOIN_SECONDS`` (60); torchrun has a limit of its own.
+    """
+    if world.size == 1 or dist.is_initialized():
+        return
+    backend = BACKENDS.get(device.type, "gloo")
+    if world.launcher == "torchrun":  # its agent already holds the port
+        dist.init_process_group(backend, init_method="env://", rank=world.rank, world_size=world.size)
+        return
+    address, port = rendezvous(world)
+    seconds = float(os.environ.get("CONVIT_JOIN_SECONDS") or 60)
+    try:
+        store = dist.TCPStore(address, port, world.size, world.rank == 0, timedelta(seconds=seconds))
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
+    except RuntimeError as error:  # torch's DistError is one
+        raise OSError(
+            f"process {world.rank}: the {world.size} processes of {world.launcher} did not meet at {address}:{port} within {seconds:g} s "
+            f"({(str(error).splitlines() or ['no reason given'])[0][:200]}). One died or is late: CONVIT_JOIN_SECONDS is how long to wait"
+        ) from None
 
 
 def choose_device(name: str, world: World) -> torch.device:
