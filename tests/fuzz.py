@@ -175,9 +175,10 @@ def _guided(name: str, seconds: int) -> None:
         import convit.weights.load  # noqa: F401
     corpus = Path(tempfile.mkdtemp(prefix=f"convit-{name}-"))
     for number, seed in enumerate(seeds()[name]):
+        TARGETS[name](seed)  # what is imported late is imported now
         (corpus / f"seed{number}").write_bytes(seed)
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    options = [f"-max_total_time={seconds}", "-timeout=300", "-rss_limit_mb=2048", "-max_len=12000", f"-artifact_prefix={OUTPUT}/{name}-"]
+    options = [f"-max_total_time={seconds}", "-timeout=3600", "-rss_limit_mb=2048", "-max_len=12000", f"-artifact_prefix={OUTPUT}/{name}-"]
     atheris.Setup(
         [sys.argv[0], *options, "-print_final_stats=1", str(corpus), *map(str, CORPUS.glob(name))], functools.partial(timed, name)
     )

@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 
 from training import CPU, SHARED, assert_same_curve, command, fork, free_port, pictures, records, small, together, torchrun  # noqa: E402
 
+from convit.engine.images import BadImage  # noqa: E402
 from convit.engine.pytorch import data as data_module  # noqa: E402
 from convit.engine.pytorch import train as train_module  # noqa: E402
 from convit.engine.pytorch.checkpoint import load  # noqa: E402
@@ -103,8 +104,8 @@ def test_a_process_that_dies_or_cannot_read_ends_the_others(folder, tmp_path, mo
 
     def failing(rank, how):
         def failing_read(source, index, channels):
-            if int(os.environ["SLURM_PROCID"]) == 1:
-                how()
+            if int(os.environ["SLURM_PROCID"]) == 1 and (bad := how()):
+                return bad
             return read(source, index, channels)
 
         data_module.read_sample = failing_read
@@ -116,6 +117,9 @@ def test_a_process_that_dies_or_cannot_read_ends_the_others(folder, tmp_path, mo
     assert together(2, lambda rank: failing(rank, broken), 60) == [1, 1]
     said = capfd.readouterr().err
     assert "the disk is gone" in said and "another process cannot read its data" in said
+    assert together(2, lambda rank: failing(rank, lambda: BadImage("cat.jpg", "broken")), 60) == [1, 1]
+    said = capfd.readouterr().err
+    assert "images in a row cannot be read, from cat.jpg (broken)" in said and "another process cannot read its data" in said
     assert together(2, lambda rank: failing(rank, lambda: os.kill(os.getpid(), signal.SIGKILL)), 60) == [1, -signal.SIGKILL]
     assert "Error" in capfd.readouterr().err
 

@@ -3,7 +3,7 @@
 | source   | variants            | checksum                                                                                     |
 |----------|---------------------|----------------------------------------------------------------------------------------------|
 | "timm"   | tiny, small, base   | SHA-256 that the Hugging Face hub states with the file; one that states none is not believed |
-| "mindcv" | all six             | first eight digits of the SHA-256, by MindCV's convention in the file name                   |
+| "mindcv" | all six             | first eight digits of the SHA-256 in the file name, as in torch.hub's                         |
 | "fair"   | tiny, small, base   | none is published: the SHA-256 of the first download is kept, checked ever after, and shown  |
 
 Only https, or http to this machine. The usual variables for proxies hold (``https_proxy``, ``no_proxy``).
@@ -79,7 +79,7 @@ def fetch(name: str, source: str | None = None) -> Path:
         address = os.environ.get("HF_ENDPOINT", _HUB).rstrip("/") + address
     path = cache_folder() / (f"{name}.fb_in1k.safetensors" if source == "timm" else address.rsplit("/", 1)[1])
     record = path.with_name(path.name + ".sha256")
-    prefix = re.search(r"-([0-9a-f]{8})\.ckpt$", path.name)
+    prefix = re.search(r"-([0-9a-f]{8,64})\.\w+$", path.name)
     expected = prefix[1] if prefix else ""
     if path.exists():
         if record.exists():

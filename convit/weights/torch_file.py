@@ -15,7 +15,19 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from convit.weights import archive
-from convit.weights.files import BFLOAT16, MAX_DIMS, MAX_TENSORS, SETTINGS, BadFile, Settings, Tensors, parse_settings, shown, to_torch
+from convit.weights.files import (
+    BFLOAT16,
+    MAX_DIMS,
+    MAX_TENSORS,
+    SETTINGS,
+    BadFile,
+    Settings,
+    Tensors,
+    mapped,
+    parse_settings,
+    shown,
+    to_torch,
+)
 
 # where a training checkpoint keeps its weights; timm looks in this order too
 WEIGHT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -103,12 +115,7 @@ def read(path: Path, data: memoryview, key: str | None) -> tuple[Tensors, Settin
     Raises:
         BadFile: It is truncated, damaged or no checkpoint, holds other things than dense tensors, or would run code when unpickled.
     """
-    try:
-        loaded = _read_zip(path, data) if bytes(data[:4]) == archive.MAGIC else _read_old(path, data)
-    except (IndexError, struct.error, UnicodeDecodeError):
-        raise BadFile(path, "is truncated, or is no PyTorch checkpoint") from None
-    if not isinstance(loaded, dict):
-        raise BadFile(path, f"must hold a dictionary of tensors, got {shown(loaded)}")
+    loaded = _loaded(path, data)
     settings = parse_settings(path, loaded.get(SETTINGS))
     if key is None:
         key = next((k for k in WEIGHT_KEYS if isinstance(loaded.get(k), dict)), None)
@@ -129,6 +136,35 @@ def read(path: Path, data: memoryview, key: str | None) -> tuple[Tensors, Settin
         if total > 2 * len(data):  # a few tied weights are fine
             raise BadFile(path, f"has tensors that share their storage many times over: more than {total:,} bytes out of {len(data):,}")
     return tensors, settings
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """What a dictionary holds beside its tensors: the numbers, texts, lists and mappings of these that are no deeper than two.
+
+    Raises:
+        OSError: The file cannot be opened.
+        BadFile: See ``read``.
+    """
+    loaded = _loaded(path, mapped(path))
+    return {name: value for name, value in loaded.items() if isinstance(name, str) and _plain(value, 2)}
+
+
+def _plain(value: Any, depth: int) -> bool:
+    if isinstance(value, (dict, list)):
+        inside = [*value, *value.values()] if isinstance(value, dict) else value
+        most = (0, 100, MAX_TENSORS)[depth]  # a list may hold another many times over
+        return len(value) <= most and all(_plain(one, depth - 1) for one in inside)
+    return value is None or isinstance(value, (str, int, float))
+
+
+def _loaded(path: Path, data: memoryview) -> dict[Any, Any]:
+    try:
+        loaded = _read_zip(path, data) if bytes(data[:4]) == archive.MAGIC else _read_old(path, data)
+    except (IndexError, struct.error, UnicodeDecodeError):
+        raise BadFile(path, "is truncated, or is no PyTorch checkpoint") from None
+    if not isinstance(loaded, dict):
+        raise BadFile(path, f"must hold a dictionary of tensors, got {shown(loaded)}")
+    return loaded
 
 
 def write(file: BinaryIO, tensors: Tensors, settings: Settings | None) -> None:

@@ -1,6 +1,5 @@
 """Checkpoints of a run: what a resumed one needs to continue as if it had never stopped."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import nn
 
 from convit.engine.folder import writing
+from convit.weights import torch_file
 from convit.weights.archive import check_records
 from convit.weights.files import BadFile
 
@@ -46,14 +46,10 @@ def facts_of(path: str) -> dict[str, Any]:
         OSError: The file cannot be opened.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # the weights stay where they are
-    except OSError:
-        raise
-    except Exception:  # of another kind, or damaged: load_checkpoint will say which
+        found = torch_file.facts(Path(path))
+    except BadFile:  # of another kind, or damaged: load_checkpoint will say which
         return {}
-    return state if isinstance(state, dict) and isinstance(state.get("recipe"), dict) else {}
+    return found if isinstance(found.get("recipe"), dict) else {}
 
 
 class States:
