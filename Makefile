@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: fuzz mutate demo test test-torch test-mindspore sanitize ascend-check aot dev check bench clean
+.PHONY: fuzz mutate demo test test-torch test-mindspore test-oldest sanitize ascend-check aot dev check bench clean
 
 demo: .venv/ready
 	$(BIN)/convit demo
@@ -23,6 +23,19 @@ test-mindspore: .venv-mindspore/ready
 	test -x .venv-mindspore/bin/python || $(PYTHON) -m venv .venv-mindspore
 	.venv-mindspore/bin/pip install -q "setuptools>=77" wheel pybind11 "mindspore>=2.7,<2.11" "numpy<2" decorator mindcv PyYAML safetensors rich pytest
 	CONVIT_BUILD_EXT=1 .venv-mindspore/bin/pip install -q --no-build-isolation --no-deps --force-reinstall .
+	touch $@
+
+# what a user of PyTorch and timm relies on, with the oldest versions that pyproject.toml claims, on the oldest Python that is here and that they have
+# wheels for; from another folder, where only the installed package is found
+OLDEST := torch==2.6.0 torchvision==0.21.0 numpy==1.26.0 timm==1.0.21
+OLDEST_PYTHON ?= $(shell for p in python3.10 python3.11 python3.12; do $$p -c "" 2> /dev/null && echo $$p && break; done)
+test-oldest: .venv-oldest/ready
+	cd tests && OMP_NUM_THREADS=1 ../.venv-oldest/bin/pytest -n 2 --dist worksteal $(addprefix test_,$(addsuffix .py,accelerate autograd compile composed linear model timm))
+
+.venv-oldest/ready: $(SOURCES) $(wildcard convit/*.py convit/*/*.py convit/*/*/*.py kernels/*.py kernels/*/*.py)
+	test -x .venv-oldest/bin/python || $(OLDEST_PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install -q "setuptools>=77" wheel pybind11 $(OLDEST) safetensors pytest pytest-xdist hypothesis
+	CONVIT_BUILD_EXT=1 .venv-oldest/bin/pip install -q --no-build-isolation --no-deps --force-reinstall .
 	touch $@
 
 # the C++ core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer

@@ -50,6 +50,15 @@ def eager(*tensors: Tensor | None) -> bool:
     return True
 
 
+# what a tracer puts in a tensor's place: it means what the tensor meant
+_STAND_INS = (_named("_subclasses.fake_tensor.FakeTensor"), _named("_subclasses.functional_tensor.FunctionalTensor"))
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether these are tensors of torch's own class: one of a subclass (quantised, sharded) may mean more to the layer that holds it."""
+    return all(x is None or type(x) in _PLAIN or type(x) in _STAND_INS for x in tensors)
+
+
 def profiled() -> bool:
     """Whether a profiler runs: to see operators."""
     return _profiler is None or bool(_profiler())

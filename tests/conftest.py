@@ -1,12 +1,21 @@
 """What every test runs under: poisoned memory, and no backend forced from outside."""
 
+import importlib.metadata
 import importlib.util
+import platform
 
 import pytest
 
 collect_ignore = []
 if importlib.util.find_spec("torch") is None:
     collect_ignore_glob = ["test_*.py"]
+
+
+def pytest_report_header() -> str:
+    """The versions that this run speaks for."""
+    names = ("torch", "torchvision", "timm", "numpy", "mindspore", "onnx", "openvino")
+    found = {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)}
+    return ", ".join([f"versions: Python {platform.python_version()}", *(f"{name} {version}" for name, version in found.items())])
 
 
 @pytest.fixture(autouse=True)

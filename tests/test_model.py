@@ -151,7 +151,7 @@ def test_class_token_always_reaches_the_head(local):
     assert [block.use_gpsa for block in model.blocks] == [i < local for i in range(3)]
     assert model.forward_features(images()).shape == (2, 17, 24)
     before = model(images())
-    model.cls_token.data += 1
+    model.cls_token.data += torch.randn(24)  # what all channels share, the norm takes away
     assert not torch.allclose(before, model(images()))
 
 
@@ -178,6 +178,7 @@ def test_register_tokens_and_pooling():
     assert model(images()).shape == (2, 20, 24)
 
 
+@pytest.mark.skipif(not hasattr(timm.models.convit.ConVit, "forward_intermediates"), reason="timm's ConViT has it from 1.0.31 on")
 def test_forward_intermediates_as_timms():
     torch.manual_seed(0)
     shape = {"img_size": 64, "num_classes": 7, "depth": 4, "local_up_to_layer": 3, "num_heads": 4}
@@ -475,3 +476,62 @@ def test_last_block_computes_what_the_head_reads(monkeypatch):
         head = model.forward_head
         model.forward_head = lambda x: head(x + x.mean(1, keepdim=True))
         tokens(model)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"patch_size": 0}, "patch_size must be positive, got 0"),
+        ({"patch_size": 8.5}, "a size must be an integer or a pair"),
+        ({"img_size": (32,)}, r"a size must be an integer or a pair \(height, width\), got \(32,\)"),
+        ({"in_chans": -1}, "in_chans must be at least 1, got -1"),
+        ({"embed_dim": 0}, "embed_dim must be at least 1, got 0"),
+        ({"num_classes": -2}, "num_classes must be at least 0"),
+        ({"reg_tokens": -1}, "reg_tokens must be at least 0"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio must give the MLPs a width"),
+        ({"drop_path_rate": 1.0}, "dropout rates must be in"),
+        ({"attn_drop_rate": float("nan")}, "dropout rates must be in"),
+        ({"locality_strength": float("inf")}, "locality_strength must be finite, got inf"),
+    ],
+)
+def test_arguments_out_of_range_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        small(**arguments)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 1, 3, 32, 32)])
+def test_inputs_of_another_rank_are_named(shape):
+    with pytest.raises(ValueError, match=r"images must be \[B, C, H, W\], got"):
+        small()(torch.zeros(shape))
+    for attention in (convit.GPSA(24, 4), convit.MHSA(24, 4)):
+        with pytest.raises(ValueError, match=r"x must be \[B, N, C\], got"):
+            attention(torch.zeros(shape[2:] if len(shape) == 5 else shape[1:]).expand(1, 1, *shape[1:]))
+
+
+def test_a_file_of_weights_for_another_number_of_channels(tmp_path):
+    """As timm does it: summed to one channel, repeated at the same gain for more."""
+    from timm.models._manipulate import adapt_input_conv
+
+    source = convit.create_model("convit_tiny", img_size=32, depth=2, local_up_to_layer=1)
+    torch.save(source.state_dict(), tmp_path / "a.pth")
+    for channels in (1, 4):
+        model = convit.create_model(
+            "convit_tiny", pretrained=tmp_path / "a.pth", in_chans=channels, img_size=32, depth=2, local_up_to_layer=1
+        )
+        assert torch.equal(model.patch_embed.proj.weight, adapt_input_conv(channels, source.patch_embed.proj.weight))
+        assert model(images(channels=channels)).shape == (2, 1000)
+
+
+def test_weights_beyond_the_models_type_are_refused_by_name(tmp_path):
+    weights = {name: x.double() for name, x in small().state_dict().items()}
+    weights["head.weight"][0, 0] = 1e300
+    torch.save(weights, tmp_path / "a.pth")
+    model = small()
+    with pytest.raises(ValueError, match=r"in which it would be infinite: head.weight reaches 1e\+300"):
+        convit.load_checkpoint(model, tmp_path / "a.pth")
+    assert torch.equal(model.head.weight, small().head.weight)
+    assert convit.load_checkpoint(model.double(), tmp_path / "a.pth").head.weight[0, 0] == 1e300
+    weights["head.weight"][0, 0] = 1e30
+    torch.save({name: x.float() for name, x in weights.items()}, tmp_path / "b.pth")
+    with pytest.raises(ValueError, match=r"infinite: head.weight reaches 1e\+30"):
+        convit.load_checkpoint(small().half(), tmp_path / "b.pth")

@@ -41,11 +41,12 @@ with torch.inference_mode():
 for scripted in (torch.jit.script(model), torch.jit.script(traced(model))):
     out = scripted(x)
     torch.testing.assert_close(out.popitem()[1] if isinstance(out, dict) else out, model(x), rtol=1e-4, atol=1e-5)
-final, maps = model.forward_intermediates(x)
-assert [m.shape for m in maps] == [(2, c, 4, 4) for c in FeatureInfo(model.feature_info, 4).channels()]
-torch.testing.assert_close(final, model.forward_features(x))
-features = build(features_only=True).eval()
-assert [m.shape[1] for m in features(x)] == features.feature_info.channels()
+if isinstance(model, convit.ConViT) or hasattr(timm.models.convit.ConVit, "forward_intermediates"):  # timm's from 1.0.31 on
+    final, maps = model.forward_intermediates(x)
+    assert [m.shape for m in maps] == [(2, c, 4, 4) for c in FeatureInfo(model.feature_info, 4).channels()]
+    torch.testing.assert_close(final, model.forward_features(x))
+    features = build(features_only=True).eval()
+    assert [m.shape[1] for m in features(x)] == features.feature_info.channels()
 model.reset_classifier(0)
 assert model(x).shape == (2, model.head_hidden_size)
 model.reset_classifier(0, "")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from convit import ops
-from convit.kernels.eager import bare, know
+from convit.kernels.eager import bare, know, plain
 from convit.kernels.gpsa import reference
 
 
@@ -67,6 +67,8 @@ class GPSA(nn.Module):
     ) -> None:
         super().__init__()
         _check_heads(dim, num_heads)
+        if not math.isfinite(locality_strength):
+            raise ValueError(f"locality_strength must be finite, got {locality_strength}")
         self.dim = dim
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
@@ -99,10 +101,10 @@ class GPSA(nn.Module):
             return self._forward(x, grid)
 
     def _forward(self, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
-        batch, tokens, dim = x.shape
+        batch, tokens, dim = _sizes(x)
         v = ops.linear(self.v, x).view(batch, tokens, self.num_heads, dim // self.num_heads).transpose(1, 2)
         dropout_p = _dropout(self.attn_drop)
-        if dropout_p is None or not bare(self.pos_proj, nn.Linear) or _own(self, GPSA, "get_attention"):
+        if dropout_p is None or not self._position_is_bare() or _own(self, GPSA, "get_attention"):
             out = self.get_attention(x, grid) @ v
         else:
             q, k = self._query_key(x)
@@ -132,7 +134,7 @@ class GPSA(nn.Module):
         """The gated mix of the two softmaxes, [B, H, N, N], after attention dropout; formed in full, for looking at."""
         q, k = self._query_key(x)
         grid = self._grid(x.shape[1], grid)
-        if bare(self.pos_proj, nn.Linear):
+        if self._position_is_bare():
             attn = reference.attention_map(q, k, self._position_weight(), self.gating_param, grid, self.scale)
         else:  # somebody's own: asked for its output, as in timm
             rel = reference.relative_positions(grid, x.device).to(self.gating_param.dtype)
@@ -161,6 +163,9 @@ class GPSA(nn.Module):
         batch, tokens, dim = x.shape
         q, k = ops.linear(self.qk, x).view(batch, tokens, 2, self.num_heads, dim // self.num_heads).unbind(2)
         return q.transpose(1, 2), k.transpose(1, 2)
+
+    def _position_is_bare(self) -> bool:
+        return bare(self.pos_proj, nn.Linear) and plain(self.pos_proj.weight, self.pos_proj.bias)
 
     def _position_weight(self) -> Tensor:
         weight, bias = self.pos_proj.weight, self.pos_proj.bias
@@ -228,7 +233,7 @@ class MHSA(nn.Module):
         return out[:, :first]
 
     def _forward(self, x: Tensor, first: int | None) -> Tensor:
-        batch, _, dim = x.shape
+        batch, _, dim = _sizes(x)
         q, k, v = self._query_key_value(x)
         q = q[:, :, :first]
         dropout_p = _dropout(self.attn_drop)
@@ -278,8 +283,15 @@ def _own(module: nn.Module, cls: type[nn.Module], name: str) -> bool:
     return getattr(type(module), name) is not getattr(cls, name) or name in module.__dict__
 
 
+def _sizes(x: Tensor) -> tuple[int, int, int]:
+    if x.ndim != 3:
+        raise ValueError(f"x must be [B, N, C], got {list(x.shape)}")
+    batch, tokens, dim = x.shape
+    return batch, tokens, dim
+
+
 def _check_heads(dim: int, num_heads: int) -> None:
-    if num_heads < 1 or dim % num_heads:
+    if num_heads < 1 or dim < 1 or dim % num_heads:
         raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
 
 

@@ -1,5 +1,6 @@
 """The layers of ConViT beside the attention: patch embedding, MLP, drop path and block, with timm's names."""
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, cast
@@ -17,7 +18,12 @@ Size = int | tuple[int, int]
 
 
 def pair(size: Size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    """A height and width, as given or the same for both."""
+    try:
+        height, width = (size, size) if isinstance(size, int) else size
+        return operator.index(height), operator.index(width)
+    except (TypeError, ValueError):
+        raise ValueError(f"a size must be an integer or a pair (height, width), got {size!r}") from None
 
 
 def resample_position_embedding(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -45,6 +51,8 @@ class PatchEmbed(nn.Module):
     ) -> None:
         super().__init__()
         self.patch_size = pair(patch_size)
+        if min(self.patch_size) < 1:
+            raise ValueError(f"patch_size must be positive, got {patch_size}")
         self.dynamic = dynamic or pad
         self.pad = pad
         self.set_input_size(img_size)
@@ -73,6 +81,8 @@ class PatchEmbed(nn.Module):
         self.patch_size = patch_size
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        if x.ndim != 4:
+            raise ValueError(f"images must be [B, C, H, W], got {list(x.shape)}")
         height, width = x.shape[-2], x.shape[-1]
         if self.dynamic:
             grid = self._grid(height, width)

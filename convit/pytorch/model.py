@@ -1,5 +1,6 @@
 """The ConViT model and its six variants, with timm's state dict and the interface of timm's VisionTransformer."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -77,6 +78,12 @@ class ConViT(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _check_least(in_chans=(in_chans, 1), embed_dim=(embed_dim, 1), num_classes=(num_classes, 0), reg_tokens=(reg_tokens, 0))
+        if not 1 <= embed_dim * mlp_ratio < math.inf:
+            raise ValueError(f"mlp_ratio must give the MLPs a width of at least 1, got {mlp_ratio}")
+        rates = (drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate)
+        if not (all(0 <= rate <= 1 for rate in rates) and 0 <= drop_path_rate < 1):
+            raise ValueError(f"dropout rates must be in [0, 1], that of paths below 1, got {(*rates, drop_path_rate)}")
         if not 0 <= local_up_to_layer <= depth:
             raise ValueError(f"local_up_to_layer must be in 0..depth = 0..{depth}, got {local_up_to_layer}")
         where: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -393,6 +400,12 @@ def _check_pool(global_pool: str, no_class_token: bool) -> str:
             "reach it. Choose global_pool='avg', or a smaller local_up_to_layer"
         )
     return global_pool
+
+
+def _check_least(**arguments: tuple[int, int]) -> None:
+    for name, (value, least) in arguments.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def list_models() -> list[str]:

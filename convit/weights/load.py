@@ -19,7 +19,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -246,7 +246,7 @@ def load_pretrained(model: Any, name_or_path: str | os.PathLike[str], *, strict_
 
     A model of MindSpore gets MindCV's weights, one of PyTorch timm's where timm has the variant.
 
-    For published weights the patch embedding is adapted to the model's number of channels, as timm does; a file has to fit.
+    The patch embedding is adapted to the model's number of channels, as timm does.
 
     Args:
         model: The model.
@@ -257,13 +257,12 @@ def load_pretrained(model: Any, name_or_path: str | os.PathLike[str], *, strict_
         OSError: The weights cannot be downloaded; the message has the address and how to pass a file.
         ValueError: The download has the wrong checksum, or the weights do not fit the model.
     """
-    if str(name_or_path) not in variants():
-        return load_checkpoint(model, name_or_path, strict_head=strict_head)
-    path = fetch(str(name_or_path), "mindcv" if _is_cell(model) else None)
-    checkpoint = read(path)
+    published = str(name_or_path) in variants()
+    path = fetch(str(name_or_path), "mindcv" if _is_cell(model) else None) if published else name_or_path
+    checkpoint, name = read(path), "patch_embed.proj.weight"
     channels = (model if _is_cell(model) else _unwrap(model)).patch_embed.proj.weight.shape[1]
-    name = "patch_embed.proj.weight"
-    adapted = checkpoint.tensors | {name: _adapt_channels(checkpoint.tensors[name], channels)}
+    kernel = checkpoint.tensors.get(name)
+    adapted = checkpoint.tensors if kernel is None or kernel.ndim != 4 else checkpoint.tensors | {name: _adapt_channels(kernel, channels)}
     return _load(model, replace(checkpoint, tensors=adapted), path, strict_head)
 
 
@@ -397,9 +396,28 @@ def _adapt_channels(weight: np.ndarray, channels: int) -> np.ndarray:
 
 
 def _warn_of_nan(tensors: Tensors, what: str) -> None:
-    broken = [name for name, array in tensors.items() if not np.isfinite(to_float32(array)).all()]
+    broken = [name for name, array in tensors.items() if not np.isfinite(_wide(array)).all()]
     if broken:
         logger.warning("%s has NaN or infinite values in %d of %d tensors: %s", what, len(broken), len(tensors), _some(broken))
+
+
+def _wide(array: np.ndarray) -> np.ndarray:
+    """``to_float32`` of what float32 holds; float64 as it is."""
+    return array if array.dtype == np.float64 else to_float32(array)
+
+
+def _check_range(tensors: Tensors, largest: Callable[[str], float], what: str) -> None:
+    """Refuse finite numbers that the model's own type would make infinite."""
+    beyond = []
+    for name, array in tensors.items():
+        limit = largest(name)
+        if array.dtype == np.float64 or limit < np.finfo(np.float32).max:
+            top = float(np.abs(_wide(array)).max(initial=0.0, where=np.isfinite(_wide(array))))
+            beyond += [f"{name} reaches {top:.3g}"] if top > limit else []
+    if beyond:
+        raise ValueError(
+            f"{what} does not fit the model's type, in which it would be infinite: {_some(beyond)}. Make the model wider first"
+        )
 
 
 def _square(tokens: int) -> tuple[int, int] | None:
@@ -434,12 +452,14 @@ def _is_cell(model: Any) -> bool:
 def _load(model: Any, checkpoint: Checkpoint, path: str | os.PathLike[str], strict_head: bool) -> Any:
     if _is_cell(model):
         return _load_cell(model, checkpoint, path, strict_head)
+    import torch
     from torch import nn
 
     inner = _unwrap(model)
     own = inner.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
     fitted = fit(checkpoint.tensors, shapes, grid=_grid(inner), source_grid=checkpoint.grid, strict_head=strict_head, what=str(path))
+    _check_range(fitted, lambda name: torch.finfo(own[name].dtype).max, str(path))
     acts = [module for module in inner.modules() if isinstance(module, nn.GELU)]
     if not acts and any(name.startswith("blocks.") for name in own):
         raise ValueError(f"{path} was trained with {checkpoint.act}, but the model has no torch.nn.GELU")
@@ -461,6 +481,7 @@ def _load_cell(model: Any, checkpoint: Checkpoint, path: str | os.PathLike[str],
     shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
     tensors = to_mindcv(checkpoint.tensors)
     fitted = fit(tensors, shapes, grid=model.grid, source_grid=checkpoint.grid, strict_head=strict_head, what=str(path))
+    _check_range(fitted, lambda name: float(np.finfo("float16" if str(own[name].dtype) == "Float16" else "float32").max), str(path))
     for name, array in fitted.items():
         own[name].set_data(Tensor(to_float32(array), own[name].dtype))
     for _, cell in model.cells_and_names():
