@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from convit.dispatch import Problem, choose, forced_backend, load, runnable
-from convit.kernels.eager import autocast_dtype, bare, eager
+from convit.kernels.eager import autocast_dtype, bare, eager, exporting_to_onnx, traced
 from convit.kernels.gpsa import any_sdpa, reference
 from convit.kernels.linear import cpu_onednn
 
@@ -64,7 +64,10 @@ def gpsa(
     gh, gw = grid
     problem = Problem("torch", device, str(q.dtype)[6:], batch, heads, tokens, head_dim, (gh, gw), dropout_p)
     compiling = torch.compiler.is_compiling()
-    kernel = choose(problem, forced_backend(backend, compiling), quiet=compiling)
+    forced = forced_backend(backend, compiling)
+    if forced is None and not dropout_p and traced() and exporting_to_onnx():
+        forced = "sdpa"
+    kernel = choose(problem, forced, quiet=compiling)
     scale = head_dim**-0.5 if scale is None else float(scale)
     out: Tensor = kernel.gpsa(q, k, v, pos_weight, gating, (gh, gw), scale, dropout_p)
     return out
@@ -73,19 +76,20 @@ def gpsa(
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float = 0.0) -> Tensor:
     """Plain softmax attention, as ``scaled_dot_product_attention``; on CPU, N queries to N keys, through the faster ``cpp`` kernel.
 
-    PyTorch's own runs where ``cpp`` cannot, and where autocast, a tracer, a mode or a function transform is at work; the definition, where
-    backend ``reference`` is forced.
+    PyTorch's own runs where ``cpp`` cannot or is slower, and where autocast would cast, a tracer, a mode or a function transform is at
+    work; the definition, where backend ``reference`` is forced.
     """
     forced = forced_backend(None, torch.compiler.is_compiling())
     if forced == "reference":
         return reference.plain_attention(q, k, v, scale, dropout_p)
-    usual = q.device.type != "cpu" or q.dtype != torch.float32 or k.shape != q.shape or torch.is_autocast_enabled("cpu")
-    if usual or forced not in (None, "cpp") or not (torch.compiler.is_compiling() or eager(q, k, v)):
+    if forced not in (None, "cpp") or q.device.type != "cpu" or k.shape != q.shape or autocast_dtype("cpu") not in (None, q.dtype):
+        return any_sdpa.fused_attention(q, k, v, scale, dropout_p)
+    if exporting_to_onnx() if torch.compiler.is_compiling() else not eager(q, k, v):
         return any_sdpa.fused_attention(q, k, v, scale, dropout_p)
     batch, heads, tokens, head_dim = q.shape
-    problem = Problem("torch", "cpu", "float32", batch, heads, tokens, head_dim, (1, tokens), dropout_p)
+    problem = Problem("torch", "cpu", str(q.dtype)[6:], batch, heads, tokens, head_dim, (1, tokens), dropout_p)
     kernel = runnable("cpp", problem)
-    if isinstance(kernel, str):
+    if isinstance(kernel, str) or kernel.slower_than_torch(q.dtype):
         return any_sdpa.fused_attention(q, k, v, scale, dropout_p)
     out: Tensor = kernel.attention(q, k, v, scale)
     return out

@@ -3,6 +3,7 @@
 Where a version of torch lacks such a name, the answer is the plain path: through torch's dispatcher, through the module's ``forward``.
 """
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -59,6 +60,11 @@ def plain(*tensors: Tensor | None) -> bool:
     return all(x is None or type(x) in _PLAIN or type(x) in _STAND_INS for x in tensors)
 
 
+def traced() -> bool:
+    """Whether a compiler, or ``torch.jit.trace``, records the call."""
+    return torch.compiler.is_compiling() or _tracing_state is None or _tracing_state() is not None
+
+
 def profiled() -> bool:
     """Whether a profiler runs: to see operators."""
     return _profiler is None or bool(_profiler())
@@ -68,6 +74,13 @@ def exporting() -> bool:
     """Whether a program is being traced for ``torch.export`` (where torch cannot tell from ``torch.compile``, for either)."""
     told: bool = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
     return told
+
+
+@torch.compiler.assume_constant_result
+def exporting_to_onnx() -> bool:
+    """Whether ``torch.onnx.export`` traces, in either of its ways: ONNX knows torch's operators only."""
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is not None and bool(onnx.is_in_onnx_export())
 
 
 @torch.compiler.assume_constant_result  # of the call being traced; the compiler guards on the transforms by itself

@@ -35,7 +35,7 @@ def test_swaps_in_place_and_shares_everything():
     assert convit.accelerate(model) is model
     assert [type(block.attn) for block in model.blocks] == [convit.GPSA] * 3 + [convit.MHSA]
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
-    assert not model.blocks[0].attn.training and not list(model.buffers())
+    assert not model.blocks[0].attn.training and all(buffer.numel() == 3 for buffer in model.buffers())  # their cache, without its content
     close(model(X), expected)
     assert calls == ["hook"]
     fresh = timm_model()
@@ -126,6 +126,10 @@ def _further_parameter(model):
     model.blocks[0].attn.temperature = torch.nn.Parameter(torch.ones(1))
 
 
+def _further_indices(model):
+    model.blocks[0].attn.rel_indices = model.blocks[0].attn.rel_indices * 2
+
+
 def _lookalike(model):
     class Mlp(torch.nn.Module):
         __init__ = timm.layers.Mlp.__init__
@@ -143,11 +147,13 @@ def _lookalike(model):
         (_subclass, "overrides get_attention of timm's"),
         (_further_layer, "holds more than ours: middle"),
         (_further_parameter, "holds more than ours: temperature"),
+        (_further_indices, "has rel_indices of its own"),
         (_lookalike, "computes something else"),
     ],
 )
 def test_what_is_not_exactly_theirs_is_left_and_said(change, reason, caplog):
     model = timm_model().eval()
+    model(X)
     change(model)
     expected = model(X)
     convit.accelerate(model)

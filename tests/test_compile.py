@@ -8,6 +8,8 @@ import pytest
 import torch
 from test_model import images, small
 
+import convit
+
 
 def in_a_fresh_process(code):
     environment = {k: v for k, v in os.environ.items() if k != "CONVIT_BACKEND"} | {"OMP_NUM_THREADS": "1"}
@@ -59,3 +61,19 @@ def test_export_with_dynamic_sizes_takes_every_size(strict):
         program = torch.export.export(model, (images(*traced),), dynamic_shapes=shapes, strict=strict).module()
         for size in ((32, 32), (48, 48), (24, 40), (64, 24)):
             torch.testing.assert_close(program(images(*size)), model(images(*size)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_torchs_own_export_to_onnx(dynamo, tmp_path):
+    """Ours and accelerated ones: in torch's operators, whichever backend would run the call."""
+    runtime, timm = pytest.importorskip("onnxruntime"), pytest.importorskip("timm")
+    pytest.importorskip("onnxscript")
+    shape = {"img_size": 32, "patch_size": 8, "num_classes": 5, "depth": 2, "local_up_to_layer": 1, "num_heads": 4}
+    models = [convit.accelerate(timm.models.convit.ConVit(embed_dim=6, **shape)).eval()]
+    models += [] if dynamo else [small()]
+    for i, model in enumerate(models):
+        path = str(tmp_path / f"{i}.onnx")
+        torch.onnx.export(model, (images(),), path, dynamo=dynamo, input_names=["x"], **({"verbose": False} if dynamo else {}))
+        (found,) = runtime.InferenceSession(path).run(None, {"x": images().numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), model(images()), rtol=1e-4, atol=1e-5)

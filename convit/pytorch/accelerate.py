@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from convit import ops
 from convit.dispatch import use_backend
 from convit.kernels.eager import know
+from convit.kernels.gpsa import reference
 from convit.pytorch.gpsa import GPSA, MHSA
 from convit.pytorch.layers import Mlp
 
@@ -98,7 +99,7 @@ def accelerate(model: Model, grid: Layout = "square") -> Model:
     """Make every GPSA and MHSA of a timm, FAIR or ConViT model ours, and the MLPs beside them, in place.
 
     The module objects stay: their parameters, hooks, mode, device and dtype are untouched, and optimisers or wrappers that hold
-    them keep working; only their class changes, and the relative-position cache goes. State dicts stay the same. Modules that are not
+    them keep working; only their class changes, and the relative-position cache shrinks. State dicts stay the same. Modules that are not
     exactly theirs are left alone; ``accelerated`` says which, and undoes it all.
 
     Args:
@@ -152,9 +153,7 @@ def accelerated(model: nn.Module) -> Accelerated:
 def _swap(module: nn.Module, ours: type[nn.Module]) -> None:
     module.__dict__[_THEIRS] = type(module)
     module.__class__ = ours
-    module._buffers.pop("rel_indices", None)
-    module._non_persistent_buffers_set.discard("rel_indices")
-    module.__dict__.pop("rel_indices", None)
+    _forget_indices(module)
 
 
 def _restore(module: nn.Module) -> None:
@@ -162,9 +161,28 @@ def _restore(module: nn.Module) -> None:
     module.__class__ = theirs
     module.__dict__.pop("patch_embed", None)
     module.__dict__.pop("image_grid", None)
-    if issubclass(theirs, nn.Module) and "gating_param" in module._parameters:  # their cache of one patch: they make it anew for others
+    if "gating_param" in module._parameters and "rel_indices" not in module._buffers:
         gating = module._parameters["gating_param"]
-        module.register_buffer("rel_indices", torch.zeros(1, 1, 1, 3, dtype=gating.dtype, device=gating.device), persistent=False)  # type: ignore[union-attr]
+        module.__dict__["rel_indices"] = torch.zeros(1, 1, 1, 3, dtype=gating.dtype, device=gating.device)  # type: ignore[union-attr]
+
+
+def _forget_indices(module: nn.Module) -> None:
+    """Shrink their cache of relative positions to that of one patch: they make it anew for others. A buffer stays, for who lists them."""
+    if isinstance(kept := module._buffers.get("rel_indices"), Tensor):
+        module._buffers["rel_indices"] = kept.new_zeros(1, 1, 1, 3)
+    module.__dict__.pop("rel_indices", None)
+
+
+def _indices_are_the_grids(module: nn.Module) -> bool:
+    """Whether their cache is empty, or of a square grid as they make it, but for the rounding of a type that it has been through."""
+    kept = module._buffers.get("rel_indices", module.__dict__.get("rel_indices"))
+    if not isinstance(kept, Tensor) or kept.is_meta or kept.numel() == 3:
+        return kept is None or kept.is_meta or not kept.any()
+    side = round(kept.shape[1] ** 0.5) if kept.ndim == 4 else 0
+    if kept.shape != (1, side * side, side * side, 3):
+        return False
+    exact = reference.relative_positions((side, side), kept.device).double()
+    return torch.allclose(kept[0].double(), exact, rtol=2**-8, atol=0)
 
 
 def _patch_embed(model: nn.Module, name: str) -> tuple[nn.Module, ...]:
@@ -213,6 +231,8 @@ def _counterpart(module: nn.Module) -> type[nn.Module] | str | None:
     ours, more = min(fitting, key=lambda each: len(each[1]))
     if more:
         return f"{_name(cls)} holds more than ours: {', '.join(sorted(more))}"
+    if ours is GPSA and not _indices_are_the_grids(module):
+        return f"{_name(cls)} has rel_indices of its own"
     reason = _why_not_class(cls, ours)
     return ours if reason is None else f"{_name(cls)} {reason}"
 

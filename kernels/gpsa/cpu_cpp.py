@@ -33,6 +33,7 @@ if _C is not None and os.environ.get("TRITON_INTERPRET") == "1":
     _C, _broken = None, "TRITON_INTERPRET=1 gives the CPU to the interpreted Triton kernels"
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # numbers of DType in csrc/gpsa.h
+_AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 _NAMES = [str(dtype)[6:] for dtype in _DTYPES]
 
 
@@ -160,6 +161,11 @@ def why_not(problem: Any) -> str | None:
 
 
 gpsa = torch_operator.gpsa
+
+
+def slower_than_torch(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's own attention is expected to be faster: in bfloat16 on a matrix unit (AMX), which these kernels do not use."""
+    return dtype == torch.bfloat16 and _AMX
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
