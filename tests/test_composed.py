@@ -247,7 +247,10 @@ WHOLE = {
 # the compiler takes seconds a composition: a few of it are in the suite by name
 COMPILE = EXAMPLES > 50
 ANY_DRAWN = [each for each in ANY if COMPILE or "compile" not in each]
-WHOLE_DRAWN = [each for each in WHOLE if COMPILE or "compile" not in each]
+# FSDP2 runs on CPU from torch 2.7 on; timm keeps float32 indices of the first call in other types before 1.0.31
+OLD = {"FSDP2"} if torch.__version__.startswith("2.6") else set()
+OLD |= set() if hasattr(timm.models.convit.ConVit, "forward_intermediates") else {"float64"}
+WHOLE_DRAWN = [each for each in WHOLE if each not in OLD and (COMPILE or "compile" not in each)]
 
 layer_steps = st.tuples(st.sampled_from(list(LAYER)), st.sampled_from(ROLES), st.integers(0, 2))
 part_steps = st.tuples(st.sampled_from(ANY_DRAWN), st.sampled_from(PARTS), st.integers(0, 2))
