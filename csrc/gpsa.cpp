@@ -1,10 +1,8 @@
 // The division of a call into heads and blocks of queries, the gates and tables of the heads, and the sums over the batch.
-#include "gpsa.h"
+#include "gates.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
 #include <new>
 #include <vector>
 
@@ -16,13 +14,33 @@ namespace {
 
 using i64 = std::int64_t;
 
-struct Free {
-    void operator()(float* p) const { std::free(p); }
+i64 lines(i64 floats) { return (floats + 15) / 16 * 16; }
+
+float sigmoid(float x) { return float(1.0 / (1.0 + std::exp(-double(x)))); }
+
+// How a forward pass is divided: heads, each in chunks of queries.
+struct Division {
+    i64 chunks, per_chunk, per_worker;
+    int workers;
+
+    Division(const Kernels& kern, const Shape& s, int threads) {
+        // Enough parts to keep every thread busy to the end, but each part packs its head's keys and values anew.
+        const i64 n = s.tokens(), heads = s.batch * s.heads, blocks = (n + kern.query_block - 1) / kern.query_block;
+        chunks = 1;
+        if (heads % threads != 0) chunks = std::min((4 * threads + heads - 1) / heads, std::max<i64>(blocks / 3, 1));
+        per_chunk = (blocks + chunks - 1) / chunks * kern.query_block;
+        chunks = (n + per_chunk - 1) / per_chunk;
+        per_worker = lines(kern.forward_scratch(s));
+        workers = int(std::min<i64>(threads, heads * chunks));
+    }
 };
 
-// Whole cache lines, so that two threads' scratch shares none.
-std::unique_ptr<float, Free> scratch(i64 floats) {
-    const std::size_t bytes = (std::size_t(std::max<i64>(floats, 1)) * sizeof(float) + 63) / 64 * 64;
+bool nothing(const Shape& s) { return s.batch * s.heads == 0 || s.tokens() == 0 || s.dim == 0; }
+
+}  // namespace
+
+Buffer allocate(i64 count) {
+    const std::size_t bytes = (std::size_t(std::max<i64>(count, 1)) * sizeof(float) + 63) / 64 * 64;
     void* p = nullptr;
 #if defined(_WIN32)
     p = std::malloc(bytes);
@@ -30,90 +48,73 @@ std::unique_ptr<float, Free> scratch(i64 floats) {
     if (posix_memalign(&p, 64, bytes) != 0) p = nullptr;
 #endif
     if (p == nullptr) throw std::bad_alloc();
-    return std::unique_ptr<float, Free>(static_cast<float*>(p));
+    return Buffer(static_cast<float*>(p));
 }
 
-i64 lines(i64 floats) { return (floats + 15) / 16 * 16; }
-
-float sigmoid(float x) { return float(1.0 / (1.0 + std::exp(-double(x)))); }
-
-// What each head takes of position and content. A closed gate, sigmoid 0, leaves plain attention: that head has no tables and costs no
-// position. So do all of them without pos_weight.
-class Gates {
-  public:
-    // py is scaled by the gate if `gated`
-    Gates(const Kernels& kern, const Shape& s, const float* pos_weight, const float* gating, bool gated)
-        : gating_(pos_weight == nullptr ? nullptr : gating), px_(std::size_t(s.heads)) {
-        size_x_ = s.grid_w * s.grid_w;
-        size_y_ = s.grid_h * s.grid_h;
-        const i64 size = size_x_ + size_y_;
-        for (i64 h = 0; h < s.heads; ++h) open_ += position(h) != 0.f;  // also of NaN
-        if (open_ == 0) return;
-        const i64 n = s.tokens();
-        if (n <= fold_tokens) folded_stride_ = lines(n);
-        folded_size_ = (s.grid_h + 1 + s.grid_w) * folded_stride_;
-        memory_ = scratch(open_ * (size + folded_size_) + std::max(s.grid_h, s.grid_w) + 16);
-        float* row = memory_.get() + open_ * (size + folded_size_);
-        float* px = memory_.get();
-        for (i64 h = 0; h < s.heads; ++h) {
-            const float gate = position(h);
-            if (gate == 0.f) continue;
-            kern.tables(pos_weight + 3 * h, s.grid_h, s.grid_w, px, px + size_x_, row);
-            if (folded_size_ > 0) fold(s, px, px + size_x_, gate, px + size);
-            for (i64 i = size_x_; gated && i < size; ++i) px[i] *= gate;
-            px_[std::size_t(h)] = px;
-            px += size + folded_size_;
-        }
+Gates::Gates(const Shape& s, const float* pos_weight, const float* gating, bool gated)
+    : size_x_(s.grid_w * s.grid_w), size_y_(s.grid_h * s.grid_h), px_(std::size_t(s.heads)) {
+    const Kernels& kern = kernels();
+    if (pos_weight == nullptr) gating = nullptr;
+    const i64 n = s.tokens(), size = size_x_ + size_y_;
+    i64 open = 0;
+    for (i64 h = 0; h < s.heads; ++h) {
+        shares_.push_back(gating == nullptr ? 0.f : sigmoid(gating[h]));
+        shares_.push_back(gating == nullptr ? 1.f : sigmoid(-gating[h]));
+        open += position(h) != 0.f;  // also of NaN
     }
-    float position(i64 h) const { return gating_ == nullptr ? 0.f : sigmoid(gating_[h]); }
-    float content(i64 h) const { return gating_ == nullptr ? 1.f : sigmoid(-gating_[h]); }
-    const float* px(i64 h) const { return px_[std::size_t(h)]; }
-    const float* py(i64 h) const { return px(h) == nullptr ? nullptr : px(h) + size_x_; }
-    // [gw][stride], then [gh + 1][stride], the last row zero
-    const float* folded_x(i64 h) const { return folded_size_ == 0 || px(h) == nullptr ? nullptr : py(h) + size_y_; }
-    const float* folded_y(i64 h, i64 gw) const { return folded_x(h) == nullptr ? nullptr : folded_x(h) + gw * folded_stride_; }
-    i64 folded_stride() const { return folded_stride_; }
-    bool any() const { return open_ > 0; }
-
-  private:
-    // Both tables with the queries along the rows, as the lanes of the kernels have them; py scaled by the gate.
-    void fold(const Shape& s, const float* px, const float* py, float gate, float* to) const {
-        std::fill(to, to + folded_size_, 0.f);
-        for (i64 z = 0; z < s.grid_w; ++z, to += folded_stride_)
-            for (i64 y = 0; y < s.grid_h; ++y)
-                for (i64 x = 0; x < s.grid_w; ++x) to[y * s.grid_w + x] = px[x * s.grid_w + z];
-        for (i64 t = 0; t < s.grid_h; ++t, to += folded_stride_)
-            for (i64 y = 0; y < s.grid_h; ++y) std::fill(to + y * s.grid_w, to + (y + 1) * s.grid_w, gate * py[y * s.grid_h + t]);
+    if (open == 0) return;
+    if (n <= fold_tokens) folded_stride_ = lines(n);
+    folded_size_ = (s.grid_h + 1 + s.grid_w) * folded_stride_;
+    memory_ = allocate(open * (size + folded_size_) + std::max(s.grid_h, s.grid_w) + 16);
+    float* row = memory_.get() + open * (size + folded_size_);
+    float* px = memory_.get();
+    for (i64 h = 0; h < s.heads; ++h) {
+        const float gate = position(h);
+        if (gate == 0.f) continue;
+        kern.tables(pos_weight + 3 * h, s.grid_h, s.grid_w, px, px + size_x_, row);
+        if (folded_size_ > 0) fold(s, px, px + size_x_, gate, px + size);
+        for (i64 i = size_x_; gated && i < size; ++i) px[i] *= gate;
+        px_[std::size_t(h)] = px;
+        px += size + folded_size_;
     }
+}
 
-    const float* gating_;
-    i64 open_ = 0, size_x_, size_y_, folded_stride_ = 0, folded_size_ = 0;
-    std::vector<const float*> px_;
-    std::unique_ptr<float, Free> memory_;
-};
+// Both tables with the queries along the rows, as the lanes of the kernels have them; py scaled by the gate.
+void Gates::fold(const Shape& s, const float* px, const float* py, float gate, float* to) const {
+    std::fill(to, to + folded_size_, 0.f);
+    for (i64 z = 0; z < s.grid_w; ++z, to += folded_stride_)
+        for (i64 y = 0; y < s.grid_h; ++y)
+            for (i64 x = 0; x < s.grid_w; ++x) to[y * s.grid_w + x] = px[x * s.grid_w + z];
+    for (i64 t = 0; t < s.grid_h; ++t, to += folded_stride_)
+        for (i64 y = 0; y < s.grid_h; ++y) std::fill(to + y * s.grid_w, to + (y + 1) * s.grid_w, gate * py[y * s.grid_h + t]);
+}
 
-}  // namespace
+i64 forward_memory(const Shape& s, int threads) {
+    if (nothing(s)) return 0;
+    const Division parts(kernels(), s, threads);
+    return parts.per_worker * parts.workers;
+}
+
+void gpsa_forward(const Shape& s, Heads q, Heads k, Heads v, const Gates& gates, MutableHeads out, float* lse, float* memory, int threads) {
+    if (nothing(s)) return;
+    const Kernels& kern = kernels();
+    const i64 n = s.tokens();
+    const Division parts(kern, s, threads);
+    for_parts(s.batch * s.heads * parts.chunks, parts.workers, [&](i64 part, int worker) {
+        const i64 head = part / parts.chunks, b = head / s.heads, h = head % s.heads, begin = part % parts.chunks * parts.per_chunk;
+        kern.forward({&s, q, k, v, out, lse == nullptr ? nullptr : lse + head * n, gates.px(h), gates.py(h), gates.folded_x(h),
+                      gates.folded_y(h, s.grid_w), gates.folded_stride(), gates.content(h), b, h, begin,
+                      std::min(n, begin + parts.per_chunk), memory + worker * parts.per_worker});
+    });
+}
 
 void gpsa_forward(const Shape& s, Heads q, Heads k, Heads v, const float* pos_weight, const float* gating, MutableHeads out, float* lse,
                   int threads) {
-    const Kernels& kern = kernels();
-    const i64 n = s.tokens(), heads = s.batch * s.heads;
-    if (heads == 0 || n == 0 || s.dim == 0) return;
-    const Gates gates(kern, s, pos_weight, gating, true);
-    // Enough parts to keep every thread busy to the end, but each part packs its head's keys and values anew.
-    const i64 blocks = (n + kern.query_block - 1) / kern.query_block;
-    i64 chunks = 1;
-    if (heads % threads != 0) chunks = std::min((4 * threads + heads - 1) / heads, std::max<i64>(blocks / 3, 1));
-    const i64 per_chunk = (blocks + chunks - 1) / chunks * kern.query_block;
-    chunks = (n + per_chunk - 1) / per_chunk;
-    const i64 per_worker = lines(kern.forward_scratch(s));
-    const int workers = int(std::min<i64>(threads, heads * chunks));
-    auto memory = scratch(per_worker * workers);
-    for_parts(heads * chunks, workers, [&](i64 part, int worker) {
-        const i64 head = part / chunks, b = head / s.heads, h = head % s.heads, begin = part % chunks * per_chunk;
-        kern.forward({&s, q, k, v, out, lse == nullptr ? nullptr : lse + head * n, gates.px(h), gates.py(h), gates.folded_x(h),
-                      gates.folded_y(h, s.grid_w), gates.folded_stride(), gates.content(h), b, h, begin, std::min(n, begin + per_chunk), memory.get() + worker * per_worker});
-    });
+    kernels();  // throws, if it does, whatever the shape
+    if (nothing(s)) return;
+    const Gates gates(s, pos_weight, gating, true);
+    const Buffer memory = allocate(forward_memory(s, threads));
+    gpsa_forward(s, q, k, v, gates, out, lse, memory.get(), threads);
 }
 
 void gpsa_backward(const Shape& s, Heads grad_out, Heads q, Heads k, Heads v, const float* pos_weight, const float* gating,
@@ -124,11 +125,11 @@ void gpsa_backward(const Shape& s, Heads grad_out, Heads q, Heads k, Heads v, co
         std::fill(dpos_weight, dpos_weight + 3 * s.heads, 0.f);
         std::fill(dgating, dgating + s.heads, 0.f);
     }
-    if (heads == 0 || n == 0 || s.dim == 0) return;
-    const Gates gates(kern, s, pos_weight, gating, false);
+    if (nothing(s)) return;
+    const Gates gates(s, pos_weight, gating, false);
     const i64 per_worker = lines(kern.backward_scratch(s, gates.any()));
     const int workers = int(std::min<i64>(threads, heads));
-    auto memory = scratch(per_worker * workers);
+    const Buffer memory = allocate(per_worker * workers);
     std::vector<double> partial(std::size_t(heads) * 4);
     for_parts(heads, workers, [&](i64 head, int worker) {
         const i64 b = head / s.heads, h = head % s.heads;

@@ -78,26 +78,35 @@ const float* gelu_table(DType dtype) {
     return (dtype == DType::float32 ? wide : narrow).table[0][0];
 }
 
+Shape attention_of(const Network& net, i64 layer, i64 batch, i64 gh, i64 gw) {
+    const i64 heads = net.layers[layer].heads;
+    Shape shape{batch, heads, gh, gw, net.dim / heads, net.layers[layer].scale, net.dtype};
+    if (layer >= net.local) {  // plain attention, over all tokens
+        shape.grid_h = 1;
+        shape.grid_w = gh * gw + net.prefix;
+    }
+    return shape;
+}
+
 struct Workspace {
     Memory memory{};
     Scratch scratch{};
-    char* threads = nullptr;
+    float* attention;
     i64 per_thread = 0, size = 0, block = 0;
-    float* lse;
 
-    Workspace(const Network& net, i64 batch, i64 gh, i64 gw, int threads_, void* base) {
+    Workspace(const Network& net, i64 batch, i64 gh, i64 gw, int threads, void* base) {
         const i64 patches = gh * gw, tokens = patches + net.prefix, width = net.dtype == DType::float32 ? 4 : 2;
         const auto take = [&](i64 bytes) {
             char* p = static_cast<char*>(base) + size;
             size += round_up(bytes, 64) + 64;
             return p;
         };
-        i64 heads = 1, hidden = net.dim;  // last_layer keeps its queries where the hidden columns are
+        i64 hidden = net.dim, attends = 0;  // last_layer keeps its queries where the hidden columns are
         for (i64 i = 0; i < net.depth; ++i) {
-            heads = std::max(heads, net.layers[i].heads);
             hidden = std::max(hidden, std::min(net.layers[i].hidden, hidden_most));
+            attends = std::max(attends, forward_memory(attention_of(net, i, batch, gh, gw), threads));
         }
-        block = std::max<i64>(block_rows(batch * tokens, threads_), block_rows(batch * patches, threads_));
+        block = std::max<i64>(block_rows(batch * tokens, threads), block_rows(batch * patches, threads));
         memory.net = &net;
         memory.batch = batch;
         memory.grid_h = gh;
@@ -105,28 +114,28 @@ struct Workspace {
         memory.ldx = row_stride(net.dim);
         memory.ld_heads = row_stride(net.dim);
         memory.ld_qkv = row_stride(3 * net.dim);
-        memory.x = reinterpret_cast<float*>(take(batch * std::max(patches * memory.ldx, round_up(tokens, 16)) * 4));
-        memory.joined = reinterpret_cast<float*>(take(batch * tokens * memory.ldx * 4));
+        memory.x = reinterpret_cast<float*>(take(batch * tokens * memory.ldx * 4));
         memory.qkv = take(batch * tokens * memory.ld_qkv * width);
         memory.heads = take(batch * tokens * memory.ld_heads * width);
         memory.gelu = gelu_table(net.dtype);
-        lse = reinterpret_cast<float*>(take(batch * heads * tokens * 4));
         scratch.rows = block;
         scratch.ldy = row_stride(std::max(net.dim, net.patch.in));
         scratch.ldh = row_stride(hidden);
         const i64 begin = size;
-        threads = take(0);
+        attention = reinterpret_cast<float*>(take(0));
         scratch.y = take(block * scratch.ldy * width);
         scratch.h = take(block * scratch.ldh * width);
         scratch.x = reinterpret_cast<float*>(take(block * memory.ldx * 4));
+        scratch.scores = reinterpret_cast<float*>(take(round_up(tokens, 16) * 4));
         per_thread = size - begin;
-        size += per_thread * (threads_ - 1);
+        size = begin + std::max(per_thread * threads, attends * 4 + 64);  // rows and attention take turns
     }
 
     Scratch of(int worker) const {
         const i64 shift = worker * per_thread;
-        return {scratch.rows, static_cast<char*>(scratch.y) + shift, static_cast<char*>(scratch.h) + shift,
-                reinterpret_cast<float*>(reinterpret_cast<char*>(scratch.x) + shift), scratch.ldy, scratch.ldh};
+        const auto at = [&](void* p) { return static_cast<char*>(p) + shift; };
+        const auto floats_at = [&](float* p) { return reinterpret_cast<float*>(at(p)); };
+        return {scratch.rows, at(scratch.y), at(scratch.h), floats_at(scratch.x), floats_at(scratch.scores), scratch.ldy, scratch.ldh};
     }
 };
 
@@ -144,14 +153,23 @@ const char* infer_why_not(DType dtype) {
 #endif
 }
 
+std::vector<Gates> infer_gates(const Network& net, i64 gh, i64 gw) {
+    std::vector<Gates> gates;
+    for (i64 i = 0; i < net.depth; ++i) {
+        const Layer& layer = net.layers[i];
+        gates.emplace_back(attention_of(net, i, 1, gh, gw), layer.pos_weight, layer.gating, true);
+    }
+    return gates;
+}
+
 i64 infer_workspace(const Network& net, i64 batch, i64 gh, i64 gw, int threads) {
     return Workspace(net, batch, gh, gw, threads, nullptr).size;
 }
 
 #if defined(__x86_64__)
 
-void infer(const Network& net, const float* images, const float* position, i64 batch, i64 gh, i64 gw, void* workspace, float* out,
-           int threads) {
+void infer(const Network& net, const std::vector<Gates>& gates, const float* images, const float* position, i64 batch, i64 gh, i64 gw,
+           void* workspace, float* out, int threads) {
     const InferKernels& kern = net.dtype == DType::float32 ? infer_avx512 : infer_avx512_bf16;
     Workspace work(net, batch, gh, gw, threads, workspace);
     Memory& m = work.memory;
@@ -161,7 +179,6 @@ void infer(const Network& net, const float* images, const float* position, i64 b
     const i64 patches = gh * gw, all = patches + net.prefix, width = net.dtype == DType::float32 ? 4 : 2, last = net.depth - 1;
     if (net.dim % 2)  // products of pairs read one element more, times zero
         std::memset(m.heads, 0, std::size_t(batch * all * m.ld_heads * width));
-    float* x = m.x;
     i64 tokens = patches;
 
     const auto rows = [&](const auto& run) {
@@ -169,20 +186,19 @@ void infer(const Network& net, const float* images, const float* position, i64 b
                    [&](i64 begin, i64 end, int worker) { run(begin, end, work.of(worker)); });
     };
     const auto project = [&](i64 i, i64 begin, i64 end, const Scratch& s) {
-        kern.query_key_value(m, net.layers[i], x, begin, end, i == last && net.only_class_token(), s);
+        kern.query_key_value(m, net.layers[i], m.x, begin, end, i == last && net.only_class_token(), s);
     };
-    const auto join = [&] {
-        for (i64 b = 0; b < batch; ++b)
-            for (i64 n = 0; n < all; ++n) {
-                float* to = m.joined + (b * all + n) * m.ldx;
-                if (n < net.prefix) {
+    const auto join = [&] {  // from the last row on, each moves towards the end
+        for (i64 b = batch; b-- > 0;)
+            for (i64 n = all; n-- > 0;) {
+                float* to = m.x + (b * all + n) * m.ldx;
+                if (n >= net.prefix) {
+                    std::memmove(to, m.x + (b * patches + n - net.prefix) * m.ldx, std::size_t(m.ldx) * 4);
+                } else {
                     std::memset(to, 0, std::size_t(m.ldx) * 4);
                     std::memcpy(to, net.prefix_tokens + n * net.dim, std::size_t(net.dim) * 4);
-                } else {
-                    std::memcpy(to, m.x + (b * patches + n - net.prefix) * m.ldx, std::size_t(m.ldx) * 4);
                 }
             }
-        x = m.joined;
         tokens = all;
     };
 
@@ -200,15 +216,10 @@ void infer(const Network& net, const float* images, const float* position, i64 b
         const auto part = [&](i64 which) {
             return Heads{static_cast<char*>(m.qkv) + which * net.dim * width, tokens * m.ld_qkv, net.dim / layer.heads, m.ld_qkv};
         };
-        Shape shape{batch, layer.heads, gh, gw, net.dim / layer.heads, layer.scale, net.dtype};
-        if (layer.pos_weight == nullptr) {
-            shape.grid_h = 1;
-            shape.grid_w = tokens;
-        }
-        gpsa_forward(shape, part(0), part(1), part(2), layer.pos_weight, layer.gating,
-                     {m.heads, tokens * m.ld_heads, net.dim / layer.heads, m.ld_heads}, work.lse, threads);
+        gpsa_forward(attention_of(net, i, batch, gh, gw), part(0), part(1), part(2), gates[std::size_t(i)],
+                     {m.heads, tokens * m.ld_heads, net.dim / layer.heads, m.ld_heads}, nullptr, work.attention, threads);
         rows([&](i64 begin, i64 end, const Scratch& s) {
-            kern.after_attention(m, layer, x, begin, end, s);
+            kern.after_attention(m, layer, m.x, begin, end, s);
             if (i < last && i + 1 != net.local) project(i + 1, begin, end, s);
         });
     }
@@ -221,7 +232,7 @@ void infer(const Network& net, const float* images, const float* position, i64 b
 
 #else
 
-void infer(const Network&, const float*, const float*, i64, i64, i64, void*, float*, int) {}
+void infer(const Network&, const std::vector<Gates>&, const float*, const float*, i64, i64, i64, void*, float*, int) {}
 
 #endif
 

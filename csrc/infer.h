@@ -7,8 +7,9 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
-#include "gpsa.h"
+#include "gates.h"
 
 namespace convit {
 
@@ -52,13 +53,17 @@ struct Network {
 // Why this machine cannot run it; null if it can.
 const char* infer_why_not(DType dtype);
 
-// Sizes of the memory for one call, in bytes, and its use. One workspace serves one call at a time.
+// Gates and position tables of the layers for one grid; any number of calls may share them.
+std::vector<Gates> infer_gates(const Network& net, std::int64_t grid_h, std::int64_t grid_w);
+
+// Size of the memory for one call, in bytes. One workspace serves one call at a time.
 std::int64_t infer_workspace(const Network& net, std::int64_t batch, std::int64_t grid_h, std::int64_t grid_w, int threads);
 
 // images [batch][channels][grid_h * patch_h][grid_w * patch_w], position [patches][dim] or null, both contiguous float32. out, float32:
-// [batch][classes], or [batch][prefix + patches][classes] without pooling; dim in place of classes without a head.
-void infer(const Network& net, const float* images, const float* position, std::int64_t batch, std::int64_t grid_h, std::int64_t grid_w,
-           void* workspace, float* out, int threads);
+// [batch][classes], or [batch][prefix + patches][classes] without pooling; dim in place of classes without a head. gates: those of the
+// grid. Allocates nothing.
+void infer(const Network& net, const std::vector<Gates>& gates, const float* images, const float* position, std::int64_t batch,
+           std::int64_t grid_h, std::int64_t grid_w, void* workspace, float* out, int threads);
 
 // ---- between infer.cpp and the files of the instruction sets
 
@@ -69,7 +74,7 @@ struct Memory {  // of a call; strides count elements
     const Network* net;
     const float *images, *position;
     std::int64_t batch, grid_h, grid_w;
-    float *x, *joined;  // [rows][ldx]: the residual stream, before and after the prefix joins
+    float* x;  // [rows][ldx]: the residual stream
     std::int64_t ldx;
     void *qkv, *heads;  // [rows][ld_qkv], [rows][ldx]
     std::int64_t ld_qkv, ld_heads;
@@ -80,7 +85,7 @@ struct Memory {  // of a call; strides count elements
 struct Scratch {  // of a thread, for a block of so many rows
     std::int64_t rows;
     void *y, *h;
-    float* x;
+    float *x, *scores;  // [tokens rounded up to 16]
     std::int64_t ldy, ldh;
 };
 

@@ -305,14 +305,14 @@ static void last_layer(const Memory& m, i64 begin, i64 end, const Scratch& s) {
     const i64 tokens = m.grid_h * m.grid_w + net.prefix, rows = end - begin, ldx = m.ldx;
     T *y = static_cast<T*>(s.y), *q = static_cast<T*>(s.h), *heads = static_cast<T*>(m.heads) + begin * m.ld_heads;
     for (i64 r = 0; r < rows; ++r)
-        for (i64 c = 0; c < net.dim; c += W) store(s.x + r * ldx + c, load(m.joined + (begin + r) * tokens * ldx + c));
+        for (i64 c = 0; c < net.dim; c += W) store(s.x + r * ldx + c, load(m.x + (begin + r) * tokens * ldx + c));
     norm_rows(layer.norm1, net.dim, rows, s.x, ldx, y, s.ldy);
     multiply(layer.qkv, rows, y, s.ldy, 0, net.dim, 0, layer.qkv.in, [&](i64 r, i64 c, __m512 acc) {
         if (c < net.dim) store(q + r * s.ldh + c, _mm512_add_ps(acc, bias(layer.qkv, c)));
     });
     for (i64 r = 0; r < rows; ++r)
         attend_one(m, layer, q + r * s.ldh, static_cast<const T*>(m.qkv) + (begin + r) * tokens * m.ld_qkv, tokens,
-                   m.x + (begin + r) * round_up(tokens, W), heads + r * m.ld_heads);
+                   s.scores, heads + r * m.ld_heads);
     project(layer, rows, heads, m.ld_heads, s.x, ldx);
     perceptron(m, layer, rows, s.x, ldx, s);
     norm_rows(net.norm, net.dim, rows, s.x, ldx, s.x, ldx);
@@ -324,7 +324,7 @@ static void finish(const Memory& m, i64 begin, i64 end, const Scratch& s) {
     const Network& net = *m.net;
     const i64 patches = m.grid_h * m.grid_w, tokens = patches + net.prefix, ldx = m.ldx;
     for (i64 b = begin; b < end; ++b) {
-        float* x = m.joined + b * tokens * ldx;
+        float* x = m.x + b * tokens * ldx;
         if (net.pool == Pool::none) {
             norm_rows(net.norm, net.dim, tokens, x, ldx, x, ldx);
             for (i64 r = 0; r < tokens; r += s.rows) logits(m, min(s.rows, tokens - r), x + r * ldx, ldx, b * tokens + r, s);

@@ -3,10 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <vector>
 
 #include "infer.h"
@@ -27,13 +25,14 @@ convit::Product product(const ProductOf& x) {
     return {reinterpret_cast<const void*>(std::get<0>(x)), floats(std::get<1>(x)), std::get<2>(x), std::get<3>(x), nullptr};
 }
 
-struct Free {
-    void operator()(void* p) const { std::free(p); }
+struct Workspace {
+    i64 floats = 0;
+    convit::Buffer memory;
 };
 
-struct Workspace {
-    i64 size = 0;
-    std::unique_ptr<void, Free> memory;
+struct Tables {  // of one grid
+    i64 gh, gw;
+    std::shared_ptr<const std::vector<convit::Gates>> gates;
 };
 
 class Inference {
@@ -57,13 +56,28 @@ class Inference {
 
     void run(Address images, Address position, i64 batch, i64 gh, i64 gw, Address out, int threads) {
         py::gil_scoped_release released;
-        Workspace work = take(convit::infer_workspace(net_, batch, gh, gw, threads));
-        convit::infer(net_, floats(images), floats(position), batch, gh, gw, work.memory.get(), floats(out), threads);
+        const auto gates = tables(gh, gw);
+        Workspace work = take((convit::infer_workspace(net_, batch, gh, gw, threads) + 3) / 4);
+        convit::infer(net_, *gates, floats(images), floats(position), batch, gh, gw, work.memory.get(), floats(out), threads);
         const std::lock_guard<std::mutex> lock(mutex_);
         idle_.push_back(std::move(work));
     }
 
   private:
+    // Made once for each of the last eight grids.
+    std::shared_ptr<const std::vector<convit::Gates>> tables(i64 gh, i64 gw) {
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            for (const Tables& x : tables_)
+                if (x.gh == gh && x.gw == gw) return x.gates;
+        }
+        Tables made{gh, gw, std::make_shared<const std::vector<convit::Gates>>(convit::infer_gates(net_, gh, gw))};
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (tables_.size() == 8) tables_.erase(tables_.begin());
+        tables_.push_back(made);
+        return made.gates;
+    }
+
     // One that lies idle if there is any; it grows to what is needed, and stays so for the calls that follow.
     Workspace take(i64 size) {
         Workspace work;
@@ -74,16 +88,9 @@ class Inference {
                 idle_.pop_back();
             }
         }
-        if (work.size < size) {
+        if (work.floats < size) {
             work.memory.reset();
-            void* p = nullptr;
-#if defined(_WIN32)
-            p = std::malloc(std::size_t(size));
-#else
-            if (posix_memalign(&p, 64, std::size_t(size)) != 0) p = nullptr;
-#endif
-            if (p == nullptr) throw std::bad_alloc();
-            work = {size, std::unique_ptr<void, Free>(p)};
+            work = {size, convit::allocate(size)};
         }
         return work;
     }
@@ -92,6 +99,7 @@ class Inference {
     convit::Network net_{};
     std::mutex mutex_;
     std::vector<Workspace> idle_;
+    std::vector<Tables> tables_;
 };
 
 }  // namespace

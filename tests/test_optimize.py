@@ -1,8 +1,14 @@
 """convit.optimize: the snapshot is as accurate as promised, follows nothing, and refuses what it does not know."""
 
 import copy
+import json
+import os
 import pickle
+import shutil
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,6 +230,9 @@ def test_what_a_snapshot_cannot_do():
         convit.optimize(ours(dynamic_img_size=True), torch.float32)(torch.zeros(1, 3, 60, 64))
     with pytest.raises(TypeError, match="floating-point tensor, got torch.uint8"):
         snapshot(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+    for wrong in (x.detach().to_sparse(), x.detach().numpy()):
+        with pytest.raises(TypeError, match="floating-point tensor, got (torch.float32, torch.sparse_coo|ndarray)"):
+            snapshot(wrong)
     with pytest.raises(ValueError, match="the images are on meta"):
         snapshot(x.to("meta"))
     with pytest.raises(ValueError, match="already a snapshot"):
@@ -297,6 +306,16 @@ def test_a_class_changed_underneath_is_refused(monkeypatch):
         convit.optimize(theirs(local_up_to_layer=4))
 
 
+@pytest.mark.parametrize(("name", "value"), [("blocks.1.attn.gating_param", float("nan")), ("head.weight", float("inf"))])
+def test_weights_that_are_no_numbers_are_named(name, value):
+    model = ours()
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[0] = value
+    with pytest.raises(ValueError, match=f"{name} holds NaN or infinite values") as error:
+        convit.optimize(model)
+    assert error.type is ValueError
+
+
 def test_a_model_of_another_type_or_mode():
     model = ours()
     x = images(model)
@@ -306,3 +325,45 @@ def test_a_model_of_another_type_or_mode():
         assert error(convit.optimize(other, torch.float32)(x), expected.double()) < 1e-6
     assert error(convit.optimize(copy.deepcopy(model).bfloat16(), torch.float32)(x), expected.double()) < 2e-2
     assert isinstance(convit.optimize(model), Optimized)
+
+
+MEMORY = """
+import ctypes, json, torch, convit
+heap = ctypes.CDLL(None)
+for name in ("calls", "bytes", "peak"):
+    getattr(heap, f"allocations_{name}").restype = ctypes.c_long
+torch.set_num_threads(2)
+model = convit.create_model("convit_tiny").eval()
+inputs = [torch.zeros(batch, 3, 224, 224) for batch in (1, 8)]
+heap.allocations_reset()
+with torch.inference_mode():
+    for x in inputs * 2:
+        model(x)
+found = {"eager": heap.allocations_peak(), "weights": sum(p.nbytes for p in model.parameters())}
+snapshot = convit.optimize(model, TYPE)
+for x in inputs:
+    snapshot(x)
+found["optimized"] = heap.allocations_peak()
+for x in inputs * 2:  # in turn
+    heap.allocations_reset()
+    y = snapshot(x)
+    found.setdefault("calls", []).append([heap.allocations_calls(), heap.allocations_bytes() - y.nbytes])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("cc"), reason="allocations are counted by a preloaded library")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory(tmp_path, dtype):
+    """Model and snapshot together need the eager model's peak and one copy of its weights; a known shape costs its result alone."""
+    if not str(convit.optimize(ours(), dtype)).count("products=own"):
+        pytest.skip("PyTorch's operators allocate their results")
+    library = tmp_path / "allocations.so"
+    source = Path(__file__).with_name("csrc") / "allocations.c"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-o", library, source], check=True)
+    env = {**os.environ, "LD_PRELOAD": str(library)}
+    done = subprocess.run([sys.executable, "-c", MEMORY.replace("TYPE", repr(dtype))], env=env, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["optimized"] <= found["eager"] + found["weights"]
+    for calls, size in found["calls"]:
+        assert calls < 20 and size < 2000, found  # the objects of PyTorch around it

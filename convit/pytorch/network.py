@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from convit import ops
+from convit.kernels.linear import cpu_onednn
 from convit.pytorch.layers import resample_position_embedding
 
 Grid = tuple[int, int]
@@ -108,16 +109,24 @@ class Network:
 
 
 class Plain:
-    """A product by ``torch.nn.functional.linear``, with the model's own weights as they are."""
+    """A product by PyTorch's linear layer, through oneDNN as our model's, with the model's own weights as they are."""
 
     def __init__(self, weights: list[Tensor], biases: list[Tensor]):
         self.weights, self.biases = [w.detach().flatten(1) for w in weights], [b.detach() for b in biases]
 
     def __call__(self, x: Tensor, gelu: str | None = None) -> Tensor:
         biases: list[Tensor] | list[None] = self.biases or [None] * len(self.weights)
-        parts = [F.linear(x, w.to(x.dtype), b if b is None else b.to(x.dtype)) for w, b in zip(self.weights, biases, strict=True)]
+        fused = gelu if len(self.weights) == 1 else None  # the products of the model itself: oneDNN keeps the code of each that it has made
+        parts = [_linear(x, w.to(x.dtype), b if b is None else b.to(x.dtype), fused) for w, b in zip(self.weights, biases, strict=True)]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        return F.gelu(y, approximate=gelu) if gelu else y
+        return F.gelu(y, approximate=gelu) if gelu and not fused else y
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None) -> Tensor:
+    if cpu_onednn.why_not(x, weight, bias) is None:
+        return cpu_onednn.linear(x, weight, bias, gelu)
+    y = F.linear(x, weight, bias)
+    return F.gelu(y, approximate=gelu) if gelu else y
 
 
 def forward(net: Network, images: Tensor, dtype: torch.dtype) -> Tensor:

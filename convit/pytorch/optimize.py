@@ -65,8 +65,10 @@ class Optimized(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] to logits [B, num_classes], float32."""
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            raise TypeError(f"images must be a floating-point tensor, got {getattr(images, 'dtype', type(images).__name__)}")
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a floating-point tensor, got {type(images).__name__}")
+        if not images.is_floating_point() or images.layout != torch.strided:
+            raise TypeError(f"images must be a dense floating-point tensor, got {images.dtype}, {images.layout}")
         if images.device.type != "cpu":
             raise ValueError(f"this snapshot computes on the CPU, the images are on {images.device}")
         if images.requires_grad and torch.is_grad_enabled():
@@ -138,7 +140,8 @@ def _pack(shape: Shape, tensors: dict[str, Tensor], dtype: torch.dtype, product:
     products: dict[str, Any] = {}
     packed: set[str] = set()
     for key, layers in shape.products():
-        weight = torch.cat([tensors[f"{layer}.weight"].flatten(1).to("cpu", torch.float32) for layer in layers])
+        weights = [tensors[f"{layer}.weight"].flatten(1).to("cpu", torch.float32) for layer in layers]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         biases = [tensors[f"{layer}.bias"].to("cpu", torch.float32) for layer in layers if f"{layer}.bias" in tensors]
         products[key] = product(weight, torch.cat(biases) if biases else None, dtype, rows if key != "head" else 1)
         packed.update(f"{layer}.{part}" for layer in layers for part in ("weight", "bias"))
@@ -166,9 +169,8 @@ def _unpack(net: Network) -> Iterator[tuple[str, Tensor]]:
 # ---- what is known --------------------------------------------------------------------------------------------------------------
 
 
-class _Unknown(ValueError):
-    def __init__(self, what: str):
-        super().__init__(f"convit.optimize takes ConViTs of ConViT, timm and FAIR as they are, and {what}: {_WAY_OUT}")
+def _unknown(what: str) -> ValueError:
+    return ValueError(f"convit.optimize takes ConViTs of ConViT, timm and FAIR as they are, and {what}: {_WAY_OUT}")
 
 
 _PARTS = {
@@ -203,19 +205,21 @@ def _read(model: Any) -> Shape:
     home = type(model).__module__
     names = {"ConViT": "convit.pytorch.model", "ConVit": "timm.models.convit", "VisionTransformer": home}
     if names.get(type(model).__name__) != home or not hasattr(model, "local_up_to_layer"):
-        raise _Unknown(f"this is a {type(model).__name__} of {home}")
+        raise _unknown(f"this is a {type(model).__name__} of {home}")
     for path, module in model.named_modules():
         _check(path, module, home)
     parameters = dict(model.named_parameters())
     for name, x in [*parameters.items(), *model.named_buffers()]:
         if type(x) not in (Tensor, nn.Parameter) or not x.is_floating_point():
-            raise _Unknown(f"{name} is a {type(x).__name__} of {x.dtype}, as quantisation leaves it")
+            raise _unknown(f"{name} is a {type(x).__name__} of {x.dtype}, as quantisation leaves it")
         if x.device.type == "meta":
-            raise _Unknown(f"{name} is on the meta device, without values")
+            raise _unknown(f"{name} is on the meta device, without values")
+        if not x.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinite values, so that no output can be checked: load sound weights, then optimize")
     blocks, embed, depth = list(model.blocks), model.patch_embed, len(model.blocks)
     local = sum("gating_param" in dict(block.attn.named_parameters()) for block in blocks)
     if local != model.local_up_to_layer or not all(hasattr(block.attn, "gating_param") for block in blocks[:local]):
-        raise _Unknown(f"local_up_to_layer is {model.local_up_to_layer} where {local} blocks are GPSA")
+        raise _unknown(f"local_up_to_layer is {model.local_up_to_layer} where {local} blocks are GPSA")
     norms = [norm for block in blocks for norm in (block.norm1, block.norm2)] + [model.norm]
     pool = getattr(model, "global_pool", "token") if hasattr(model, "head_drop") else "token"
     shape = Shape(
@@ -236,15 +240,15 @@ def _read(model: Any) -> Shape:
     )
     ours = type(model) is ConViT
     if getattr(embed, "pad", False):
-        raise _Unknown("it pads images (dynamic_img_pad), which a snapshot does not")
+        raise _unknown("it pads images (dynamic_img_pad), which a snapshot does not")
     if not ours and local == depth:
-        raise _Unknown("without an MHSA block its class token never joins, a fault of timm's and FAIR's that ours does not repeat")
+        raise _unknown("without an MHSA block its class token never joins, a fault of timm's and FAIR's that ours does not repeat")
     bare = [block.attn for block in blocks[:local] if type(block.attn).__module__ != "convit.pytorch.gpsa"]
     if bare and shape.grid[0] != shape.grid[1]:
         raise ValueError(f"this GPSA takes its {shape.grid[0]} x {shape.grid[1]} grid for a square: convit.accelerate(model, grid='image')")
     for attn in (block.attn for block in blocks[:local] if block.attn not in bare):
         if not ours and (laid := attn._grid(shape.grid[0] * shape.grid[1], None)) != shape.grid:
-            raise _Unknown(
+            raise _unknown(
                 f"a GPSA lays the patches on {laid}, not on the image's {shape.grid}: convit.accelerate(model, grid='image'), or"
             )
     return shape
@@ -260,18 +264,18 @@ def _check(path: str, module: nn.Module, home: str) -> None:
         if kind == "LayerNorm" and source.startswith("timm.layers."):
             known = True  # torch's, with a faster path of its own
         if kind not in allowed or not known:
-            raise _Unknown(f"{path} is a {kind} of {source}")
+            raise _unknown(f"{path} is a {kind} of {source}")
     if not unhooked(module):
-        raise _Unknown(f"{path or 'the model'} has hooks or a forward of its own: remove them, or")
+        raise _unknown(f"{path or 'the model'} has hooks or a forward of its own: remove them, or")
     replaced = [name for name in vars(module) if callable(getattr(type(module), name, None))]
     if replaced:
-        raise _Unknown(f"{path or 'the model'} has {', '.join(replaced)} replaced")
+        raise _unknown(f"{path or 'the model'} has {', '.join(replaced)} replaced")
     if isinstance(module, nn.LayerNorm) and (module.weight is None or module.bias is None or len(module.normalized_shape) != 1):
-        raise _Unknown(f"{path} has no weight, no bias or several axes")
+        raise _unknown(f"{path} has no weight, no bias or several axes")
     if isinstance(module, nn.Conv2d):
         plain = module.kernel_size == module.stride and module.groups == 1 and set(module.dilation) == {1} and set(module.padding) == {0}
         if not plain:
-            raise _Unknown(f"{path} is no plain patch embedding")
+            raise _unknown(f"{path} is no plain patch embedding")
 
 
 def _pair(size: Any) -> tuple[int, int]:
@@ -286,7 +290,7 @@ def _compare(model: nn.Module, shape: Shape, tensors: dict[str, Tensor]) -> None
     for key, layers in shape.products():
         biases = [tensors[f"{layer}.bias"] for layer in layers if f"{layer}.bias" in tensors]
         if len(biases) not in (0, len(layers)):
-            raise _Unknown(f"of {' and '.join(layers)} only one has a bias")
+            raise _unknown(f"of {' and '.join(layers)} only one has a bias")
         products[key] = Plain([tensors[f"{layer}.weight"] for layer in layers], biases)
     image = torch.randn(1, shape.channels, *shape.image, generator=torch.Generator().manual_seed(0)).to(weight)
     modes = [(module, module.training) for module in model.modules()]
@@ -298,6 +302,10 @@ def _compare(model: nn.Module, shape: Shape, tensors: dict[str, Tensor]) -> None
             module.training = mode
     ours = forward(Network(shape, products, tensors), image, weight.dtype).double()
     allowed = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 0.1
+    if not theirs.isfinite().all():
+        raise ValueError(
+            "the model's own output on an image of random pixels is not finite: its weights are too large to check a snapshot of"
+        )
     error = (ours - theirs).norm().item() if ours.shape == theirs.shape else float("inf")
     if not error <= allowed * theirs.norm().item():
-        raise _Unknown("its output is not what its parts say: something in it computes differently")
+        raise _unknown("its output is not what its parts say: something in it computes differently")
