@@ -8,6 +8,7 @@ from convit.architecture import VARIANTS
 from convit.cli import spellings
 from convit.dispatch import nearest
 from convit.export.check import FORMATS, OPSETS, check_request
+from convit.export.int8 import check_int8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 examples:
   convit export RUN --format onnx                              the best model of a training run
-  convit export weights.safetensors --format openvino -o model.xml --dynamic_size"""
+  convit export weights.safetensors --format openvino -o model.xml --dynamic_size
+  convit export RUN --format openvino --int8 --data_dir PICS   eight bits, kept only where that is faster here"""
     parser.add_argument("model", metavar="MODEL", help="a run folder, any checkpoint, or a variant (convit_tiny)")
     parser.add_argument("--format", required=True, help=", ".join(FORMATS))
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="the file to write [MODEL with the suffix of the format]")
@@ -26,11 +28,19 @@ examples:
     parser.add_argument(*spellings("dynamic_size"), action="store_true", help="take images of any multiple of the patch size")
     parser.add_argument("--opset", type=int, default=OPSETS[0], help=f"ONNX opset, {OPSETS[0]} to {OPSETS[1]} [{OPSETS[0]}]")
     parser.add_argument("--images", metavar="FILE", type=Path, nargs="+", help="images to check with [the photographs in scikit-learn]")
+    parser.add_argument(
+        "--int8", action="store_true", help="quantise an onnx or openvino file on images; refused where it is not faster here"
+    )
+    parser.add_argument(*spellings("data_dir"), metavar="DIR", type=Path, help="of --int8: images to calibrate and to compare on")
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
 
 
 def run(args: argparse.Namespace) -> None:
     form = check_request(args.format, args.output, args.opset, args.dynamic_size)
+    if args.int8:
+        check_int8(args.format, args.data_dir)
+    elif args.data_dir:
+        raise ValueError("--data_dir is of --int8; --images names files to check with")
     output = args.output or Path(Path(args.model).name + form.suffix)
     if output.exists() and not args.force:
         raise ValueError(f"{output} exists; --force replaces it")
@@ -42,7 +52,8 @@ def run(args: argparse.Namespace) -> None:
     else:
         from convit.export import export
 
-        report = export(_model(args), output, args.format, images=args.images, dynamic_size=args.dynamic_size, opset=args.opset)
+        options = {"images": args.images, "dynamic_size": args.dynamic_size, "opset": args.opset, "int8_data": args.data_dir}
+        report = export(_model(args), output, args.format, **options)
     sizes = " and ".join(f"{h} x {w}" for h, w in report.sizes)
     megabytes = sum(file.stat().st_size for file in report.files) / 1e6
     print(
@@ -50,6 +61,8 @@ def run(args: argparse.Namespace) -> None:
         f"checked in its runtime, batch {' and '.join(map(str, report.batches))}, {sizes}: "
         f"largest difference to the eager model {report.difference:.1e} of the largest logit"
     )
+    if report.int8:
+        print(report.int8)
 
 
 def _place(args: argparse.Namespace) -> str | Path:

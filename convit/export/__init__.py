@@ -9,13 +9,15 @@
 | mindir       | .mindir           | MindSpore              | dynamic | fixed                    | ``mindir``         |
 
 Real images run through the exported file in its runtime, one by one and as a batch, and the logits must equal the eager model's to
-1e-5 of the largest (``check``). Only then is the file moved to its place: a failed export leaves nothing behind.
+1e-5 of the largest (``check``). Only then is the file moved to its place: a failed export leaves nothing behind. ONNX and OpenVINO files
+can be quantised after that (``int8``).
 """
 
 import copy
 import importlib
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import numpy as np
 from convit.engine.preparation import Preparation
 from convit.engine.trained import class_names
 from convit.export.check import FORMATS, OPSETS, TOLERANCE, Options, Report, check_images, check_request, facts_of, write_checked
+from convit.export.int8 import check_int8, quantise, read_images
 
 __all__ = ["FORMATS", "OPSETS", "TOLERANCE", "Report", "export"]
 
@@ -44,6 +47,7 @@ def export(
     classes: Sequence[str] | None = None,
     dynamic_size: bool = False,
     opset: int = OPSETS[0],
+    int8_data: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Export a PyTorch ConViT, checked in the runtime of the format.
 
@@ -59,10 +63,12 @@ def export(
         classes: Names of the outputs; default those that the model came with (``label_names`` in its ``pretrained_cfg``), else numbers.
         dynamic_size: Take images of any multiple of the patch size.
         opset: Of ONNX.
+        int8_data: A folder of images to quantise the file with ("onnx" and "openvino"): ``convit.export.int8``.
 
     Raises:
-        ValueError: Unknown format, another suffix, opset out of range, an image cannot be read, or the file's logits differ.
-        ImportError: A package of the format is not installed.
+        ValueError: Unknown format, another suffix, opset out of range, an image cannot be read, or the file's logits differ; the int8
+            file is slower here than the float one, or another model.
+        ImportError: A package of the format, or the quantiser, is not installed.
     """
     import torch
 
@@ -76,6 +82,8 @@ def export(
         raise ValueError("mindir is exported from MindSpore: use convit.export.mindir.export_mindir")
     if not isinstance(model, ConViT):
         raise ValueError(f"model must be a convit.ConViT, got {type(model).__name__}; load its checkpoint into convit.create_model(...)")
+    if int8_data is not None:
+        check_int8(format, int8_data)
     size, patch = model.patch_embed.img_size, model.patch_embed.patch_size
     sizes = [size] + ([(size[0] + patch[0], size[1] + 2 * patch[1])] if dynamic_size else [])
     preparation = Preparation.of(model)
@@ -83,6 +91,10 @@ def export(
     if classes is not None and len(names) != model.num_classes:
         raise ValueError(f"classes must name the {model.num_classes} outputs of the model, got {len(names)}")
     batches = [check_images(images, preparation._replace(size=(int(each[0]), int(each[1])))) for each in sizes]
+    quantiser = None
+    if int8_data is not None:
+        calibrate, compare = read_images(int8_data, preparation)
+        quantiser = partial(quantise, form=format, calibrate=calibrate, compare=compare)
     deployed = Deployed(model, dynamic_size=dynamic_size, fused=format in ("torch-export", "torchscript")).cpu()
     home, name = _WRITERS[format]
     writer = getattr(importlib.import_module(f"convit.export.{home}"), name)
@@ -95,4 +107,6 @@ def export(
             logits: torch.Tensor = twin(torch.from_numpy(batch))
         return logits.numpy()
 
-    return write_checked(path, format, lambda made: writer(deployed, torch.from_numpy(batches[0]), made, options), eager, batches)
+    return write_checked(
+        path, format, lambda made: writer(deployed, torch.from_numpy(batches[0]), made, options), eager, batches, quantiser
+    )

@@ -46,12 +46,16 @@ class Options(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a successful export found: files, largest difference of logits (share of the largest logit), batches and sizes checked."""
+    """What a successful export found: files, largest difference of logits (share of the largest logit), batches and sizes checked.
+
+    With ``int8`` these are of the float file that the int8 one was made from, and ``int8`` says what was measured of that.
+    """
 
     files: list[Path]
     difference: float
     batches: list[int]
     sizes: list[tuple[int, int]]
+    int8: Any = None
 
 
 def check_request(name: str, path: Path | None = None, opset: int = OPSETS[0], dynamic_size: bool = False) -> Format:
@@ -104,7 +108,14 @@ def check_images(files: Sequence[str | os.PathLike[str]] | None, preparation: Pr
     return np.stack(images)
 
 
-def write_checked(path: Path, name: str, write: Callable[[Path], Infer], eager: Infer, batches: Sequence[np.ndarray]) -> Report:
+def write_checked(
+    path: Path,
+    name: str,
+    write: Callable[[Path], Infer],
+    eager: Infer,
+    batches: Sequence[np.ndarray],
+    quantise: Callable[[Path], Any] | None = None,
+) -> Report:
     """Write a file of the format ``name``, run it, and move it to ``path`` if it equals the eager model.
 
     Args:
@@ -113,6 +124,7 @@ def write_checked(path: Path, name: str, write: Callable[[Path], Infer], eager: 
         write: Writes the file it is given, with its data beside it, and returns the function that runs it in its runtime.
         eager: The model: a batch of images to logits.
         batches: Normalised images [n, channels, height, width], one batch per size; checked whole and by the first image.
+        quantise: Puts another file in the place of the checked one, and returns what it found.
 
     Raises:
         ValueError: The logits differ; what was at ``path`` is as it was.
@@ -128,11 +140,12 @@ def write_checked(path: Path, name: str, write: Callable[[Path], Infer], eager: 
                 difference = max(difference, _difference(np.asarray(infer(batch[:count])), expected[:count]))
         if not difference <= TOLERANCE:
             raise ValueError(f"the {name} file differs from the eager model by {difference:.1e} of the largest logit; nothing is written")
+        int8 = quantise(made) if quantise else None
         files = [file for file in made.parent.iterdir() if file != made] + [made]
         for file in files:  # the named one last: its data is there when it appears
             os.replace(file, path.with_name(file.name))
         sizes = [(int(batch.shape[2]), int(batch.shape[3])) for batch in batches]
-        return Report([path.with_name(file.name) for file in reversed(files)], difference, counts, sizes)
+        return Report([path.with_name(file.name) for file in reversed(files)], difference, counts, sizes, int8)
 
 
 def _difference(found: np.ndarray, expected: np.ndarray) -> float:

@@ -1,0 +1,154 @@
+"""Eight-bit exports: measured before they are kept, refused with the figures where they do not pay."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import convit
+from convit.cli import main
+from convit.export import export, int8
+from convit.weights.load import save_checkpoint
+
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two classes that a linear map of the pixels tells apart, in folders, and a model that does."""
+    pillow = pytest.importorskip("PIL.Image")
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for name, low in (("dark", 0), ("light", 155)):
+        (folder / name).mkdir()
+        for i in range(30):
+            pillow.fromarray(rng.integers(low, low + 100, (32, 32, 3), np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def model():
+    torch.manual_seed(0)
+    made = convit.ConViT(img_size=32, patch_size=8, embed_dim=32, num_heads=4, depth=3, local_up_to_layer=2, num_classes=2)
+    with torch.no_grad():
+        x = torch.stack([torch.full((3, 32, 32), -1.5), torch.full((3, 32, 32), 1.5)])
+        features = made.eval().forward_head(made.forward_features(x), pre_logits=True)
+        made.head.weight.copy_(10 * (features - features.mean(0)))  # nearest of the two means
+        made.head.bias.copy_(-made.head.weight @ features.mean(0))
+    return made
+
+
+def timed(ratios):
+    """Stands for the clock: the first way of each side, and these ratios."""
+
+    def measured(runs, floats, images):
+        timings = [int8.Timing(batch, 2.0, 2.0 * ratio, ratio) for batch, ratio in zip(int8.BATCHES, ratios, strict=True)]
+        return next(iter(runs)), next(iter(floats)), timings
+
+    return measured
+
+
+def needs(format):
+    from convit.export.check import FORMATS
+
+    for package in (*FORMATS[format].needs, int8.FORMATS[format][0]):
+        pytest.importorskip(package)
+
+
+@pytest.mark.parametrize("format", SUFFIXES)
+def test_an_int8_file(tmp_path, pictures, format, monkeypatch):
+    needs(format)
+    path, plain = tmp_path / f"model{SUFFIXES[format]}", tmp_path / f"plain{SUFFIXES[format]}"
+    monkeypatch.setattr(int8, "_timed", timed((1.5, 1.2)))
+    found = export(model(), path, format, int8_data=pictures).int8
+    assert found.agreement == 1.0 and (found.calibrated, found.compared) == (20, 40)
+    assert "100.0% of 40 others" in str(found) and "batch 8 2.0 ms to 2.4 (1.20 times as fast)" in str(found)
+    export(model(), plain, format)
+    images = np.random.default_rng(1).standard_normal((3, 3, 32, 32)).astype(np.float32)
+    if format == "onnx":
+        import onnx
+        import onnxruntime
+
+        kinds = [{node.op_type for node in onnx.load(file).graph.node} for file in (path, plain)]
+        session = onnxruntime.InferenceSession(path)
+        facts = session.get_modelmeta().custom_metadata_map
+        logits = [onnxruntime.InferenceSession(file).run(None, {"images": images})[0] for file in (path, plain)]
+        assert "QuantizeLinear" in kinds[0] - kinds[1]
+    else:
+        import openvino
+
+        models = [openvino.Core().read_model(file) for file in (path, plain)]
+        kinds = [{node.get_type_name() for node in each.get_ops()} for each in models]
+        facts = {name: value.astype(str) for name, value in models[0].get_rt_info(["convit"]).astype(dict).items()}
+        compiled = [openvino.Core().compile_model(each, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}) for each in models]
+        logits = [each([images])[0] for each in compiled]
+        assert "FakeQuantize" in kinds[0] - kinds[1]
+    assert json.loads(facts["size"]) == [32, 32]
+    assert json.loads(facts["int8"])["timings"][1] == {"batch": 8, "milliseconds": 2.0, "float_milliseconds": 2.4, "ratio": 1.2}
+    error = np.abs(logits[0] - logits[1]).max() / np.abs(logits[1]).max()
+    assert 0 < error < 0.2
+    assert {file.name for file in tmp_path.iterdir()} >= {path.name, plain.name}
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+
+
+def test_what_does_not_pay_is_refused_with_the_figures(tmp_path, pictures, monkeypatch):
+    needs("onnx")
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"before")
+    monkeypatch.setattr(int8, "_timed", timed((1.5, 0.9)))
+    with pytest.raises(ValueError, match=r"not faster on this machine; nothing is written.*(?s:.)*2.0 ms to 1.8 \(0.90 times"):
+        export(model(), path, "onnx", int8_data=pictures)
+    monkeypatch.setattr(int8, "_timed", timed((1.5, 1.5)))
+    tops = iter(range(99))
+    monkeypatch.setattr(int8, "_top", lambda infer, images: np.full(len(images), next(tops) % 2))
+    with pytest.raises(ValueError, match=r"another model; nothing is written.*(?s:.)* 0.0% of 40"):
+        export(model(), path, "onnx", int8_data=pictures)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"] and path.read_bytes() == b"before"
+
+
+def test_the_clock():
+    """The fastest of each side, every one of them timed in turn, the ratio within rounds."""
+    import time
+
+    def lasts(seconds):
+        return lambda images: time.sleep(seconds * len(images))
+
+    runs, floats = {"slow int8": lasts(0.03), "int8": lasts(0.01)}, {"float": lasts(0.02), "slow float": lasts(0.04)}
+    int8_name, against, timings = int8._timed(runs, floats, np.zeros((3, 1)))
+    assert (int8_name, against, [t.batch for t in timings]) == ("int8", "float", [1, 8])
+    assert all(1.3 < t.ratio < 2.5 and t.ratio == pytest.approx(t.float_milliseconds / t.milliseconds, rel=0.3) for t in timings)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--format", "torchscript", "--int8", "--data_dir", "{}"], "--int8 is for onnx and openvino, got --format torchscript"),
+        (["--format", "onnx", "--int8"], "name a folder of them, --data_dir DIR"),
+        (["--format", "onnx", "--int8", "--data_dir", "{}/none"], "none is no folder"),
+        (["--format", "onnx", "--int8", "--data_dir", "{}"], "needs at least 48 images, data_dir {} holds 0"),
+        (["--format", "onnx", "--data_dir", "{}"], "--data_dir is of --int8"),
+    ],
+)
+def test_bad_requests(tmp_path, capsys, monkeypatch, words, message):
+    needs("onnx")
+    save_checkpoint(model(), tmp_path / "w.safetensors")
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "w.safetensors", *(word.format(tmp_path) for word in words)]) == 1
+    assert message.format(tmp_path) in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_a_missing_quantiser_is_said(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("openvino")
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    assert main(["export", "convit_tiny", "--format", "openvino", "--int8", "--data_dir", str(tmp_path)]) == 1
+    assert r"needs nncf" in (error := capsys.readouterr().err) and "pip install '.[int8]'" in error
+
+
+def test_an_unreadable_image_is_named(tmp_path, pictures):
+    from convit.engine.preparation import Preparation
+
+    for i in range(48):
+        (tmp_path / f"{i}.png").write_bytes(next(pictures.rglob("0.png")).read_bytes() if i else b"no image")
+    with pytest.raises(ValueError, match=r"0\.png is not an image"):
+        int8.read_images(tmp_path, Preparation((32, 32)))
