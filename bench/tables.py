@@ -49,21 +49,37 @@ def _versus(run: Run, groups: list[list[Entry]], case: Callable, own: Callable, 
     return _table([head[0], "threads" if device == "cpu" else "type", *(h.format(mine=leaders) for h in head[1:]), *others], rows)
 
 
-def _snapshot_for(entries: list[Entry], e: Entry) -> Entry | None:
-    """Ours for inference that a runtime is held against: both as they come, or both in float32."""
-    if not e.peer.startswith(("OpenVINO", "ONNX Runtime")):
-        return None
-    return find(entries, "convit.optimize as it comes" if e.peer.endswith("as it comes") else "convit.optimize")
+SNAPSHOTS = ("convit.optimize", "convit.optimize as it comes")
+
+
+def _snapshots_for(entries: list[Entry], e: Entry) -> list[Entry]:
+    """Ours for inference that a runtime or timm's model is held against: both as they come, or both in float32; timm's against both."""
+    if e.peer == "timm convit eager":
+        names: tuple[str, ...] = SNAPSHOTS
+    elif e.peer.startswith(("OpenVINO", "ONNX Runtime")):
+        names = SNAPSHOTS[1:] if e.peer.endswith("as it comes") else SNAPSHOTS[:1]
+    else:
+        names = ()
+    return [found for name in names if (found := find(entries, name))]
 
 
 def runtime_table(run: Run) -> str:
-    """The time of each runtime over that of ``convit.optimize``, like against like."""
+    """The time of each runtime, and of timm's model, over that of ``convit.optimize``; what is ahead of ours is set in bold."""
     rows = []
     for entries in run.kind("model"):
         for e in entries:
-            if (ours := _snapshot_for(entries, e)) is not None:
+            for ours in _snapshots_for(entries, e):
                 types = [x.info.get("note", x.problem["dtype"]) for x in (ours, e)]
-                rows.append([_case(e), _where(e.problem), e.peer, *types, _milliseconds(ours.median), _times(e.over(ours)) + "×"])
+                ratio = _times(e.over(ours)) + "×"
+                cells = [
+                    _case(e),
+                    _where(e.problem),
+                    e.peer,
+                    *types,
+                    _milliseconds(ours.median),
+                    ratio if e.over(ours) >= 1 else f"**{ratio}**",
+                ]
+                rows.append(cells)
     header = ["inference through convit.optimize", "threads", "against", "ours computes in", "theirs in", "ours, ms", "theirs over ours"]
     return _table(header, rows) if rows else ""
 
@@ -125,7 +141,7 @@ def faster_list(run: Run) -> str:
     for entries in competitions(run):
         mine = leader(entries)
         for e in entries if mine else ():
-            ours = _snapshot_for(entries, e) or mine
+            ours = mine if e.peer.startswith("timm") else next(iter(_snapshots_for(entries, e)), mine)
             if not e.info["ours"] and e.over(ours) < 1:
                 cases.setdefault(e.peer, []).append(f"{_case(e)}, {_where(e.problem)} ({_times(e.over(ours))}×)")
     if not competitions(run):

@@ -173,3 +173,33 @@ def test_whole_models_are_checked(monkeypatch):
     assert checks.check(problem, peer, (logits,))["out"] < 1e-5
     with pytest.raises(checks.WrongAnswer, match="convit sdpa on convit_tiny batch 3"):
         checks.check(problem, peer, (logits.roll(1, dims=-1),))
+
+
+def test_inference_is_held_against_runtimes_of_its_own_type(report):
+    """Like against like, both types named, timm's model against either snapshot, and what is ahead of ours in bold."""
+    import results
+    import tables
+
+    problem = {"name": "convit_tiny", "batch": 1, "threads": 2, "dtype": "float32", "device": "cpu", "train": False}
+    times = {
+        "convit.optimize": (2.0, "float32"),
+        "convit.optimize as it comes": (1.0, "bfloat16"),
+        "OpenVINO": (1.8, "float32"),
+        "OpenVINO as it comes": (1.5, "bfloat16"),
+        "ONNX Runtime": (3.0, None),
+        "timm convit eager": (4.0, None),
+    }
+    entries = [
+        results.Entry(
+            "g", {"peer": peer, "kind": "model", "problem": problem, "rounds": [0], **({"note": kind} if kind else {})}, (1e-3 * ms,)
+        )
+        for peer, (ms, kind) in times.items()
+    ]
+    rows = tables.runtime_table(type("Run", (), {"kind": lambda self, kind: [entries]})()).splitlines()[2:]
+    assert [[cell.strip() for cell in row.strip("|").split("|")][2:] for row in rows] == [
+        ["OpenVINO", "float32", "float32", "2", "**0.90×**"],
+        ["OpenVINO as it comes", "bfloat16", "bfloat16", "1", "1.50×"],
+        ["ONNX Runtime", "float32", "float32", "2", "1.50×"],
+        ["timm convit eager", "float32", "float32", "2", "2.00×"],
+        ["timm convit eager", "bfloat16", "float32", "1", "4.00×"],
+    ]
