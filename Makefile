@@ -2,9 +2,10 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+TRITONS ?= 3.3.1 3.6.0 3.9.0
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: fuzz mutate demo test test-torch test-mindspore test-oldest sanitize ascend-check aot dev check bench clean
+.PHONY: triton-versions fuzz mutate demo test test-torch test-mindspore test-oldest sanitize ascend-check aot dev check bench clean
 
 demo: .venv/ready
 	$(BIN)/convit demo
@@ -58,7 +59,11 @@ ascend-check:
 
 # registers, stack, shared memory and issue time of every Triton kernel, compiled without a GPU: bench/results/aot.md
 aot: .venv/ready
-	$(BIN)/python bench/aot.py
+	$(BIN)/python bench/aot.py --cases models --versions $(TRITONS)
+
+# the gates on what is compiled, and the launches, under every Triton that is claimed: the oldest, that of torch 2.11, the newest
+triton-versions: .venv/ready
+	CONVIT_TRITON="$(TRITONS)" $(BIN)/pytest tests/test_triton_aot.py -k version
 
 # one virtual environment for everything on PyTorch; the extension must build here
 dev: .venv/ready

@@ -2,8 +2,8 @@
 
     python bench/aot.py                        # writes bench/results/aot.md
     python bench/aot.py --json FILE --targets sm90 gfx942 --cases tile   # the raw rows instead, for the tests
-    PYTHONPATH=DIR python bench/aot.py --json FILE ...      # under the Triton installed in DIR
-    python bench/aot.py --report FILE FILE ...              # bench/results/aot.md from such files, a column for each version
+    python bench/aot.py --versions 3.3.1 3.6.0 3.9.0        # the report with a column for each of these too, installed under build/
+    python bench/aot.py --report FILE FILE ...              # the report from raw rows
 
 The launchers themselves are run on meta tensors with the launch recorded, so that what is compiled is what a GPU would be given.
 ``TRITON_INTERPRET`` must be unset. Issue time: the instructions of the machine code, loop bodies times their trips, over
@@ -13,7 +13,9 @@ the issue rate of an H100 (132 SM x 4 a clock, 1.7 GHz): a lower bound that igno
 import argparse
 import collections
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -64,10 +66,14 @@ SETS = {
         Case(8, 8, grid, 128, dtype, tf32)
         for grid in ((14, 14), (56, 56))
         for dtype, tf32 in (("bfloat16", False), ("float32", True), ("float32", False))
-    ],  # fmt: skip
+    ]
+    + [Case(8, 8, (56, 56), 256)],  # fmt: skip
     "odd": [Case(2, 3, (7, 30), 20), Case(2, 3, (1, 300), 20), Case(1, 1, (3, 4), 16), Case(1, 1, (65536, 1), 16)],
     "one": [Case(1, 1, (1, 1), 16, dtype) for dtype in ("bfloat16", "float32")],  # every size is 1, which Triton makes a constant
 }
+SETS["versions"] = [Case(64, 16, (14, 14), 64), Case(64, 16, (56, 56), 64)]  # for every Triton that is claimed
+SETS["tiny"] = [Case(1, 1, (2, 3), 16, "float32")]
+SETS["profile"] = [Case(128, 9, (14, 14), 48), Case(4, 9, (56, 56), 48)]  # of bench/gpu.sh
 SETS["models"] = [*SETS["tile"], *SETS["loop"]]
 SETS["all"] = [case for name in ("tile", "loop", "dtypes", "wide", "odd", "one") for case in SETS[name]]
 
@@ -177,6 +183,7 @@ def compile_launch(launch: Launch, case: Case, chip: str) -> dict:
     row["kernel"] += "".join(f" {n}" for n in ("X", "TRANSPOSE", "SUMS") if launch.constants.get(n))
     if launch.constants.get("POSITION") is False:
         row["kernel"] += " without position"
+    row["bytes"] = sum(x.numel() * x.element_size() for x in launch.args if isinstance(x, torch.Tensor))
     row["dots"] = "tl.dot" in launch.kernel.src or "_loop_step" in launch.kernel.src
     row["matrix"] = row["dots"] and not (case.dtype == "float32" and not case.tf32)
     began = time.perf_counter()
@@ -185,24 +192,14 @@ def compile_launch(launch: Launch, case: Case, chip: str) -> dict:
         compiled = triton.compile(source(launch), target=TARGETS[chip], options=options)
     except Exception as error:
         return row | {"error": f"{type(error).__name__}: {error}"[:300]}
-    row["shared"], row["seconds"] = compiled.metadata.shared, round(time.perf_counter() - began, 2)
-    if chip.startswith("gfx"):
-        text = compiled.asm["amdgcn"]
-        field = {k: int(re.search(rf"\.{k}:\s*(\d+)", text)[1]) for k in ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")}
-        mma = len(re.findall(r"\bv_mfma_", text))
-        return row | {"registers": field["vgpr_count"], "stack": field["private_segment_fixed_size"], "mma": mma}
-    usage, sass = disassembled(compiled)
-    row["registers"], row["stack"] = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
-    row["mma"] = len(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA|UTCQMMA|QGMMA)\b", sass))
-    row["wgmma"] = len(re.findall(r"\b(?:HGMMA|UTCHMMA)\b", sass))
+    row |= {"seconds": round(time.perf_counter() - began, 2), **resources(compiled, chip, launch.config.warps)}
     if chip != "sm90":
         return row
-    row["hazard"] = hazard(compiled.asm["ptx"], launch.config.warps)
     rare = {name: False for name in ("LARGE_SCORES", "SUMS") if launch.constants.get(name)}
     if rare:  # branches that no or few programs take would be counted
         usual = launch._replace(constants=launch.constants | rare)
-        _, sass = disassembled(triton.compile(source(usual), target=TARGETS[chip], options=options))
-    count = instructions(sass, trips(launch, case))
+        compiled = triton.compile(source(usual), target=TARGETS[chip], options=options)
+    count = instructions(disassembled(compiled)[1], trips(launch, case))
     total = sum(count.values())
     exps = count["MUFU"]
     rate = 132 * 4 * 1.7e9
@@ -210,6 +207,21 @@ def compile_launch(launch: Launch, case: Case, chip: str) -> dict:
     row["exp_us"] = exps * 8 * launch.programs * launch.config.warps / rate * 1e6
     row["top"] = dict(count.most_common(14))
     return row
+
+
+def resources(compiled: Any, chip: str, warps: int) -> dict:
+    """What the gates ask of a compiled kernel."""
+    row = {"chip": chip, "shared": compiled.metadata.shared}
+    if chip.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+        field = {k: int(re.search(rf"\.{k}:\s*(\d+)", text)[1]) for k in ("vgpr_count", "private_segment_fixed_size")}
+        mma = len(re.findall(r"\bv_mfma_", text))
+        return row | {"registers": field["vgpr_count"], "stack": field["private_segment_fixed_size"], "mma": mma}
+    usage, sass = disassembled(compiled)
+    row["registers"], row["stack"] = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
+    row["mma"] = len(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA|UTCQMMA|QGMMA)\b", sass))
+    row["wgmma"] = len(re.findall(r"\b(?:HGMMA|UTCHMMA)\b", sass))
+    return row | ({"hazard": hazard(compiled.asm["ptx"], warps)} if chip == "sm90" else {})
 
 
 def disassembled(compiled: Any) -> tuple[str, str]:
@@ -348,19 +360,51 @@ def report(found: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def installed(version: str) -> Path:
+    """The folder with Triton of this version alone, for PYTHONPATH; installed where it is not there yet.
+
+    Raises:
+        RuntimeError: pip cannot install it.
+    """
+    folder = Path(__file__).resolve().parents[1] / "build" / f"triton-{version}"
+    if not (folder / "triton").exists():
+        fresh = folder.with_name(f"{folder.name}-{os.getpid()}")  # renamed when whole: other processes may be at it too
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(fresh), f"triton=={version}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise RuntimeError(f"Triton {version} cannot be installed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+        try:
+            fresh.rename(folder)
+        except OSError:  # another was faster
+            shutil.rmtree(fresh)
+    return folder
+
+
+def by_version(version: str, folder: Path) -> list[dict]:
+    """Rows of the versions' cases for sm90 under another Triton."""
+    file = folder / f"{version}.json"
+    command = [sys.executable, __file__, "--json", str(file), "--targets", "sm90", "--cases", "versions"]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(installed(version))}, check=False)  # its status is that of the gates
+    return json.loads(file.read_text())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the raw rows here instead of the report")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--cases", default="all", choices=SETS)
     parser.add_argument("--kernels", default="", help="regular expression on the kernel's name")
+    parser.add_argument("--versions", nargs="+", default=[], help="further Tritons for a column of their own, sm90 alone")
     parser.add_argument("--report", type=Path, nargs="+", help="compile nothing: write the report from these files of raw rows")
     args = parser.parse_args()
     if args.report:
         found = [row for file in args.report for row in json.loads(file.read_text())]
         (Path(__file__).parent / "results" / "aot.md").write_text(report(found))
         return any(problem(row) for row in found)
-    found = rows(SETS[args.cases], args.targets, args.kernels)
+    with tempfile.TemporaryDirectory() as folder:
+        others = [row for version in args.versions for row in by_version(version, Path(folder))]
+    found = others + rows(SETS[args.cases], args.targets, args.kernels)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))
     else:

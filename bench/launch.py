@@ -3,7 +3,7 @@
 Triton is given a driver that compiles for sm90 and launches nothing, and the operator CPU tensors. What is measured: argument checks,
 the choice of a backend, autograd, the allocation of outputs, the launchers and Triton's own Python. What is left out: Triton's launcher
 in C and the CUDA driver (a few microseconds for each kernel), the allocator of the device in place of the CPU's, and the thread that
-autograd runs the backward of a CUDA tensor in. ``bench/gpu.sh`` measures all of it on a machine with a GPU (profile, "host").
+autograd runs the backward of a CUDA tensor in. ``bench/gpu.sh`` measures all of it on a machine with a GPU ("host").
 """
 
 import contextlib

@@ -149,7 +149,8 @@ def _training_step(module: nn.Module, x: Tensor, model: Model, backend: str | No
 
     At a learning rate of zero the optimizer does all its work, and every step starts from the same weights.
     """
-    optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, weight_decay=0.0, fused=model.device == "cuda")
+    cuda = model.device == "cuda"  # where a CUDA graph is made of the step
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, weight_decay=0.0, fused=cuda, capturable=cuda)
     dtype = getattr(torch, model.dtype)
 
     def step() -> tuple:
@@ -347,8 +348,8 @@ def model_peers(device: str) -> list[Peer]:
     def torch_peer(name: str, build: Callable[[Model], nn.Module], truth: str = "convit", is_ours: bool = False) -> Peer:
         return Peer(name, lambda model: _torch_call(_module(build, model), model), timm, is_ours, truth)
 
-    def compiled(model: Model) -> Call:
-        return _torch_call(torch.compile(_module(timm_convit, model)), model)
+    def compiled(name: str, build: Callable[[Model], nn.Module], truth: str = "convit", is_ours: bool = False) -> Peer:
+        return Peer(name, lambda model: _torch_call(torch.compile(_module(build, model)), model), timm, is_ours, truth, slow=compiles)
 
     def compiles(model: Model) -> str | None:
         return "compiles for a minute on CPU" if device == "cpu" else None
@@ -360,7 +361,9 @@ def model_peers(device: str) -> list[Peer]:
         torch_peer("timm convit eager", timm_convit),
         torch_peer("timm ViT with SDPA", timm_vit, truth="vit"),
         Peer("convit without GPSA", lambda model: _torch_call(_module(without_gpsa, model), model), truth="without GPSA"),
-        Peer("torch.compile(timm)", compiled, timm, truth="convit", slow=compiles),
+        compiled("torch.compile(convit)", ours, is_ours=True),
+        compiled("torch.compile(timm)", timm_convit),
+        compiled("torch.compile(ViT)", timm_vit, truth="vit"),
         Peer("ONNX Runtime", _onnxruntime, _needs(*runtimes, "onnxruntime", runtime=True), truth="convit"),
         Peer("OpenVINO", _openvino, openvino, truth="convit"),
         Peer(

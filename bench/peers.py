@@ -8,7 +8,6 @@ What a user would cache between calls is built outside the timed call: relative 
 inference only, where the weights are constants.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -231,41 +230,27 @@ def _sdpa_dense(core: Core) -> Call:
 
 def _sdpa_plain(core: Core) -> Call:
     inputs = CoreInputs(core)
-    call = inputs.call(lambda: inputs.join(F.scaled_dot_product_attention(*inputs.heads())))
-    return call if core.device != "cuda" else _fastest_sdpa(call)
+    return inputs.call(lambda: inputs.join(F.scaled_dot_product_attention(*inputs.heads())))
 
 
-def _fastest_sdpa(call: Call) -> Call:
-    """``call`` held to the fastest of the framework's fused kernels, which its own choice need not be; ``note`` says which."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+def _sdpa_by(backend: str) -> Callable[[Core], Call]:
+    """Plain attention by one of the framework's kernels, which its own choice need not be."""
 
-    def held(backend: SDPBackend) -> Call:
-        def forced() -> tuple:
-            with sdpa_kernel(backend):
+    def build(core: Core) -> Call:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        call, kernel = _sdpa_plain(core), getattr(SDPBackend, backend)
+
+        def held() -> tuple:
+            with sdpa_kernel(kernel):
                 return call()
 
-        return forced
+        return held
 
-    seconds = {}
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-        forced = held(backend)
-        try:
-            for _ in range(3):
-                forced()
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(10):
-                forced()
-            torch.cuda.synchronize()
-            seconds[backend] = time.perf_counter() - start
-        except RuntimeError:  # this kernel does not take the problem
-            continue
-    if not seconds:
-        return call
-    best = min(seconds, key=seconds.__getitem__)
-    fastest = held(best)
-    fastest.note = best.name.removesuffix("_ATTENTION").lower()
-    return fastest
+    return build
+
+
+SDPA_KERNELS = {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
 
 
 def _flex(core: Core) -> Call:
@@ -315,6 +300,16 @@ def _ours(name: str) -> Peer:
     return Peer(f"convit {name}", build, missing, ours=True, slow=_definition_is_slow if name == "reference" else lambda core: None)
 
 
+def _ours_compiled(core: Core) -> Call:
+    inputs = CoreInputs(core)
+
+    @torch.compile(fullgraph=True)
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return inputs.join(convit.gpsa(q, k, v, inputs.pos_weight, inputs.gating, core.grid))
+
+    return inputs.call(lambda: attention(*inputs.heads()))
+
+
 def _definition_is_slow(core: Core) -> str | None:
     return "the definition takes seconds at this size" if core.device == "cpu" and core.tokens > 1024 else None
 
@@ -330,6 +325,8 @@ def core_peers(device: str) -> list[Peer]:
         Peer("timm eager", _timm_eager, _timm_missing),
         Peer("SDPA + dense P@v", _sdpa_dense),
         Peer("plain SDPA", _sdpa_plain, truth="plain"),
+        *(Peer(f"SDPA {name}", _sdpa_by(kernel), truth="plain") for name, kernel in SDPA_KERNELS.items() if device == "cuda"),
+        Peer("torch.compile(convit)", _ours_compiled, slow=compiles, ours=True),
         Peer("torch.compile(timm)", _timm_compiled, _timm_missing, slow=compiles),
         Peer("FlexAttention x 2", _flex, _flex_missing, slow=compiles),
     ]

@@ -2,9 +2,10 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
+import graphs
 import memory
 import roofline
 import timing
@@ -36,6 +37,7 @@ class Session:
         self.budget = budget if budget is not None else (20.0 if full else 2.0)
         self.rounds = rounds if rounds is not None else (50 if full else 15)
         self.isa = isa
+        self.graphs = False  # on CUDA: whether the device is timed apart from the host, by replaying each call as a graph
         self.groups: dict[Core | Model, dict[str, Competitor]] = {}
         self.rooflines: dict[str, roofline.Roofline] = {}
         self.started = time.time()
@@ -68,6 +70,7 @@ class Session:
 
     def _measure(self, problem: Core | Model, peers: Sequence[Peer], with_memory: bool, series: str) -> dict[str, Competitor]:
         group, calls, first = {}, {}, {}
+        pool = torch.cuda.graph_pool_handle() if self.graphs else None
         for peer in peers:
             mine = group[peer.name] = Competitor(missing=peer.missing(problem) or (None if self.full else peer.slow(problem)))
             if mine.missing:
@@ -88,7 +91,6 @@ class Session:
                 continue
             finally:
                 torch.set_num_threads(problem.threads)
-            calls[peer.name] = call
             mine.info = {"peer": peer.name, "ours": peer.ours, "truth": peer.truth, "kind": type(problem).__name__.lower()}
             mine.info |= {"problem": asdict(problem), "errors": errors}
             if hasattr(call, "note"):
@@ -100,12 +102,24 @@ class Session:
                 mine.info["roofline"] = self.roofline(problem).seconds(problem.flops, problem.bytes)
                 if with_memory and not memory.why_not(problem.device):
                     mine.info["peak"], mine.info["held"] = memory.peak(peer.name, problem)
+            del outputs
+            if self.graphs:
+                call, noted = graphs.timed(call, pool)
+                mine.info |= noted
+                first[peer.name] = min(first[peer.name], self._once(call))
+            calls[peer.name] = call
         if calls:
             for name, samples in timing.interleave(calls, self.device, self.rounds, self.budget, first).items():
                 group[name].samples = samples
                 group[name].info |= {"iterations": samples.iterations, "rounds": samples.rounds}
                 group[name].info["cpu"] = [float(f"{seconds:.4g}") for seconds in samples.cpu]
         return group
+
+    def _once(self, call: Callable) -> float:
+        start = time.perf_counter()
+        call()
+        timing.synchronize(self.device)
+        return time.perf_counter() - start
 
     def replay(self, benchmark, competitor: Competitor) -> None:
         timing.replay(benchmark, competitor.samples)

@@ -1,7 +1,10 @@
 """``bench/gpu.sh`` without a GPU: every stage runs in Triton's interpreter, and none takes the others along when it fails."""
 
+import contextlib
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,38 +15,138 @@ for module in ("triton", "timm", "matplotlib"):
     pytest.importorskip(module)
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
-STAGES = ["environment", "correctness", "roofline", "sweep", "core", "models", "profile", "plots"]
+STAGES = ["environment", "correctness", "roofline", "sanitizer", "profile", "sweep", "core", "models", "plots"]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The modules of bench/gpu by name."""
+    monkeypatch.syspath_prepend(BENCH)
+    monkeypatch.syspath_prepend(BENCH / "gpu")
+    return importlib.import_module
 
 
 def rehearse(out: Path, *arguments: str, **variables: str) -> tuple[subprocess.CompletedProcess, dict]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("CONVIT_", "TRITON_"))}
     environment |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | variables
     command = ["bash", str(BENCH / "gpu.sh"), "--rehearse", "--out", str(out), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
     return done, json.loads((out / "run.json").read_text())
 
 
-def test_every_stage_runs(tmp_path):
-    done, data = rehearse(tmp_path)
-    log = (tmp_path / "log.txt").read_text()
-    assert done.returncode == 0, done.stdout + done.stderr + log
-    assert {name: end["status"] for name, end in data["stages"].items()} == dict.fromkeys(STAGES, 0)
+def test_every_stage_runs_and_the_next_call_goes_on_where_one_stopped(tmp_path):
+    done, data = rehearse(tmp_path, "--only", "roofline,core")
+    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()
+    first, second = data["core"]["groups"]
+    assert {name: end["status"] for name, end in data["stages"].items()} == {"roofline": 0, "core": 0}
 
-    files = {path.name for path in tmp_path.iterdir()}
-    assert files == {"run.json", "configs.txt", "log.txt", "profile.txt", "summary.txt", "speed.png", "roofline.png"}
+    # as if time had run out after the first group, and another call had begun the sweep
+    swept = {"config": [16, 16, 4, 1, 16], "gain": 0.5, "seconds": [1.0], "registers": None}
+    data["core"]["groups"] = [first]
+    data["sweep"] = {"kernels": {"fwd_tile float16": {"cases": [], "table": [1], "table_seconds": [0.5], "tried": [swept]}}}
+    data["stages"] |= {"core": {"status": 75, "seconds": 1}, "sweep": {"status": 124, "seconds": 1}}
+    (tmp_path / "run.json").write_text(json.dumps(data))
+    again = tmp_path / "again"
+    done, data = rehearse(again, "--from", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr + (again / "log.txt").read_text()
+    assert {name: end["status"] for name, end in data["stages"].items()} == dict.fromkeys(STAGES, 0)
+    assert data["core"]["groups"][0] == first and data["core"]["groups"][1]["name"] == second["name"] != first["name"]
+    assert data["sweep"]["kernels"]["fwd_tile float16"]["tried"] == [swept]
+
+    files = {path.name for path in again.iterdir()}
+    assert files == {"run.json", "configs.txt", "log.txt", "kernels.md", "summary.txt", "speed.png", "roofline.png"}
     assert data["correctness"]["passed"] == data["correctness"]["checks"] > 0
+    assert set(data["sanitizer"]["tools"]) == {"memcheck", "initcheck", "racecheck", "synccheck"}
     assert data["sweep"]["refused"] == {}
     assert all(kernel["tried"][0]["gain"] > 0 for kernel in data["sweep"]["kernels"].values())
+    assert "| reduce | 1 | 0.0 |" in (again / "kernels.md").read_text()  # compiled and counted
     for stage in ("core", "models"):
-        peers = [{entry["info"]["peer"] for entry in group["entries"]} for group in data[stage]["groups"]]
+        peers = [peers_of(group) for group in data[stage]["groups"]]
         assert len(peers) == 2 and all(len(names) >= 2 for names in peers)
         assert data[stage]["out_of_time"] == []
     assert "convit triton" in peers_of(data["core"]["groups"][0])
 
-    summary = (tmp_path / "summary.txt").read_text()
+    summary = (again / "summary.txt").read_text()
     assert done.stdout.endswith(summary)  # it comes last
-    assert 10 <= len(summary.splitlines()) <= 40
+    assert 10 <= len(summary.splitlines()) <= 40 and summary.endswith("all is done\n")
     assert all(f"{stage} ok" in summary for stage in STAGES)
+
+
+def test_calls_of_under_ten_minutes_in_order(gpu):
+    """Each call's limits fit; what is unfinished is taken up, what failed is left until it is asked for again."""
+    stage = gpu("stage")
+    lines = stage.plan({}, 560)
+    names = [name for line in lines for name in re.findall(r"(\w+) \(", line)]
+    assert names == [*STAGES[:-1], "models", "plots"]  # the models need what is left of one call, and another
+    for line in lines:
+        assert sum(map(int, re.findall(r"\((\d+) s\)", line))) <= 560, line
+    assert "too short for sweep" in stage.plan({}, 300)[0]
+
+    done = {name: {"status": 0} for name in STAGES}
+    assert stage.following(done, 560) is None and stage.plan(done, 560) == ["all is done"]
+    for status, expected in ((75, ("core", 400)), (124, ("core", 400)), (137, ("core", 400)), (1, None)):
+        assert stage.following(done | {"core": {"status": status}}, 560) == expected
+    unfinished = done | {"core": {"status": 75}}
+    assert stage.following(unfinished, 560, tried=",core") is None  # once in a call
+    assert stage.following(unfinished, 30) is None  # too little to begin it
+    assert stage.following(unfinished, 200) == ("core", 200)
+    assert stage.following(unfinished, 560, only="models") is None
+
+
+def test_some_stages_again(tmp_path, gpu):
+    stage = gpu("stage").Stage("core", tmp_path, 10, True)
+    (tmp_path / "run.json").write_text(json.dumps({"core": {"error": "x", "groups": [1]}, "sweep": {"error": "y"}, "stages": {"core": {}}}))
+    stage.begin()
+    assert stage.load()["core"] == {"groups": [1]}  # it goes on; the error is of the past
+    stage.forget(["core"])
+    assert stage.load() == {"sweep": {"error": "y"}, "stages": {}}
+
+
+class _Stream:
+    def wait_stream(self, other):
+        pass
+
+
+def test_the_device_is_timed_by_a_replayed_graph_and_the_host_beside_it(gpu, monkeypatch):
+    torch, graphs = gpu("torch"), gpu("graphs")
+    events = []
+
+    class Graph:
+        def replay(self):
+            events.append("replay")
+
+    @contextlib.contextmanager
+    def capture(graph, **options):
+        events.append("capture")
+        yield
+        if options["pool"] == "broken":
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    for name, value in {
+        "Stream": _Stream,
+        "current_stream": _Stream,
+        "stream": contextlib.nullcontext,
+        "synchronize": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    call, noted = graphs.timed(lambda: events.append("call"), "pool")
+    assert noted["timed"] == "graph" and 0 <= noted["host"] < 1
+    assert events[-3:] == ["capture", "call", "replay"]
+    events.clear()
+    call()
+    assert events == ["replay"]
+    call, noted = graphs.timed(lambda: events.append("call"), "broken")
+    assert noted["timed"] == "eager" and "capturing" in noted["not_captured"]
+    events.clear()
+    call()
+    assert events == ["call"]
+
+
+def test_predicted_and_measured_are_set_against_each_other(gpu):
+    rows = gpu("predicted").table("case", {"mix": {"launches": 2, "bytes": 3e6, "issue": 1.5}}, {"mix": 3.0, "copy": 1.0}, 1e12)
+    assert "| mix | 2 | 1.5 | 3.0 | 3.0 | 1.00 |" in rows and "| copy | - | - | - | 1.0 | - |" in rows
 
 
 def peers_of(group: dict) -> set[str]:

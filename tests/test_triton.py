@@ -16,11 +16,12 @@ pytest.importorskip("triton")
 HERE = Path(__file__).resolve().parent
 
 
-def test_numerics_in_the_interpreter():
-    """Every kernel and every gradient against float64; in a process of its own, see triton_interpreted.py."""
+@pytest.mark.parametrize("file", ["triton_interpreted.py", "triton_memory.py"])
+def test_in_the_interpreter(file):
+    """Every kernel and every gradient against float64, and every address; in processes of their own, see the files."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "-q", "-x", "-p", "no:cacheprovider", str(HERE / "triton_interpreted.py")]
+    command = [sys.executable, "-c", code, "-q", "-x", "-p", "no:cacheprovider", str(HERE / file)]
     done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
@@ -33,7 +34,8 @@ def test_numerics_in_the_interpreter():
         ({"device": "cpu"}, "tensor is on cpu"),
         ({"dropout_p": 0.1}, "attention dropout is not supported"),
         ({"dtype": "float64"}, "float64 is not supported"),
-        ({"head_dim": 160}, "head dimension 160 is larger than 128"),
+        ({"head_dim": 288}, "head dimension 288 is larger than 256 in float16: 'sdpa' serves it"),
+        ({"head_dim": 160, "dtype": "float32"}, "head dimension 160 is larger than 128 in float32"),
     ],
 )
 def test_refusals_name_their_reason(change, reason):

@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,8 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parent.parent
-OLDER = "3.6.0"  # what goes with torch 2.11 to 2.13
+# 3.6.0 goes with torch 2.11 to 2.13; make triton-versions names the oldest and the newest that are claimed too
+VERSIONS = os.environ.get("CONVIT_TRITON", "3.6.0").split()
 
 
 def compile_for(chips: list[str], cases: str, out: Path, **environment: str) -> list[dict]:
@@ -91,36 +91,27 @@ def test_one_patch(tmp_path):
     assert {"dq_tile", "moments", "reduce"} <= {row["kernel"] for row in found}
 
 
-@pytest.fixture(scope="session")
-def older(tmp_path_factory):
-    """A folder with Triton 3.6.0 alone."""
-    folder = ROOT / "build" / f"triton-{OLDER}"
-    if not (folder / "triton").exists():
-        if importlib.util.find_spec("pip") is None:
-            pytest.skip("no pip to install an older Triton with")
-        fresh = folder.with_name(f"{folder.name}-{os.getpid()}")  # renamed when whole: other test workers may be at it too
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(fresh), f"triton=={OLDER}"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            shutil.rmtree(fresh, ignore_errors=True)
-            pytest.skip(f"Triton {OLDER} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
-        try:
-            fresh.rename(folder)
-        except OSError:  # another worker was faster
-            shutil.rmtree(fresh)
-    return folder
+def installed(version: str, monkeypatch) -> str:
+    """The folder with this Triton alone."""
+    if importlib.util.find_spec("pip") is None:
+        pytest.skip("no pip to install another Triton with")
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    try:
+        return str(importlib.import_module("aot").installed(version))
+    except RuntimeError as error:
+        pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("chip", ["sm80", "sm90", "sm100", "gfx942"])
-def test_the_older_triton(chip, older, tmp_path):
-    found = compile_for([chip], "models", tmp_path / "models.json", PYTHONPATH=str(older))
-    assert {row["triton"] for row in found} == {OLDER}
+@pytest.mark.parametrize("version", VERSIONS)
+def test_compiles_with_version(version, tmp_path, monkeypatch):
+    found = compile_for(["sm90"], "versions", tmp_path / "rows.json", PYTHONPATH=installed(version, monkeypatch))
+    assert {row["triton"] for row in found} == {version}
 
 
-@pytest.mark.parametrize("version", ["installed", OLDER])
-def test_direct_launches_are_tritons_own(version, request):
+@pytest.mark.parametrize("version", ["installed", *VERSIONS])
+def test_direct_launches_are_tritons_own_in_version(version, monkeypatch):
     """What the launcher hands to the compiled kernel is what Triton would; in a process of its own, see triton_launched.py."""
-    path = [str(request.getfixturevalue("older"))] if version == OLDER else []
+    path = [] if version == "installed" else [installed(version, monkeypatch)]
     path = os.pathsep.join([*path, str(ROOT / "bench")])
     settings = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path}
     command = [sys.executable, str(ROOT / "tests/triton_launched.py")]

@@ -32,7 +32,9 @@ def test_float32(case):
     check(run(triton, inputs, grad, case.grid), inputs, grad, case.grid)
 
 
-@pytest.mark.parametrize("case", [*TILE, LOOP[0]], ids=str)  # the tile kernels are for half precision
+@pytest.mark.parametrize(
+    "case", [*TILE, LOOP[0], Case(1, 1, 130, (3, 4))], ids=str
+)  # heads past 128 channels take the loops; the tile kernels are for half precision
 def test_float16(case):
     inputs, grad = make_inputs(case, dtype=torch.float16)
     check(run(triton, inputs, grad, case.grid), inputs, grad, case.grid)

@@ -8,7 +8,8 @@ from gpsa_cases import Case, make_inputs, run
 from triton.runtime import driver
 
 import convit
-from convit.kernels.gpsa.gpu_triton import launch
+from convit.dispatch import Problem
+from convit.kernels.gpsa.gpu_triton import compile_ahead, launch
 from convit.kernels.gpsa.gpu_triton.tile import fwd_tile_kernel
 
 
@@ -56,6 +57,20 @@ def compare(seen: list[tuple]) -> None:
     first, second, other, last = seen
     assert first[4] == second[4] == last[4] != other[4]
     assert isinstance(other[9], torch.Tensor) and not isinstance(last[9], torch.Tensor)
+
+    # what was compiled ahead serves the module's own calls: neither pass compiles anything more
+    kernels = [launch.fwd_tile_kernel, launch.dq_tile_kernel, launch.dkdv_tile_kernel, launch.reduce_kernel]
+
+    def compiled() -> int:
+        return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
+
+    before = compiled()
+    assert compile_ahead(Problem("torch", "cpu", "bfloat16", 2, 3, 42, 16, (6, 7))) > 0
+    ahead = compiled()
+    assert ahead >= before + 3
+    with torch.autocast("cpu", torch.bfloat16):
+        convit.GPSA(48, 3)(torch.randn(2, 42, 48), (6, 7)).float().sum().backward()
+    assert compiled() == ahead
 
     # a hook that somebody adds later is called
     asked = []

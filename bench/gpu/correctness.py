@@ -1,10 +1,10 @@
-"""Values, gradients, determinism, poisoned memory, CUDA graphs, torch.compile, compute-sanitizer."""
+"""Values, gradients, determinism, poisoned memory, CUDA graphs, torch.compile; compute-sanitizer."""
 
 import os
+import re
 import shutil
-import subprocess
 
-from stage import ROOT, Stage, gpsa_triton, one_call_command, pooled, workers
+from stage import Stage, gpsa_triton, one_call_command, pooled, watched, workers
 
 
 def _poison() -> None:
@@ -128,18 +128,26 @@ def correctness(stage: Stage) -> None:
     stage.save(
         checks=len(jobs), passed=len(jobs) - len(wrong), wrong=wrong, skipped=["CUDA graphs: no CUDA device"] if stage.rehearse else []
     )
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer and stage.left() > 12:
-        command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *one_call_command(tiny=True)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=stage.left() - 4, cwd=ROOT)
-            report = {"status": done.returncode, "tail": (done.stdout + done.stderr)[-600:]}
-        except subprocess.TimeoutExpired:
-            report = {"status": "out of time"}
-        stage.save(sanitizer=report)
-        if report["status"] == 9:
-            wrong["compute-sanitizer"] = report["tail"]
-    else:
-        stage.save(sanitizer={"status": "not run" if sanitizer else "not installed"})
     if wrong:
         raise AssertionError("\n".join(f"{name}: {answer}" for name, answer in wrong.items()))
+
+
+SANITIZERS = ("memcheck", "initcheck", "racecheck", "synccheck")
+
+
+def sanitizer(stage: Stage) -> None:
+    """The kernels under each tool of compute-sanitizer; every tensor an allocation of its own, so that a read past one is seen."""
+    program = shutil.which("compute-sanitizer")
+    found: dict[str, dict] = {}
+    for number, tool in enumerate(SANITIZERS):
+        if not program or stage.rehearse:
+            found[tool] = {"status": "not installed" if not program else "no CUDA device"}
+            continue
+        command = [program, "--tool", tool, "--error-exitcode", "9", *one_call_command(tiny=True)]
+        status, said = watched(command, (stage.left() - 4) / (len(SANITIZERS) - number), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        found[tool] = {"status": status, "kernels": sorted(set(re.findall(r"\b\w+_kernel\b", said)))[:8], "tail": said[-600:]}
+        stage.save(tools=found)
+    stage.save(tools=found)
+    wrong = {tool: report["tail"] for tool, report in found.items() if report["status"] == 9}
+    if wrong:
+        raise AssertionError("\n".join(f"{tool}: {tail}" for tool, tail in wrong.items()))

@@ -1,15 +1,17 @@
-"""What the machine reaches, the attention core and whole models against their peers, and device time kernel by kernel."""
+"""What the machine reaches, and the attention core and whole models against their peers.
+
+The time of a competitor is the device's, its call captured once and replayed as a CUDA graph; the host's is noted beside it.
+"""
 
 import os
 import shutil
-import subprocess
 import time
 import traceback
 
-from stage import ROOT, Stage, answer, device_seconds, gpsa_triton, one_call_command
+from stage import Stage, answer
 from sweep import prepare
 
-COMPILED = ("torch.compile(timm)", "FlexAttention x 2")
+COMPILED = ("torch.compile(convit)", "torch.compile(timm)", "torch.compile(ViT)", "FlexAttention x 2")
 
 
 def environment(stage: Stage) -> None:
@@ -52,6 +54,7 @@ def _session(stage: Stage, budget: float):
         rounds=3 if stage.rehearse else 25,
         isa=None,
     )
+    session.graphs = stage.device == "cuda"
     session.rooflines = {key: Roofline(**peaks) for key, peaks in stage.load().get("roofline", {}).items() if isinstance(peaks, dict)}
     return session
 
@@ -81,7 +84,7 @@ def _group(stage: Stage, session, problem, peers, with_memory: bool = False) -> 
 
 def _ours_failed(stage: Stage) -> None:
     groups = stage.load().get(stage.name, {}).get("groups", [])
-    wrong = [f"{g['name']}: {name}: {why}" for g in groups for name, why in g["absent"].items() if name in ("convit triton",)]
+    wrong = [f"{g['name']}: {why}" for g in groups for name, why in g["absent"].items() if name == "convit triton"]
     if wrong:
         raise AssertionError("\n".join(wrong))
     if not groups:
@@ -109,145 +112,64 @@ def _core_problems(stage: Stage) -> list[tuple]:
     ]  # fmt: skip
 
 
-def core(stage: Stage) -> None:
+def _groups(stage: Stage, budget: float, problems: list[tuple], peers: list, needed) -> bool:
+    """Measure ``problems`` (problem, its peers, with memory) that no earlier call has; whether some are left for another.
+
+    ``needed``: seconds without which a problem is not begun.
+    """
+    tuned, done = prepare(stage), [group["name"] for group in stage.load().get(stage.name, {}).get("groups", [])]
+    stage.save(tuned=tuned)
+    session, left = _session(stage, budget), []
+    for problem, chosen, with_memory in problems:
+        if str(problem) in done:
+            continue
+        if left or stage.left() < needed(problem, chosen):
+            left.append(str(problem))
+            continue
+        _group(stage, session, problem, [peer for peer in peers if chosen(peer.name)], with_memory)
+    stage.save(out_of_time=left)
+    _ours_failed(stage)
+    return bool(left)
+
+
+def _compiled(name: str) -> bool:
+    return name in COMPILED
+
+
+def core(stage: Stage) -> bool:
     from peers import core_peers
 
-    stage.save(groups=[], tuned=prepare(stage))
-    session = _session(stage, 0.1 if stage.rehearse else 1.2)
-    peers, left_out = core_peers(stage.device), []
-    for problem, compiled, with_memory in _core_problems(stage):
-        if stage.left() < (35 if compiled else 8):
-            left_out.append(str(problem))
-            continue
-        _group(stage, session, problem, [p for p in peers if compiled or p.name not in COMPILED], with_memory)
-    stage.save(out_of_time=left_out)
-    _ours_failed(stage)
+    problems = [(problem, (lambda name: True) if compiled else (lambda name: not _compiled(name)), with_memory)
+                for problem, compiled, with_memory in _core_problems(stage)]  # fmt: skip
+    return _groups(
+        stage, 0.1 if stage.rehearse else 1.2, problems, core_peers(stage.device), lambda _, chosen: 50 if chosen(COMPILED[0]) else 10
+    )
 
 
-def _launch_times(stage: Stage) -> dict[str, dict[str, float]]:
-    """Seconds of host and device for one small call: what the host takes to issue it, and a CUDA graph of it replayed."""
-    import torch
-    from peers import Core, core_peers
-
-    found = {}
-    for backward in (False, True):
-        problem = Core(
-            1,
-            (2, 2) if stage.rehearse else (14, 14),
-            4,
-            48,
-            backward,
-            dtype="float32" if stage.rehearse else "bfloat16",
-            device=stage.device,
-        )
-        for peer in core_peers(stage.device):
-            if peer.name not in ("convit triton", "plain SDPA", "convit sdpa", "timm eager"):
-                continue
-            call, count = peer.build(problem), 2 if stage.rehearse else 100
-            call()
-            if stage.device == "cuda":
-                for _ in range(10):
-                    call()
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(count):
-                call()
-            mine = {"host": (time.perf_counter() - start) / count}
-            if stage.device == "cuda":
-                torch.cuda.synchronize()
-                try:
-                    graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(graph):
-                        call()
-                    mine["graph"] = device_seconds(graph.replay, "cuda", 0.005)
-                except RuntimeError as error:
-                    mine["graph_error"] = str(error)[:200]
-            found[f"{'fwd+bwd' if backward else 'fwd'} {peer.name}"] = mine
-    return found
-
-
-def models(stage: Stage) -> None:
+def models(stage: Stage) -> bool:
     import torch
     from models import Model, model_peers
 
-    stage.save(groups=[], tuned=prepare(stage))
-    session = _session(stage, 0.1 if stage.rehearse else 3.0)
     threads = torch.get_num_threads()
     if stage.rehearse:
         # a whole model takes minutes in the interpreter: here its attention is the framework's, and only the harness is rehearsed
-        from convit.dispatch import ORDER
-
-        ORDER["torch", "cpu"] = ("sdpa",)
+        names: tuple[str, ...] = ("convit sdpa", "timm ViT with SDPA")
         problems = [(Model("convit_tiny", 1, threads, train=train), False) for train in (False, True)]
-        names = ("convit sdpa", "timm ViT with SDPA")
     else:
-        sizes = [("small", 128), ("tiny", 128), ("base", 64), ("base_plus", 64)]
-        known = [(f"convit_{name}", batch) for name, batch in sizes]
-        plain = [(Model(name, batch, threads, "bfloat16", "cuda", train), False) for name, batch in known for train in (False, True)]
-        few = [(Model(name, 1, threads, "bfloat16", "cuda"), False) for name in ("convit_tiny", "convit_small")]
-        full = [(Model("convit_small", 256, threads, "bfloat16", "cuda"), False)]
-        problems = [*plain[:4], *few, *plain[4:6], (Model("convit_tiny", 64, threads, "bfloat16", "cuda"), True), *plain[6:], *full]
-        problems += [(Model("convit_tiny", 64, threads, "bfloat16", "cuda", True), True)]
-        names = ("convit triton", "convit.accelerate(timm)", "timm convit eager", "timm ViT with SDPA")
-    left_out = []
-    for problem, compiled in problems:
-        if stage.left() < (50 if compiled else 20 if "base" in problem.name else 12):
-            left_out.append(str(problem))
-            continue
-        peers = [p for p in model_peers(stage.device) if p.name in names or (compiled and p.name in COMPILED)]
-        _group(stage, session, problem, peers)
-    stage.save(out_of_time=left_out)
-    _ours_failed(stage)
+        names = ("convit triton", "convit.accelerate(timm)", "timm convit eager", "timm ViT with SDPA", "convit without GPSA")
 
+        def both(name: str, batch: int, compiled: bool = False) -> list[tuple]:
+            return [(Model(f"convit_{name}", batch, threads, "bfloat16", "cuda", train), compiled) for train in (False, True)]
 
-def profile(stage: Stage) -> None:
-    import torch
-    from gpsa_cases import Case, make_inputs, run
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiled
+        problems = [
+            *both("small", 128), *both("tiny", 128), both("tiny", 1)[0], both("small", 1)[0], *both("tiny", 64, True), *both("base", 64),
+            *both("small", 64, True), *both("base_plus", 64), both("small", 256)[0],
+        ]  # fmt: skip
 
-    prepare(stage)
-    cuda = stage.device == "cuda"
-    tables = []
-    for case in [Case(128, 9, 48, (14, 14)), Case(4, 9, 48, (56, 56))] if cuda else [Case(1, 1, 16, (2, 3))]:
-        inputs, grad = make_inputs(case, dtype=torch.bfloat16 if cuda else torch.float32, device=stage.device)
-        run(gpsa_triton, inputs, grad, case.grid)
-        with profiled(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as record:
-            run(gpsa_triton, inputs, grad, case.grid)
-            if cuda:
-                torch.cuda.synchronize()
-        rows = record.key_averages()
-        kernels = {e.key: (e.self_device_time_total if cuda else e.self_cpu_time_total) for e in rows}
-        kernels = {name: us for name, us in sorted(kernels.items(), key=lambda item: -item[1])[:14] if us > 0}
-        tables.append(
-            f"{case}: microseconds of each kernel of forward and backward\n"
-            + "\n".join(f"{us:10.1f}  {name[:110]}" for name, us in kernels.items())
-        )
-        stage.save(**{str(case): kernels})
-    stage.save(launch=_launch_times(stage))
-    ncu = shutil.which("ncu")
-    if ncu and cuda and stage.left() > 12:
-        sections = [
-            x
-            for name in ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats", "WarpStateStats")
-            for x in ("--section", name)
-        ]
-        command = [
-            ncu,
-            *sections,
-            "--kernel-name",
-            "regex:_(fwd|dq|dkdv)_(tile|loop)_kernel",
-            "--launch-count",
-            "6",
-            *one_call_command(tiny=False),
-        ]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=stage.left() - 4, cwd=ROOT)
-            tables.append((done.stdout + done.stderr)[-40000:])
-            stage.save(ncu=done.returncode)
-        except subprocess.TimeoutExpired as error:
-            tables.append((error.stdout or b"").decode(errors="replace")[-40000:])
-            stage.save(ncu="out of time")
-    else:
-        stage.save(ncu="not run" if ncu else "not installed")
-    (stage.out / "profile.txt").write_text("\n\n".join(tables) + "\n")
+    def fitting(compiled: bool):
+        return lambda name: name in names or (compiled and _compiled(name))
+
+    def needed(problem, chosen) -> float:
+        return 100 if chosen(COMPILED[0]) else 25 if "base" in problem.name else 15
+
+    return _groups(stage, 0.1 if stage.rehearse else 2.5, [(p, fitting(c), False) for p, c in problems], model_peers(stage.device), needed)

@@ -1,4 +1,5 @@
-"""One stage of ``bench/gpu.sh``: where it writes, how long it may go on, work in processes of its own, and the call that tools watch."""
+"""One stage of ``bench/gpu.sh``: when it runs, where it writes, how long it may go on, work in processes of its own, and the call that
+tools watch."""
 
 import json
 import math
@@ -9,9 +10,60 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("environment", "correctness", "roofline", "sweep", "core", "models", "profile", "plots")
+MORE = 75  # exit status of a stage that left work for the next call
+UNFINISHED = (MORE, 124, 137)  # and of one that ``timeout`` ended
+
+
+class Limits(NamedTuple):
+    """Seconds: a stage is not begun with less than ``least``, and gets no more than ``most``."""
+
+    least: int
+    most: int
+
+
+STAGES = {
+    "environment": Limits(5, 25),
+    "correctness": Limits(60, 170),
+    "roofline": Limits(10, 25),
+    "sanitizer": Limits(40, 170),
+    "profile": Limits(50, 140),
+    "sweep": Limits(400, 535),
+    "core": Limits(60, 400),
+    "models": Limits(60, 440),
+    "plots": Limits(10, 25),
+}
+RESUMED = ("sweep", "core", "models")  # these go on where they stopped; the others begin again
+
+
+def following(ended: dict[str, dict], seconds: float, only: str = "", tried: str = "") -> tuple[str, int] | None:
+    """The next stage and its limit, from what has ended so far (name -> status) and the seconds left; None where the call is over."""
+    for name, (least, most) in STAGES.items():
+        status = ended.get(name, {}).get("status", MORE)
+        if name in tried.split(",") or (only and name not in only.split(",")) or status not in UNFINISHED:
+            continue
+        return (name, int(min(most, seconds))) if seconds >= least else None
+    return None
+
+
+def plan(ended: dict[str, dict], seconds: int) -> list[str]:
+    """What each further call will do, if every stage takes all of its time."""
+    lines, ended, number, spent = [], dict(ended), 0, dict.fromkeys(STAGES, 0)
+    while following(ended, math.inf):
+        number, left, stages, tried = number + 1, float(seconds), [], []
+        while step := following(ended, left, tried=",".join(tried)):
+            name, limit = step
+            stages.append(f"{name} ({limit} s)")
+            tried.append(name)
+            spent[name] += limit
+            ended[name] = {"status": 0 if spent[name] >= STAGES[name].most or name not in RESUMED else MORE}
+            left -= limit
+        if not stages:
+            return [f"calls of {seconds} s are too short for {following(ended, math.inf)[0]}"]
+        lines.append(f"call {number}: bench/gpu.sh: " + ", ".join(stages))
+    return lines or ["all is done"]
 
 
 class Stage:
@@ -29,10 +81,17 @@ class Stage:
     def load(self) -> dict:
         return json.loads(self.file.read_text()) if self.file.exists() else {}
 
-    def reset(self) -> None:
-        """Drop what an earlier run left of this stage."""
-        if self.name in (data := self.load()):
-            self._write({key: value for key, value in data.items() if key != self.name})
+    def begin(self) -> None:
+        """Drop what an earlier call left of this stage; of those that go on where they stopped, the error alone."""
+        data = self.load()
+        mine = {key: value for key, value in data.pop(self.name, {}).items() if key != "error"}
+        self._write(data | {self.name: mine} if self.name in RESUMED and mine else data)
+
+    def forget(self, names: list[str]) -> None:
+        """As if these stages had never run."""
+        data = self.load()
+        data["stages"] = {name: end for name, end in data.get("stages", {}).items() if name not in names}
+        self._write({key: value for key, value in data.items() if key not in names})
 
     def save(self, name: str | None = None, **values) -> None:
         """Put ``values`` into the section; the file is whole at every moment."""
@@ -54,6 +113,15 @@ def answer(*command: str) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def watched(command: list[str], seconds: float, **variables: str) -> tuple[int | str, str]:
+    """Exit status, or "out of time", and all that a tool printed."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, env=os.environ | variables)
+        return done.returncode, done.stdout + done.stderr
+    except subprocess.TimeoutExpired as error:
+        return "out of time", (error.stdout or b"").decode(errors="replace")
 
 
 def pooled(stage: Stage, work: Callable, jobs: list, workers: int, seconds: float, fresh: bool = False) -> list:

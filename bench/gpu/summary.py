@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from statistics import median
 
-from stage import STAGES, Stage
+from stage import MORE, STAGES, Stage, plan
 
 
 def _entries(data: dict, names: tuple[str, ...] = ("core", "models")) -> list:
@@ -51,7 +51,10 @@ def _short(group: dict) -> str:
                 "convit sdpa": "factored",
             }
             short |= {
-                "torch.compile(timm)": "compiled",
+                "torch.compile(timm)": "compiled timm",
+                "torch.compile(convit)": "compiled",
+                "torch.compile(ViT)": "compiled ViT",
+                "convit without GPSA": "no GPSA",
                 "FlexAttention x 2": "flex",
                 "timm ViT with SDPA": "ViT",
                 "convit.accelerate(timm)": "accel",
@@ -60,7 +63,12 @@ def _short(group: dict) -> str:
     floor = f" roof {100 * mine['info']['roofline'] / own:.0f}%" if "roofline" in mine["info"] else ""
     if "peak" in mine["info"]:
         floor += f" peak {mine['info']['peak'] / 1e6:.0f} MB"
-    return f"{group['name'].replace(' cuda', '')}: {own * 1e6:.0f} us{floor} | " + ", ".join(others)
+    host = (
+        f" (host {mine['info']['host'] * 1e6:.0f}{'' if mine['info'].get('timed') == 'graph' else ', not a graph'})"
+        if "host" in mine["info"]
+        else ""
+    )
+    return f"{group['name'].replace(' cuda', '')}: {own * 1e6:.0f} us{host}{floor} | " + ", ".join(others)
 
 
 def summary(out: Path) -> int:
@@ -73,18 +81,22 @@ def summary(out: Path) -> int:
         f"commit {str(found.get('commit'))[:10]}"
     ]
     words = [
-        f"{name} {'ok' if ended[name]['status'] == 0 else 'FAILED(' + str(ended[name]['status']) + ')'} {ended[name]['seconds']}s"
+        f"{name} {({0: 'ok', MORE: 'has more to do'}).get(end['status'], 'FAILED(' + str(end['status']) + ')')} {end['seconds']}s"
         for name in STAGES
-        if name in ended
+        for end in [ended.get(name)]
+        if end
     ]
     lines += ["stages: " + ", ".join(words)]
     for name, end in ended.items():
-        if end["status"] != 0:
+        if end["status"] not in (0, MORE):
             lines.append(f"  {name}: " + str(data.get(name, {}).get("error", "killed or out of time")).splitlines()[0][:150])
     judged = data.get("correctness", {})
     if "checks" in judged:
-        lines.append(f"correct: {judged['passed']} of {judged['checks']}; compute-sanitizer: {judged.get('sanitizer', {}).get('status')}")
+        lines.append(f"correct: {judged['passed']} of {judged['checks']}")
         lines += [f"  {name}: {why.splitlines()[0]}"[:160] for name, why in list(judged["wrong"].items())[:4]]
+    tools = data.get("sanitizer", {}).get("tools", {})
+    if tools:
+        lines.append("compute-sanitizer: " + ", ".join(f"{tool} {report['status']}" for tool, report in tools.items()))
     for key, peaks in data.get("roofline", {}).items():
         if isinstance(peaks, dict):
             lines.append(f"peak {key.rsplit(' ', 1)[0]}: {peaks['flops'] / 1e12:.4g} TFLOP/s, {peaks['bytes'] / 1e9:.4g} GB/s")
@@ -95,22 +107,16 @@ def summary(out: Path) -> int:
     ]
     if "kernels" in data.get("sweep", {}):
         lines.append(("sweep (configs.txt), used below: " + "; ".join(rows) if rows else "sweep: the table's rows stand")[:400])
-    launch = data.get("profile", {}).get("launch", {})
-    if launch:
-        lines.append(
-            "one small call, host/graph us: "
-            + ", ".join(f"{n} {t['host'] * 1e6:.0f}/{t.get('graph', math.nan) * 1e6:.0f}" for n, t in launch.items())[:380]
-        )
     groups = [g for name in ("core", "models") for g in data.get(name, {}).get("groups", [])]
     if groups:
-        lines.append("ours | the others' time over ours, medians of interleaved rounds:")
+        lines.append("ours on the device (its host) | the others' time over ours, medians of interleaved rounds of replayed graphs:")
     room = 40 - len(lines) - 2
     models_ = [g for g in groups if g["name"].startswith("convit_")]
     kept = [g for g in groups if g not in models_][: max(room - len(models_), room // 2)] + models_
     lines += [_short(g)[:200] for g in kept[:room]]
     left_out = [x for name in ("core", "models") for x in data.get(name, {}).get("out_of_time", [])]
     lines.append(f"{len(groups) - len(kept[:room])} further groups in run.json; left out for time: {len(left_out)}")
-    text = "\n".join(lines[:40]) + "\n"
+    text = "\n".join([*lines[:39], *plan(ended, 560)[:1]]) + "\n"
     (out / "summary.txt").write_text(text)
     print(text, end="")
     return 0

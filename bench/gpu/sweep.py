@@ -73,26 +73,61 @@ def _captured(kernel: str, case, dtype: str, config: tuple | None, device: str):
 
 
 def _compile_one(job: tuple) -> str:
+    """What the gates of bench/aot.py say against the kernel, which is then in Triton's cache; empty where it may be timed."""
     try:
-        _, replay = _captured(*job)
-        ptx = getattr(replay(), "asm", {}).get("ptx", "")
-        if "wgmma" not in ptx:
+        kernel, case, dtype, config, device, family = job
+        compiled = _captured(kernel, case, dtype, config, device)[1]()
+        if not hasattr(compiled, "asm"):  # the interpreter
             return ""
-        from aot import hazard
+        import aot
 
-        return hazard(ptx, job[3][2]) or ""
+        if family not in aot.SHARED:
+            return f"{compiled.n_spills} registers spilled" if compiled.n_spills else ""
+        row = {"case": dtype, "matrix": dtype != "float32", **aot.resources(compiled, family, config[2])}
+        return aot.problem(row) or ""
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
 
 
-def sweep(stage: Stage) -> None:
+def _timed(kernel: str, dtype: str, shapes: list, configs_: list, base: list, times: list[float], device: str, end: float):
+    """Rows of figures for each configuration beside the table's, those that fail or differ with the reason; until ``end``."""
     import torch
     from checks import TOLERANCES, relative_error
+
+    rows, refused = [], {}
+    for config in configs_:
+        if time.monotonic() > end:
+            refused[f"{kernel} {dtype} {config}"] = "out of time"
+            continue
+        try:
+            tries = [_captured(kernel, case, dtype, config, device) for case in shapes]
+            floor = TOLERANCES.FLOOR[getattr(torch, dtype)]
+            for (expected, _), (actual, _) in zip(base, tries, strict=True):
+                for a, b in zip(actual, expected, strict=True):  # parameters' gradients are sums that cancel
+                    error = relative_error(a, b.double())
+                    if not error <= (2 if b.dim() > 2 else 20) * floor:
+                        raise AssertionError(f"differs from the table's row by {error:.2e}")
+            mine = [device_seconds(replay, device) for _, replay in tries]
+            compiled = tries[0][1]()
+        except Exception as error:
+            refused[f"{kernel} {dtype} {config}"] = f"{type(error).__name__}: {str(error)[:200]}"
+            if "CUDA error" in str(error):
+                raise
+            continue
+        gain = math.prod(t / m for t, m in zip(times, mine, strict=True)) ** (1 / len(mine))
+        rows.append({"config": list(config), "gain": gain, "seconds": mine, "registers": getattr(compiled, "n_regs", None)})
+    return rows, refused
+
+
+def sweep(stage: Stage) -> None:
+    """One element type after the other, of each all kernels; what an earlier call has timed is not timed again."""
+    import torch
 
     from convit.kernels.gpsa.gpu_triton import configs
 
     family = configs.DEVICES[stage.device].family(0)
-    found, lines = {}, []
+    known = stage.load().get("sweep", {})
+    found, refused = known.get("kernels", {}), known.get("refused", {})
     # (element type, head dim, largest BD of the row): the models first
     targets = [("float16", 16, 16), ("float32", 16, 16)] if stage.rehearse else [("bfloat16", 48, 64), ("float32", 48, 64)]
     for number, (dtype, dim, block) in enumerate(targets):
@@ -101,62 +136,43 @@ def sweep(stage: Stage) -> None:
         arithmetic = "half" if dtype != "float32" else configs.precision(torch.float32, stage.device)
         # the tile kernels are for half precision
         candidates = {k: c for k, c in _candidates(stage.rehearse).items() if arithmetic == "half" or "tile" not in k}
+        tried = {k: [tuple(row["config"]) for row in found.get(f"{k} {dtype}", {}).get("tried", [])] for k in candidates}
         jobs = [
-            (kernel, _shapes(kernel, dim, stage.rehearse)[0], dtype, config, stage.device)
+            (kernel, _shapes(kernel, dim, stage.rehearse)[0], dtype, config, stage.device, family)
             for kernel, all_ in candidates.items()
             for config in all_
+            if config[3] <= configs.most_stages(family) and config not in tried[kernel]
         ]
         jobs.sort(key=lambda job: candidates[job[0]].index(job[3]))  # every kernel gets its turn before time is up
-        answers = pooled(stage, _compile_one, jobs, workers(stage, len(jobs)), 0.6 * share)
-        usable = {kernel: [] for kernel in candidates}
-        for job, answer in zip(jobs, answers, strict=True):
-            if not answer:
-                usable[job[0]].append(job[3])
-        refused = {f"{job[0]} {job[3]}": answer for job, answer in zip(jobs, answers, strict=True) if answer}
+        answers = pooled(stage, _compile_one, jobs, workers(stage, len(jobs)), 0.6 * share) if jobs else []
+        usable = {
+            kernel: [job[3] for job, answer in zip(jobs, answers, strict=True) if job[0] == kernel and not answer] for kernel in candidates
+        }
+        refused |= {f"{job[0]} {dtype} {job[3]}": answer for job, answer in zip(jobs, answers, strict=True) if answer}
         for kernel, some in usable.items():
             if time.monotonic() > end:
-                refused[kernel] = "out of time"
+                refused[f"{kernel} {dtype}"] = "out of time"
                 continue
             shapes = _shapes(kernel, dim, stage.rehearse)
-            base, rows = [_captured(kernel, case, dtype, None, stage.device) for case in shapes], []
+            base = [_captured(kernel, case, dtype, None, stage.device) for case in shapes]
             times = [device_seconds(replay, stage.device) for _, replay in base]
-            for config in some:
-                if time.monotonic() > end:
-                    break
-                try:
-                    tries = [_captured(kernel, case, dtype, config, stage.device) for case in shapes]
-                    floor = TOLERANCES.FLOOR[getattr(torch, dtype)]
-                    for (expected, _), (actual, _) in zip(base, tries, strict=True):
-                        for a, b in zip(actual, expected, strict=True):  # parameters' gradients are sums that cancel
-                            error = relative_error(a, b.double())
-                            if not error <= (2 if b.dim() > 2 else 20) * floor:
-                                raise AssertionError(f"differs from the table's row by {error:.2e}")
-                    mine = [device_seconds(replay, stage.device) for _, replay in tries]
-                    compiled = tries[0][1]()
-                except Exception as error:
-                    refused[f"{kernel} {config}"] = f"{type(error).__name__}: {str(error)[:200]}"
-                    if "CUDA error" in str(error):
-                        raise
-                    continue
-                gain = math.prod(t / m for t, m in zip(times, mine, strict=True)) ** (1 / len(mine))
-                rows.append(
-                    {
-                        "config": config,
-                        "gain": gain,
-                        "seconds": mine,
-                        "registers": getattr(compiled, "n_regs", None),
-                        "spills": getattr(compiled, "n_spills", None),
-                    }
-                )
+            rows, others = _timed(kernel, dtype, shapes, some, base, times, stage.device, end)
+            refused |= others
+            rows += found.get(f"{kernel} {dtype}", {}).get("tried", [])
             rows.sort(key=lambda row: -row["gain"])
             table = configs.choose(kernel, family, arithmetic, block)
-            found[f"{kernel} {dtype}"] = {"cases": [str(c) for c in shapes], "table": table, "table_seconds": times, "tried": rows}
+            mine = {"cases": [str(c) for c in shapes], "table": list(table), "table_seconds": times, "tried": rows}
             if rows and rows[0]["gain"] > 1.03:
-                config = rows[0]["config"]
-                found[f"{kernel} {dtype}"]["row"] = (family, arithmetic, block, config)
-                faster = f"{rows[0]['gain']:.2f} x as fast as {tuple(table)}"
-                lines.append(f'    "{kernel}": ("{family}", "{arithmetic}", {block}, Config{config}),  # {faster}')
+                mine["row"] = (family, arithmetic, block, rows[0]["config"])
+            found[f"{kernel} {dtype}"] = mine
             stage.save(family=family, kernels=found, refused=refused)
+    lines = [
+        f'    "{name.split()[0]}": ("{family}", "{arithmetic}", {block}, Config{tuple(config)}),'
+        f"  # {k['tried'][0]['gain']:.2f} x as fast as {tuple(k['table'])}"
+        for name, k in found.items()
+        if "row" in k
+        for family, arithmetic, block, config in [k["row"]]
+    ]
     text = "\n".join(["# rows for CONFIGS in kernels/gpsa/gpu_triton/configs.py, each ahead of its kernel's others", *lines, ""])
     (stage.out / "configs.txt").write_text(text)
     if not found:

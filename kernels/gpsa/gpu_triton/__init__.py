@@ -19,11 +19,14 @@ no attention dropout; no float64; past 2^24 the exponent of a score is scaled do
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
+import torch
+
 from convit.kernels.gpsa import torch_operator
-from convit.kernels.gpsa.gpu_triton import launch  # registers the operator's kernels  # noqa: F401
-from convit.kernels.gpsa.gpu_triton.configs import DEVICES, INTERPRET, LARGEST_D
+from convit.kernels.gpsa.gpu_triton import launch  # registers the operator's kernels
+from convit.kernels.gpsa.gpu_triton.configs import DEVICES, INTERPRET, LARGEST_D, TILE_D
 
 if TYPE_CHECKING:
     from convit.dispatch import Problem
@@ -40,9 +43,42 @@ def why_not(problem: Problem) -> str | None:
         return f"{problem.dtype} is not supported (float32, float16 and bfloat16 are)"
     if INTERPRET and problem.dtype == "bfloat16":
         return "Triton's interpreter computes bfloat16 wrongly"
-    if problem.head_dim > LARGEST_D:
-        return f"head dimension {problem.head_dim} is larger than {LARGEST_D}"
+    largest = TILE_D if problem.dtype == "float32" else LARGEST_D
+    if problem.head_dim > largest:
+        return f"head dimension {problem.head_dim} is larger than {largest} in {problem.dtype}: 'sdpa' serves it"
     return DEVICES[problem.device].why_not()
 
 
 gpsa = torch_operator.gpsa
+
+
+def compile_ahead(problem: Problem, training: bool = True) -> float:
+    """Compile what a call of ``problem`` will launch, on the current device, by one call on zeros in the layout of ``convit.GPSA``.
+
+    Otherwise the first call with each new grid waits for it. The compiled kernels also stay in Triton's cache on disk, for the
+    processes that come after.
+
+    Args:
+        problem: As ``convit.why_not`` takes it; batch and heads count, since many of them change how much a program does.
+        training: Also what the backward pass launches.
+
+    Returns:
+        The seconds it took.
+
+    Raises:
+        ValueError: The kernels do not run this problem.
+    """
+    if reason := why_not(problem):
+        raise ValueError(f"convit: backend 'triton' cannot run {problem}: {reason}")
+    began = time.perf_counter()
+    batch, heads, tokens, dim = problem.batch, problem.heads, problem.tokens, problem.head_dim
+    dtype = getattr(torch, problem.dtype)
+    q, k = torch.zeros((batch, tokens, 2, heads, dim), dtype=dtype, device=problem.device).permute(2, 0, 3, 1, 4).unbind(0)
+    v, grad_out = torch.zeros((2, batch, tokens, heads, dim), dtype=dtype, device=problem.device).transpose(2, 3).unbind(0)
+    parameters = torch.zeros((heads, 3), device=problem.device), torch.zeros(heads, device=problem.device)
+    rest = *problem.grid, dim**-0.5
+    out, lse = launch.forward(q, k, v, *parameters, *rest)
+    if training:
+        launch.backward(grad_out, q, k, v, *parameters, out, lse, *rest)
+    torch.get_device_module(problem.device).synchronize()
+    return time.perf_counter() - began

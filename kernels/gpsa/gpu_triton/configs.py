@@ -12,7 +12,8 @@ from triton.backends import backends
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 SLOTS = 256  # the largest padded grid that the tile kernels hold
-LARGEST_D = 128  # head dimension
+TILE_D = 128  # the largest head dimension of the tile kernels, and of float32
+LARGEST_D = 256  # and of half precision, in the loops
 ALL = SLOTS // 16  # a tile has 16 query slots at least, so that this many are all of a head
 MANY = 512  # batch times heads from which on one program takes several query blocks, or many lines of an axis
 
@@ -142,6 +143,8 @@ CONFIGS: dict[str, list[Row]] = {
         ("sm90", "half", 64, Config(64, 128, 4, 1)),
         ("sm90", "half", 128, Config(64, 64, 4, 1)),
         ("", "half", 128, Config(128, 64, 8, 2)),
+        ("sm90", "half", 256, Config(32, 32, 4, 1)),
+        ("", "half", 256, Config(64, 32, 4, 1)),
         ("", "tf32", 128, Config(64, 32, 4, 1)),
         ("gfx942", "ieee", 128, Config(64, 32, 4, 1)),
         ("", "ieee", 64, Config(32, 32, 4, 1)),
@@ -153,6 +156,8 @@ CONFIGS: dict[str, list[Row]] = {
         ("sm80", "half", 128, Config(64, 64, 8, 1)),
         ("sm90", "half", 128, Config(64, 32, 4, 1)),
         ("", "half", 128, Config(64, 64, 4, 2)),
+        ("gfx942", "half", 256, Config(16, 32, 4, 1)),
+        ("", "half", 256, Config(32, 32, 8, 1)),
         ("", "tf32", 128, Config(32, 32, 4, 1)),
         ("gfx942", "ieee", 128, Config(32, 32, 4, 1)),
         ("", "ieee", 64, Config(32, 32, 8, 1)),
@@ -164,6 +169,8 @@ CONFIGS: dict[str, list[Row]] = {
         ("", "half", 64, Config(64, 64, 4, 2)),
         ("sm90", "half", 128, Config(32, 64, 4, 1)),
         ("", "half", 128, Config(64, 64, 4, 2)),
+        ("gfx942", "half", 256, Config(16, 32, 4, 1)),
+        ("", "half", 256, Config(32, 32, 8, 1)),
         ("", "tf32", 64, Config(32, 64, 4, 1)),
         ("", "tf32", 128, Config(32, 32, 4, 1)),
         ("gfx942", "ieee", 128, Config(32, 64, 4, 1)),
@@ -177,12 +184,15 @@ CONFIGS: dict[str, list[Row]] = {
         ("", "tf32", 64, Config(64, 64, 4, 1)),
         ("sm90", "tf32", 128, Config(64, 32, 4, 1)),
         ("", "", 128, Config(64, 32, 8, 1)),
+        ("sm90", "half", 256, Config(32, 32, 4, 1)),
+        ("", "half", 256, Config(64, 32, 8, 1)),
     ),
     "moments": _rows(
         ("sm90", "half", 64, Config(64, 32, 4, 1)),
         ("sm90", "half", 128, Config(32, 64, 4, 1)),
         ("sm90", "tf32", 64, Config(64, 32, 4, 1)),
         ("", "half", 128, Config(64, 64, 8, 2)),
+        ("", "half", 256, Config(32, 64, 4, 1)),
         ("gfx942", "", 128, Config(64, 64, 8, 1)),
         ("", "tf32", 64, Config(64, 64, 8, 1)),
         ("", "tf32", 128, Config(32, 64, 4, 1)),
@@ -193,12 +203,15 @@ OPTIONS = {"enable_fp_fusion": True}  # Triton 3.10 leaves it off by default; th
 SMALL = Config(64, 64, 4, 1)  # of the reduction
 
 
+def most_stages(family: str) -> int:
+    """Before 3.7.1 a loop of several stages on Hopper lacks the fence between filling shared memory and wgmma's reading it."""
+    return 1 if family == "sm90" and TRITON < (3, 7, 1) else 8
+
+
 def choose(kernel: str, family: str, arithmetic: str, block_d: int) -> Config:
     for row in CONFIGS[kernel]:
         if row.family in ("", family) and row.arithmetic in ("", arithmetic) and block_d <= row.largest:
-            # before 3.7.1 a loop of several stages on Hopper lacks the fence between filling shared memory and wgmma's reading it
-            one_stage = family == "sm90" and TRITON < (3, 7, 1)
-            return row.config._replace(stages=1) if one_stage else row.config
+            return row.config._replace(stages=min(row.config.stages, most_stages(family)))
     raise AssertionError(f"no configuration of {kernel} for {family}, {arithmetic}, D <= {block_d}")
 
 

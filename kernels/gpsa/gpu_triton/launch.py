@@ -109,7 +109,7 @@ class Plan:
         # float32 tiles of a whole key row do not fit: it takes the loops at any N
         self.arithmetic = "half" if half else precision
         self.block_d = max(16, configs.power_of_two(dim))
-        self.padded = configs.padded_grid(grid) if half else None
+        self.padded = configs.padded_grid(grid) if half and self.block_d <= configs.TILE_D else None
         self.lines = 32 if self.batch * self.heads >= MANY else 4  # of an axis that one program takes: its weights serve them all
         self.common: dict[str, Any] = {"D": dim, "BD": self.block_d, "PRECISION": precision}
         if self.padded:
