@@ -30,6 +30,7 @@ _STYLE: Any = {
 # Okabe and Ito: told apart in every kind of colour vision
 _BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
 _RUNS = (_BLUE, _ORANGE, _GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+SUFFIXES = (".png", ".pdf", ".svg")
 _LAYERS, _HEAT = "viridis", "inferno"
 
 

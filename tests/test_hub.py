@@ -93,7 +93,7 @@ def test_what_is_no_model_is_said(tmp_path):
         convit.ConViT.from_pretrained(tmp_path)
     model_of().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is no JSON"):
+    with pytest.raises(ValueError, match="config.json, as JSON, cannot be read"):
         convit.ConViT.from_pretrained(tmp_path)
 
 

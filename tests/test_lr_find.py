@@ -61,6 +61,7 @@ def test_where_the_loss_falls_fastest():
         (["--low", "0"], "needs 0 < low < high"),
         (["--low", "1e-3", "--high", "1e-4"], "needs 0 < low < high"),
         (["--steps", "3"], "10 steps or more"),
+        (["--output", "lr.txt"], "must be a picture: .png, .pdf, .svg"),
         (["--framework", "mindspore"], "the framework is mindspore"),
     ],
 )

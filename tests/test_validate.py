@@ -258,6 +258,7 @@ def test_a_preparation_is_timms_bit_for_bit(size, crop, interpolation):
     for high, wide in ((50, 301), (301, 50), (9, 7)):
         image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (high, wide, 3), dtype=np.uint8))
         assert np.array_equal(prepare(image), theirs(image).numpy())
+    assert Preparation.of_recipe(load_recipe(None, {"interpolation": "random"})).interpolation == "bicubic"  # as the engines evaluate
     grey = prepare._replace(mean=(0.5,), std=(0.25,))(Image.new("L", (40, 20), 255))
     assert grey.shape == (1, *size) and np.unique(grey).tolist() == ([2.0] if crop <= 1 else [-2.0, 2.0])
 

@@ -29,6 +29,8 @@ def run(args: argparse.Namespace) -> None:
         return
     if recipe.framework != "pytorch":
         raise ValueError(f"the range test is of PyTorch, the framework is {recipe.framework}")
+    if args.output.suffix not in figures.SUFFIXES:
+        raise ValueError(f"--output {args.output} must be a picture: {', '.join(figures.SUFFIXES)}")
     from convit.engine.pytorch.range_test import lr_find
 
     found = lr_find(recipe, args.low, args.high, args.steps)

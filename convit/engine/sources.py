@@ -13,7 +13,7 @@ from PIL import Image
 from convit.dispatch import nearest
 from convit.engine.images import BadImage, image_suffixes, images_below, read_image
 from convit.engine.recipe import Recipe
-from convit.weights.files import check_regular, shown
+from convit.weights.files import check_regular, read_text, shown
 
 logger = logging.getLogger("convit")
 
@@ -217,7 +217,7 @@ def open_source(recipe: Recipe, train: bool, classes: list[str] | None = None) -
         only = "num_classes 1" if recipe.num_classes == 1 else f"{source.where} with the single class {source.classes[0]!r}"
         raise ValueError(f"{only} leaves nothing to tell apart: training needs images of two classes at least")
     if recipe.class_map:
-        names = [line.strip() for line in Path(recipe.class_map).expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line.strip() for line in read_text(Path(recipe.class_map).expanduser(), MOST_CLASSES * 100).splitlines() if line.strip()]
         match_classes(source, names, recipe.class_map)
     elif classes:
         match_classes(source, classes, "the checkpoint or the training data")

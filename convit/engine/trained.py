@@ -1,6 +1,5 @@
 """What is known of a trained model, from wherever it lies: a run's folder, a folder of the Hub, any checkpoint. Imports no framework."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +8,10 @@ from typing import Any, NamedTuple
 from convit.architecture import VARIANTS
 from convit.engine.preparation import Preparation
 from convit.engine.recipe import FIELDS, Recipe, load_recipe, recipe_from
+from convit.weights.files import parse_json, read_text
 from convit.weights.load import Checkpoint, read
 
+MAX_CONFIG = 16 << 20  # bytes of a config.json; it may hold the names of all classes
 # what a folder may hold, the best first: of runs of either framework, then of the Hub
 WEIGHTS = ("best.pth", "last.pth", "best.ckpt", "last.ckpt", "model.safetensors", "pytorch_model.bin")
 
@@ -193,10 +194,7 @@ def _hub_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
         return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+    config = parse_json(path, read_text(path, MAX_CONFIG), "as JSON,")
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold an object, got {type(config).__name__}")
     return config
