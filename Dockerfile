@@ -8,11 +8,11 @@ RUN pip install --no-cache-dir build && CONVIT_BUILD_EXT=1 python -m build --whe
 FROM python:3.12-slim
 RUN useradd --create-home convit && mkdir /runs && chown convit /runs
 COPY --from=build /wheels /wheels
-RUN wheel="$(echo /wheels/*.whl)" && pip install --no-cache-dir "$wheel[train,serve,export,hub]" && rm -r /wheels
+RUN wheel="$(echo /wheels/*.whl)" && pip install --no-cache-dir "${wheel}[train,serve,export,hub]" && rm -r /wheels
 USER convit
 WORKDIR /runs
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
-    CMD python -c "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/healthz', timeout=4)"
+    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/healthz', timeout=4)"]
 ENTRYPOINT ["convit"]
 CMD ["--help"]

@@ -96,9 +96,11 @@ def _panels(run: Run) -> list[tuple[str, list[tuple[str, list[Entry]]]]]:
 def speed(run: Run):
     """Bars of each competitor's time over ours, one panel for each pass and one for whole models."""
     panels = _panels(run)
+    clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}  # numbers stand clear of the line at 1
     heights = [sum(len(g) + 0.9 for _, g in rows) for _, rows in panels]
     figure, axes = plt.subplots(1, len(panels), figsize=(4.1 * len(panels), 0.6 + 0.155 * max(heights)), squeeze=False)
     seen: dict[str, str] = {}
+    log = max(e.over(leader(g)) for _, rows in panels for _, g in rows for e in g) > 4  # one kind of axis for all
     for ax, (title, rows) in zip(axes[0], panels, strict=True):
         y, ticks = 0.0, []
         widest = 1.0
@@ -111,15 +113,15 @@ def speed(run: Run):
                 seen[e.peer] = _colour(e.peer, mine.peer)
                 ax.barh(y, value, height=0.82, color=seen[e.peer], linewidth=0)
                 ax.text(value, y, f" {value:.2f}" if value < 10 else f" {value:.1f}", va="center", fontsize=6.5, color="#222222",
-                        fontweight="bold" if is_ours else "normal")  # fmt: skip
+                        fontweight="bold" if is_ours else "normal", bbox=clear)  # fmt: skip
                 widest = max(widest, value)
                 y += 1
             y += 0.9
         ax.axvline(1, color=OURS, linewidth=0.9, zorder=0)
-        ax.set(title=title, xscale="log" if widest > 4 else "linear", xlabel=f"time over ours ({_place(rows[0][1][0])}), less is faster")
-        ax.set_xlim(0.3 if widest > 4 else 0, widest * (1.5 if widest > 4 else 1.15))
+        ax.set(title=title, xscale="log" if log else "linear", xlabel=f"time over ours ({_place(rows[0][1][0])}), less is faster")
+        ax.set_xlim(0.3 if log else 0, widest * (1.5 if log else 1.15))
         ax.xaxis.set_major_formatter(FuncFormatter(_plain))
-        if widest > 4:
+        if log:
             ax.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
             ax.xaxis.set_minor_locator(NullLocator())
         ax.set_yticks([t for t, _ in ticks], [label for _, label in ticks])

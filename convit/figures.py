@@ -388,7 +388,7 @@ def _whole_epochs(*panels: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for axes in panels:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def _no_more_than_all(axes: Any) -> None:

@@ -31,7 +31,7 @@ def test_demo(quick, tmp_path, monkeypatch, capsys):
         assert not (tmp_path / "digits.safetensors").exists()
     else:
         assert "360 digits it has not seen" in printed
-        for name in ("history.png", "gates.png", "digits.safetensors", "digits/log.jsonl"):
+        for name in ("history.png", "gates.png", "digits_attention.png", "digits.safetensors", "digits/log.jsonl"):
             assert (tmp_path / name).stat().st_size > 500
 
 

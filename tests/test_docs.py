@@ -1,6 +1,9 @@
-"""The Python snippets of docs/serve.md run, one after the other, and agree."""
+"""The snippets of the pages run, one after the other: docs/serve.md's Python agrees with the model, docs/guide.md is a whole path."""
 
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -44,3 +47,60 @@ def test_serving_snippets(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out.split()
     assert said == [["cat", "dog", "owl"][expected.argmax()]] * 3
     assert "| top1 | 93.5 |" in Path("saved/README.md").read_text()
+
+
+SMALL = ["--epoch_size", "1", "--num_samples", "4", "--batch_size", "2", "--num_parallel_workers", "0"]
+
+
+def test_guide(tmp_path, monkeypatch, capsys):
+    """Every command and every line of Python; training is cut short, published weights are a file, the service is not waited for."""
+    for package in ("timm", "matplotlib", "uvicorn", "fastapi", "multipart", "prometheus_client"):
+        pytest.importorskip(package)
+    import uvicorn
+    from PIL import Image
+
+    from convit.cli import main
+    from convit.weights import load
+
+    page = (Path(__file__).parents[1] / "docs" / "guide.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("cat", "dog") * 5):
+        Path("PICS", name).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 255, (40, 60, 3), np.uint8)
+        Image.fromarray(pixels).save(Path("PICS", name, f"{number}.png"))
+    torch.save(convit.create_model("convit_tiny").state_dict(), "tiny.pth")
+    monkeypatch.setattr(load, "fetch", lambda name, source=None: Path("tiny.pth").resolve())
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server: setattr(server, "started", True))
+    monkeypatch.setattr(
+        uvicorn.Config, "configure_logging", lambda config: None
+    )  # it would close what pytest captures, through absl's handler
+    ran = 0
+    names: dict[str, object] = {}
+    for kind, snippet in re.findall(r"```(sh|python)\n(.*?)```", page, re.S):
+        if kind == "python":
+            exec(snippet, names)
+            continue
+        for line in snippet.splitlines():
+            program, *words = shlex.split(line)
+            ran += 1
+            if program == "convit":
+                assert main(words + SMALL * (words[0] == "train")) == 0, line
+            else:
+                assert program == "torchrun"
+                tiny = [*SMALL, "--embed_dim", "16", "--num_heads", "4", "--depth", "2", "--local_up_to_layer", "1"]
+                ranks = ("0", "1") if "--nnodes" in words else ("0",)
+                started = []
+                for rank in ranks:
+                    one = [rank if before == "--node-rank" else word for before, word in zip(["", *words], words, strict=False)]
+                    command = [sys.executable, "-m", "torch.distributed.run", *one, *tiny]
+                    started.append(subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+                for process in started:
+                    assert process.wait(300) == 0, process.stderr.read()
+    assert ran == 10
+    for folder in ("RUN", "VIT", "TUNED", "AGAIN", "TWO", "MANY"):
+        assert Path(folder, "best.pth").exists(), folder
+    assert Path("plots/comparison.png").exists() and names["model"].num_classes == 7
+    said = capsys.readouterr().out
+    assert "local_up_to_layer: 4 / 0" in said
+    distances = [float(number) for number in re.findall(r"locality_strength \S+: (\S+) patches", said)]
+    assert distances == sorted(distances, reverse=True) and len(distances) == 4

@@ -217,10 +217,12 @@ def digits(output: Path) -> None:
     import torch
 
     from convit.engine.pytorch.build import build_model
+    from convit.engine.pytorch.data import EvalData
     from convit.engine.pytorch.train import train
     from convit.engine.pytorch.validate import validate
     from convit.engine.recipe import load_recipe
-    from convit.figures import plot_gates, plot_history
+    from convit.engine.world import World
+    from convit.figures import plot_attention, plot_gates, plot_history
     from convit.pytorch.diagnostics import gates
     from convit.weights.load import save_checkpoint
 
@@ -242,3 +244,6 @@ def digits(output: Path) -> None:
     plot_history(result.history, output / "history.png")
     plot_gates(before, gates(result.model), output / "gates.png")
     print(f"  {output / 'history.png'}: loss and accuracy; {output / 'gates.png'}: gates before and after")
+    images, _ = next(iter(EvalData(recipe, World(), torch.device("cpu"))))
+    plot_attention(result.model, images[0], output / "digits_attention.png", query=(1, 1))
+    print(f"  {output / 'digits_attention.png'}: where the trained heads look on a digit")

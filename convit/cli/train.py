@@ -10,8 +10,22 @@ from convit.cli.validate import engine
 from convit.engine.fit import fit
 from convit.engine.recipe import Recipe, add_recipe_arguments, dump_recipe, load_recipe, recipe_from, recipe_overrides
 from convit.engine.run import Interrupted
-from convit.engine.trained import weights_at
+from convit.engine.trained import find_trained, weights_at
 from convit.engine.world import find_world
+
+# recipe keys that finetune takes from its checkpoint
+OF_THE_WEIGHTS = (
+    "model",
+    "patch_size",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "local_up_to_layer",
+    "in_channels",
+    "image_resize",
+    "mean",
+    "std",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +94,11 @@ def chosen_recipe(args: argparse.Namespace, output: str | None, resume: str | No
     if own:
         config = "finetune" if overrides.get("ckpt_path") or overrides.get("pretrained", "false") != "false" else "small"
         output = output or f"runs/{Path(overrides['data_dir']).resolve().name}"
-    recipe = load_recipe(config or "digits", overrides | ({"ckpt_save_dir": output} if output else {}))
+    keys = overrides | ({"ckpt_save_dir": output} if output else {})
+    if config == "finetune" and overrides.get("ckpt_path"):
+        found = find_trained(overrides["ckpt_path"], engine(overrides.get("framework", "pytorch"), "checkpoint").facts_of)
+        keys = {name: value for name, value in found.recipe().items() if name in OF_THE_WEIGHTS} | keys
+    recipe = load_recipe(config or "digits", keys)
     if recipe.ckpt_path:
         recipe = replace(recipe, ckpt_path=str(weights_at(Path(recipe.ckpt_path))))
     if config == "finetune" and not (recipe.ckpt_path or recipe.pretrained):

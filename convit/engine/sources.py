@@ -4,6 +4,7 @@ import io
 import logging
 import re
 import tarfile
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +20,12 @@ logger = logging.getLogger("convit")
 
 MOST_CLASSES = 100_000
 SPLITS = {"val": ("val", "validation", "valid", "test"), "validation": ("validation", "val", "valid"), "train": ("train", "training")}
+
+
+@cache
+def _warn(text: str) -> None:
+    """Once: a folder is opened several times in a run."""
+    logger.warning("%s", text)
 
 
 # a source has: where, targets, classes, named (whether the classes have names of their own, or numbers), name(index), open(index)
@@ -43,13 +50,13 @@ class FolderSource:
                 "(valprep.sh does it for the validation images of ILSVRC)"
             )
         if stray:
-            logger.warning("%s: left out %d images beside the class folders, the first is %s", root, len(stray), stray[0])
+            _warn(f"{root}: left out {len(stray)} images beside the class folders, the first is {stray[0]}")
         images.sort(key=lambda image: _natural(image[0]))
         present = {name for _, name in images}
         self.classes = [folder.name for folder in folders if folder.name in present]
         if len(present) < len(folders):
             empty = [folder.name for folder in folders if folder.name not in present]
-            logger.warning("%s: no image in the folders %s: they are no classes", root, ", ".join(empty[:10]))
+            _warn(f"{root}: no image in the folders {', '.join(empty[:10])}: they are no classes")
         number = {name: target for target, name in enumerate(self.classes)}
         self.paths = [path for path, _ in images]
         self.targets = [number[name] for _, name in images]
