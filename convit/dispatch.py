@@ -64,7 +64,7 @@ class Problem(NamedTuple):
     framework: str  # "torch" or "mindspore"
     device: str  # torch device type or MindSpore device target, lower case
     dtype: str  # of q, k and v: "float32", "bfloat16", ...
-    batch: int
+    batch: int | None  # None: not known when MindSpore compiles the graph
     heads: int
     tokens: int
     head_dim: int

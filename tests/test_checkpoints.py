@@ -9,9 +9,10 @@ import pytest
 import tolerances
 from checkpoints import DATA, FORMATS, randomised, same_bits, snapshot, tiny, torch, unchanged
 
+from convit.architecture import resample
 from convit.weights import files, load
 from convit.weights.files import BFLOAT16
-from convit.weights.load import Checkpoint, fit, load_checkpoint, read, read_file, resample, write, write_file
+from convit.weights.load import Checkpoint, fit, load_checkpoint, read, read_file, write, write_file
 from convit.weights.names import from_mindcv, to_mindcv
 
 # MindCV files that MindSpore wrote

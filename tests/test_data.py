@@ -179,7 +179,7 @@ def test_class_balanced_sampling_and_random_interpolation(root, tmp_path):
     for i in range(1, 6):
         (tmp_path / "train/a" / f"{i}.png").unlink()
     data = TrainData(recipe(tmp_path, class_balanced=True, interpolation="random"), World(), CPU)
-    drawn = [data.source.targets[data.chosen[i]] for epoch in range(100) for i in data.order(epoch)]
+    drawn = [data.source.targets[data.order.chosen[i]] for epoch in range(100) for i in data.order.of(epoch)]
     assert [round(drawn.count(label) / len(drawn), 1) for label in range(3)] == [0.3, 0.3, 0.3]
     assert next(data.batches(0)).images.shape == (6, 3, 32, 32)
 
@@ -227,9 +227,9 @@ def test_every_process_makes_as_many_batches(root):
 def test_copies_of_repeated_augmentation_go_to_different_processes(root):
     keys = recipe(root, aug_repeats=3, batch_size=2)
     datas = [TrainData(keys, World(rank, 3), CPU) for rank in range(3)]
-    order = datas[0].order(0)
-    for step in range(datas[0].steps_per_epoch):
-        taken = [[int(order[i]) for part in data.parts(step) for i in part] for data in datas]
+    order = datas[0].order.of(0)
+    for step in range(datas[0].order.steps):
+        taken = [[int(order[i]) for part in data.order.parts(step) for i in part] for data in datas]
         assert taken[0] == taken[1] == taken[2] and len(set(taken[0])) == 2
 
 
@@ -335,7 +335,7 @@ def test_two_processes_share_the_batches_of_one(folder):
 
 def test_repeated_augmentation_repeats_images_with_other_augmentations(folder):
     data = TrainData(pictures(folder, aug_repeats=3, batch_size=24), World(), torch.device("cpu"))
-    order = data.order(0)
+    order = data.order.of(0)
     assert len(order) == 24 and len(set(order.tolist())) == 8
     images = next(data.batches(0)).images
     same = np.flatnonzero(order == order[0])

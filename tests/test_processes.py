@@ -221,10 +221,10 @@ def test_every_step_has_the_samples_of_one_process(processes, accumulation):
     several = keys | {"batch_size": 12 // processes // accumulation, "gradient_accumulation_steps": accumulation}
     ranks = [TrainData(small(**several), World(rank, processes), torch.device("cpu")) for rank in range(processes)]
     for epoch in (0, 3):
-        for step in range(one.steps_per_epoch):
-            parts = [part for data in ranks for part in data.parts(step)]
-            assert sorted(np.concatenate(parts).tolist()) == one.parts(step)[0].tolist()
-            assert all(np.array_equal(data.order(epoch), one.order(epoch)) for data in ranks)
+        for step in range(one.order.steps):
+            parts = [part for data in ranks for part in data.order.parts(step)]
+            assert sorted(np.concatenate(parts).tolist()) == one.order.parts(step)[0].tolist()
+            assert all(np.array_equal(data.order.of(epoch), one.order.of(epoch)) for data in ranks)
         for whole, *mine in zip(one.batches(epoch), *(grouped(data.batches(epoch), accumulation) for data in ranks), strict=True):
             assert sum(share for group in mine for _, share in group) == pytest.approx(1)
             assert sum(len(images) for group in mine for images, _ in group) == len(whole.images)

@@ -103,7 +103,7 @@ def chosen_recipe(args: argparse.Namespace, output: str | None, resume: str | No
         recipe = replace(recipe, ckpt_path=str(weights_at(Path(recipe.ckpt_path))))
     if config == "finetune" and not (recipe.ckpt_path or recipe.pretrained):
         raise ValueError("finetune starts from weights: --pretrained for the published ones, or --ckpt_path RUN or FILE")
-    if recipe.dataset == "digits" or (resume is not None and output and Path(output, "recipe.yaml").exists()):
+    if recipe.dataset == "digits":
         return recipe, ""
     return fit(recipe, overrides, find_world().size, free=own and config == "small")
 

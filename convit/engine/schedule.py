@@ -1,6 +1,7 @@
-"""The learning rate of every step: MindCV's schedules, for both engines, and with ``warmup_prefix`` false timm's and FAIR's."""
+"""Learning rate, weight decay and moving average, in both engines: MindCV's, and with ``warmup_prefix`` false timm's and FAIR's."""
 
 import math
+import re
 from bisect import bisect_right
 
 from convit.engine.recipe import Recipe
@@ -51,3 +52,25 @@ def _decayed(recipe: Recipe, lr: float, t: int, unit: int) -> float:
 def average_decay(recipe: Recipe, updates: int) -> float:
     """The decay of the moving average at its update number ``updates``, from 1: with MindCV's warm-up, or constant."""
     return recipe.ema_decay * (1 - math.exp(-updates / 2000) if recipe.ema_warmup else 1)
+
+
+def share_and_decay(recipe: Recipe, name: str, axes: int, blocks: int) -> tuple[float, float]:
+    """A parameter's share of the learning rate, and its weight decay.
+
+    Args:
+        recipe: ``layer_decay``, ``weight_decay_filter`` and ``weight_decay``.
+        name: Of the parameter, in either framework.
+        axes: Of the parameter.
+        blocks: Of the model.
+    """
+    share, rule = 1.0, recipe.weight_decay_filter
+    if recipe.layer_decay is not None:
+        block = re.match(r"blocks\.(\d+)\.", name)
+        head = name.startswith(("head.", "classifier."))
+        depth = int(block[1]) + 1 if block else blocks if name.startswith("norm.") else blocks + 1 if head else 0
+        share = float(recipe.layer_decay ** (blocks + 1 - depth))
+    if rule == "timm":
+        spared = axes < 2 or name in ("pos_embed", "cls_token", "reg_token")
+    else:
+        spared = rule != "disable" and ("norm" in name or (rule == "norm_and_bias" and "bias" in name))
+    return share, 0.0 if spared else recipe.weight_decay

@@ -342,3 +342,19 @@ def read_sample(source: Any, index: int, channels: int) -> Image.Image | BadImag
             return read_image(file, channels)
     except (OSError, ValueError) as error:
         return BadImage(source.name(index), str(error))
+
+
+def read_some(source: Any, chosen: list[int], which: int, channels: int) -> tuple[Image.Image, int, list[BadImage]]:
+    """The image ``chosen[which]``, or the next one that can be read; its index, and those that cannot.
+
+    Raises:
+        ValueError: A hundred in a row cannot be read, or all.
+    """
+    bad: list[BadImage] = []
+    for step in range(min(100, len(chosen))):
+        index = chosen[(which + step) % len(chosen)]
+        image = read_sample(source, index, channels)
+        if not isinstance(image, BadImage):
+            return image, index, bad
+        bad.append(image)
+    raise ValueError(f"{len(bad)} images in a row cannot be read, from {bad[0].name} ({bad[0].reason})")

@@ -21,7 +21,7 @@ JOBS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "SLURM_JOB_ID", "PMI_JOBID"
 
 
 class World(NamedTuple):
-    """This process among ``size``; ``local_rank`` counts on this machine."""
+    """This process among ``size``; ``local_rank`` counts on this machine. The scheduler that msrun starts too has the rank -1."""
 
     rank: int = 0
     size: int = 1
@@ -35,6 +35,8 @@ def find_world(environ: Mapping[str, str] = os.environ) -> World:
     Raises:
         ValueError: A variable is no number.
     """
+    if environ.get("MS_ROLE") == "MS_SCHED":
+        return World(-1, int(environ.get("MS_WORKER_NUM", "1")), -1, "msrun")
     for launcher, (rank, size, local_rank, _) in LAUNCHERS.items():
         if rank in environ and size in environ:
             try:

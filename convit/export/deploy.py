@@ -149,7 +149,7 @@ class Deployed(nn.Module):
         return torch.cat([self.prefix_tokens.expand(x.shape[0], -1, -1), x], dim=1)
 
     def _resampled(self, grid: tuple[int, int]) -> Tensor:
-        """The position embedding on ``grid``, as ``convit.weights.load.resample`` does it, in operations that every exporter knows."""
+        """The position embedding on ``grid``, as ``convit.architecture.resample`` does it, in operations that every exporter knows."""
         old_h, old_w = self.old_grid
         rows, columns = self._bicubic(old_h, grid[0]), self._bicubic(old_w, grid[1])
         dim = self.pos_embed.shape[-1]

@@ -164,7 +164,7 @@ def export_mindir(
         path: The file, ending in ``.mindir``; an existing one is replaced.
         pretrained: For a variant: the published weights, else the initial ones.
         images: Image files to check with; default the photographs in scikit-learn.
-        img_size: (height, width), for a variant; default 224 x 224.
+        img_size: (height, width) to export for; default the checkpoint's, of a variant 224 x 224.
         num_classes: Classes of a variant.
         classes: Names of the outputs; default those of the run, ImageNet's for 1000, else numbers.
         preparation: How an image becomes the model's input; default the run's, else ImageNet's normalisation and a crop of 0.875.
@@ -175,9 +175,9 @@ def export_mindir(
     path = Path(path)
     check_request("mindir", path)
     if isinstance(model, Path):
-        if img_size is not None:
-            raise ValueError("a checkpoint's image size is its own in MindSpore: leave out --image_resize")
         model, found = trained_model(model)
+        if img_size is not None:
+            model.set_input_size(img_size)
         classes, preparation = classes or found.classes, preparation or found.preparation
     elif isinstance(model, str):
         given: dict[str, Any] = {} if img_size is None else {"image_size": img_size}

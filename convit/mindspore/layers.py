@@ -51,7 +51,7 @@ class PatchProjection(nn.Conv2d):
         gh, gw = height // ph, width // pw
         x = ops.transpose(ops.reshape(x, (batch, channels, gh, ph, gw, pw)), (0, 2, 4, 1, 3, 5))
         weight = ops.reshape(self.weight, (self.out_channels, -1))
-        return dense(ops.reshape(x, (batch, gh * gw, -1)), weight, self.bias)
+        return dense(ops.reshape(x, (batch, gh * gw, channels * ph * pw)), weight, self.bias)
 
 
 class PatchEmbed(nn.Cell):
@@ -63,18 +63,22 @@ class PatchEmbed(nn.Cell):
 
     def __init__(self, image_size: Size, patch_size: Size, in_chans: int, embed_dim: int) -> None:
         super().__init__()
-        self.image_size, self.patch_size = pair(image_size), pair(patch_size)
-        (height, width), (ph, pw) = self.image_size, self.patch_size
+        self.patch_size = pair(patch_size)
+        self.set_input_size(image_size)
+        self.proj = PatchProjection(in_chans, embed_dim, self.patch_size)
+
+    def set_input_size(self, image_size: Size) -> None:
+        (height, width), (ph, pw) = pair(image_size), self.patch_size
         if height < ph or width < pw or height % ph or width % pw:
-            raise ValueError(f"image_size must be a multiple of patch_size = {self.patch_size}, got {self.image_size}")
+            raise ValueError(f"image_size must be a multiple of patch_size = {self.patch_size}, got {pair(image_size)}")
+        self.image_size = (height, width)
         self.grid = (height // ph, width // pw)
         self.num_patches = self.grid[0] * self.grid[1]
-        self.proj = PatchProjection(in_chans, embed_dim, self.patch_size)
 
     def construct(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[2:] != self.image_size:
             raise ValueError(
-                f"x must be [B, C, H, W] with (H, W) = {self.image_size}, got shape {x.shape}: create the model with that image_size"
+                f"x must be [B, C, H, W] with (H, W) = {self.image_size}, got shape {x.shape}: model.set_input_size((H, W)) takes others"
             )
         return self.proj(x)
 
@@ -90,7 +94,7 @@ class LayerNorm(nn.LayerNorm):
         self.layer_norm = ops.LayerNorm(self.begin_norm_axis, self.begin_params_axis, eps)
 
     def construct(self, x: Tensor) -> Tensor:
-        if cpu_aot.can_run(x.dtype):
+        if cpu_aot.can_run(x.shape, x.dtype):
             return cpu_aot.layer_norm(x, self.gamma, self.beta, self.epsilon)
         return self.layer_norm(x, self.gamma.astype(x.dtype), self.beta.astype(x.dtype))[0]
 
@@ -104,7 +108,7 @@ class GELU(nn.Cell):
         self.tanh_gelu = ops.GeLU()
 
     def construct(self, x: Tensor) -> Tensor:
-        if cpu_aot.can_run(x.dtype):
+        if cpu_aot.can_run(x.shape, x.dtype):
             return cpu_aot.gelu(x, self.approximate)
         if self.approximate:
             return self.tanh_gelu(x)

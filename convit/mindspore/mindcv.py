@@ -1,6 +1,12 @@
-"""The six variants in MindCV's registry, as ``convit_tiny_kernel`` and so on: for ``mindcv.create_model`` and MindCV's training tools."""
+"""The six variants in MindCV's registry, as ``convit_tiny_kernel`` and so on: for ``mindcv.create_model`` and MindCV's training tools.
 
+``python -m convit.mindspore.mindcv SCRIPT ARGUMENTS`` runs a script of MindCV's, such as its train.py, with them.
+"""
+
+import runpy
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from convit.mindspore.model import ConViT, create_model, list_models
@@ -21,3 +27,17 @@ def register() -> None:
 
     for variant in list_models():
         register_model(_entry(variant))
+
+
+def main() -> None:
+    """Run the script that the first argument names as if Python had been called with it."""
+    if len(sys.argv) < 2:
+        sys.exit("usage: python -m convit.mindspore.mindcv SCRIPT ARGUMENTS (a script of MindCV's, such as train.py)")
+    sys.argv = sys.argv[1:]
+    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+    register()
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

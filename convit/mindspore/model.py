@@ -4,11 +4,12 @@ from os import PathLike
 from typing import Any
 
 import mindspore as ms
+import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import TruncatedNormal, initializer
 
 import convit
-from convit.architecture import VARIANTS
+from convit.architecture import VARIANTS, resample
 from convit.dispatch import nearest
 from convit.mindspore.attention import GPSA, MHSA
 from convit.mindspore.layers import Dense, DropPath, LayerNorm, Mlp, PatchEmbed, Size
@@ -106,8 +107,7 @@ class ConViT(nn.Cell):
         self.locality_strength = locality_strength
 
         self.patch_embed = PatchEmbed(image_size, patch_size, in_channels, embed_dim)
-        self.grid = self.patch_embed.grid
-        self.num_patches = self.patch_embed.num_patches
+        self.grid, self.num_patches = self.patch_embed.grid, self.patch_embed.num_patches
         self.cls_token = Parameter(initializer(TruncatedNormal(0.02), (1, 1, embed_dim), ms.float32))
         if use_pos_embed:
             self.pos_embed = Parameter(initializer(TruncatedNormal(0.02), (1, self.num_patches, embed_dim), ms.float32))
@@ -134,6 +134,27 @@ class ConViT(nn.Cell):
         for block in self.blocks:
             if block.use_gpsa:
                 block.attn.local_init(self.locality_strength)
+
+    def set_input_size(self, image_size: Size) -> None:
+        """Take images of ``image_size`` from now on, any multiple of the patch size; the position embedding is resampled to their grid.
+
+        An optimiser or moving average that was made before holds the old embedding: make it anew.
+
+        Raises:
+            ValueError: The patches do not divide it.
+        """
+        old = self.grid
+        self.patch_embed.set_input_size(image_size)
+        self.grid, self.num_patches = self.patch_embed.grid, self.patch_embed.num_patches
+        if self.use_pos_embed and self.grid != old:
+            before = self.pos_embed
+            table = resample(before.asnumpy().astype(np.float32), old, self.grid)
+            self.pos_embed = Parameter(Tensor(table, before.dtype), name=before.name, requires_grad=before.requires_grad)
+        self.compile_cache.clear()  # graphs that were compiled before have the old size
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups for the layer decay of MindCV's ``create_optimizer``; without them it has no effect there."""
+        return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [B, in_channels, H, W] to the normalised class token [B, C]."""

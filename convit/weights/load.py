@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from convit.architecture import bicubic
+from convit.architecture import resample
 from convit.weights import mindspore_file, torch_file
 from convit.weights.files import (
     BFLOAT16,
@@ -56,7 +56,6 @@ __all__ = [
     "load_pretrained",
     "read",
     "read_file",
-    "resample",
     "save_checkpoint",
     "settings_of",
     "to_float32",
@@ -336,7 +335,7 @@ def fit(
         old = source_grid or _square(position.shape[1])
         new = grid or _square(shapes[name][1])
         if old and new and old != new and math.prod(old) == position.shape[1] and math.prod(new) == shapes[name][1]:
-            tensors[name] = resample(position, old, new)
+            tensors[name] = resample(to_float32(position), old, new)
     missing = [name for name in shapes if name not in tensors]
     unknown = [name for name in tensors if name not in shapes]
     differ = [
@@ -354,25 +353,6 @@ def fit(
     if all(entry.startswith(_HEADS) for entry in (*missing, *unknown, *differ)):
         lines.append("  Only the classifier differs: load_checkpoint(model, path, strict_head=False) keeps the model's own.")
     raise ValueError("\n".join(lines))
-
-
-def resample(pos_embed: np.ndarray, grid: tuple[int, int], new_grid: tuple[int, int]) -> np.ndarray:
-    """Resample a position embedding [1, gh*gw, d] to another grid: bicubic, with antialiasing, as timm does.
-
-    Returns:
-        [1, new_gh*new_gw, d] float32.
-    """
-    gh, gw = grid
-    rows, columns = (_resampling(old, new) for old, new in zip(grid, new_grid, strict=True))
-    table = to_float32(pos_embed).astype(np.float64).reshape(gh, gw, -1)
-    table = np.einsum("ya,xb,abd->yxd", rows, columns, table, optimize=True)
-    return np.ascontiguousarray(table.reshape(1, math.prod(new_grid), -1), np.float32)
-
-
-def _resampling(old: int, new: int) -> np.ndarray:
-    scale = old / new
-    weights: np.ndarray = bicubic((np.arange(new) + 0.5) * scale, np.arange(old) + 0.5, max(scale, 1.0))
-    return weights
 
 
 def to_float32(array: np.ndarray) -> np.ndarray:

@@ -98,6 +98,8 @@ def why_not(problem: Any) -> str | None:
         return f"it runs on CPU and device_target is {problem.device}: mindspore.set_context(device_target='CPU')"
     if problem.dtype not in ("float32", "bfloat16"):
         return f"{problem.dtype} is not supported (float32 and bfloat16 are)"
+    if problem.batch is None:
+        return "the batch is not known when the graph is compiled, and MindSpore's custom operators need it: leave out set_inputs"
     if problem.dropout_p > 0:
         return "attention dropout is not supported: no N x N mask is formed"
     path, reason = aot.library()

@@ -72,9 +72,9 @@ def _eps(eps: float) -> Tensor:
 
 
 @ms.constexpr(reuse_result=False)
-def can_run(dtype: ms.Type) -> bool:
-    """Whether a tensor of ``dtype`` in this context can take these operators."""
-    return dtype == ms.float32 and ms.get_context("device_target") == "CPU" and aot.library()[0] is not None
+def can_run(shape: tuple[int | None, ...], dtype: ms.Type) -> bool:
+    """Whether a tensor in this context can take these operators; a custom operator needs the sizes when its graph is compiled."""
+    return dtype == ms.float32 and None not in shape and ms.get_context("device_target") == "CPU" and aot.library()[0] is not None
 
 
 def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:

@@ -1,5 +1,8 @@
 """What a MindCV user brings: every key of MindCV's config, its train step, float16 that overflows."""
 
+import subprocess
+import sys
+
 import pytest
 
 ms = pytest.importorskip("mindspore")
@@ -11,7 +14,8 @@ from convit.engine.mindspore import train as train_module  # noqa: E402
 from convit.engine.mindspore.build import build_model, build_step  # noqa: E402
 from convit.engine.mindspore.data import Data  # noqa: E402
 from convit.engine.mindspore.train import MindSporeRun, train  # noqa: E402
-from convit.engine.recipe import MOOT, load_recipe, recipe_from  # noqa: E402
+from convit.engine.recipe import MOOT, load_recipe, packaged_recipes, recipe_from  # noqa: E402
+from convit.engine.world import World  # noqa: E402
 
 # key of MindCV 0.3.0's train.py: values that it takes beside its default; those after None are refused, with a reason that says the word
 KEYS = {
@@ -215,7 +219,7 @@ def test_ten_steps_are_those_of_mindcvs_trainer(images, tmp_path, monkeypatch, o
 
     def recording(self, batches):
         batch = next(batches)
-        seen.append(batch)
+        seen.append(batch[:2])
         found = gradients(self, iter([batch]))
         losses.append(found[0])
         return found
@@ -253,6 +257,18 @@ def test_ten_steps_are_those_of_mindcvs_trainer(images, tmp_path, monkeypatch, o
     assert ours.history[0]["skipped_steps"] == 0
 
 
+def test_layer_decay_gives_every_parameter_the_rate_that_mindcv_gives_it(images):
+    """MindCV's own groups, which need our model's ``group_matcher``; its own ConViT has none, and layer_decay no effect."""
+    from mindcv.optim import create_optimizer
+
+    recipe = tiny(images, layer_decay=0.5)
+    steps = build_step(recipe, model := build_model(recipe, 2), [0.1] * 10).optimizer
+    theirs = create_optimizer(build_model(recipe, 2), opt="adamw", lr=[0.1] * 10, layer_decay=0.5)
+    rates = [{p.name: float(rate.asnumpy()) for p, rate in zip(one.parameters, one.get_lr(), strict=True)} for one in (steps, theirs)]
+    assert rates[0] == pytest.approx(rates[1]) and len(rates[0]) == len(model.trainable_params())
+    assert sorted({round(rate, 6) for rate in rates[0].values()}) == [0.0125, 0.025, 0.05, 0.1]
+
+
 @pytest.mark.parametrize(
     ("name", "without"), [("disable", set()), ("timm", {"gamma", "beta", "bias", "gating_param", "pos_embed", "cls_token"})]
 )
@@ -270,7 +286,35 @@ def test_what_has_no_weight_decay(images, name, without):
 def test_each_of_two_processes_has_its_half(images):
     """Shard 0 is a shard: the two halves are the whole, and differ."""
     recipe = tiny(images, shuffle=False)
-    halves = [Data(recipe, True, rank, 2) for rank in (0, 1)]
+    halves = [Data(recipe, World(rank, 2)) for rank in (0, 1)]
     seen = [np.concatenate([batch[0].asnumpy() for batch in half.batches(0)]) for half in halves]
-    assert [half.steps for half in halves] == [6, 6] and {half.samples for half in halves} == {48}
+    assert [half.order.steps for half in halves] == [6, 6] and {half.order.samples for half in halves} == {48}
     assert len({image.tobytes() for image in np.concatenate(seen)}) == 48
+
+
+RECIPES = [name for name in packaged_recipes() if name.startswith("convit_") and not name.endswith("_fair")]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_of_mindcvs_trains_an_epoch(images, tmp_path, name):
+    """As it is, but for the sizes of model and data: its policy, mixing, erasing, mixed precision, loss scale and schedule."""
+    sizes = {
+        key: TINY[key] for key in ("embed_dim", "num_heads", "depth", "local_up_to_layer", "image_resize", "patch_size", "num_classes")
+    }
+    keys = {**sizes, "framework": "mindspore", "mode": 1, "data_dir": str(images), "epoch_size": 1, "batch_size": 16, "warmup_epochs": 0}
+    result = train(load_recipe(name, keys), tmp_path / "run", progress=False)
+    assert np.isfinite([result.train_loss, result.val_loss]).all() and result.history[0]["skipped_steps"] == 0
+    assert finite(result.model.get_parameters())
+
+
+def test_a_script_of_mindcvs_runs_with_our_models(tmp_path):
+    """What train.py and its like do: they take names from the command line and from the registry, and modules from their own folder."""
+    (tmp_path / "config.py").write_text("NAME = 'convit_tiny_kernel'\n")
+    (tmp_path / "script.py").write_text(
+        "import sys\nfrom config import NAME\nfrom mindcv.models import create_model\n"
+        "model = create_model(NAME, num_classes=int(sys.argv[1]), image_size=32, depth=1)\n"
+        "assert __name__ == '__main__'\nprint(type(model).__module__, model.classifier.weight.shape)\n"
+    )
+    words = [sys.executable, "-m", "convit.mindspore.mindcv", str(tmp_path / "script.py"), "7"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert "convit.mindspore.model (7, 192)" in done.stdout, done.stderr

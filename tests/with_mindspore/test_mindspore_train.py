@@ -100,6 +100,13 @@ def test_a_run_infers(finished, folder, tmp_path, capsys):
     assert loss == pytest.approx(-np.mean(np.log(list(probabilities.values()))), abs=1e-3)  # two JPEG decoders
 
 
+def test_a_run_exports_to_mindir(finished, folder, tmp_path, capsys):
+    """The run's best weights, at another image size; the export compares the file with the model itself."""
+    words = ["--format", "mindir", "-o", str(tmp_path / "m.mindir"), "--image_resize", "48", "--images", str(folder / "val/red/00.jpg")]
+    assert cli.main(["export", str(finished.output), *words]) == 0
+    assert "48 x 48" in capsys.readouterr().out and (tmp_path / "m.mindir").stat().st_size > 10000
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -329,11 +336,16 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(whole, folder, tmp_path):
     assert not [path.name for path in (tmp_path / "run").iterdir() if "tmp" in path.name]
 
 
-def test_an_unreadable_image_stops_the_run_and_is_named(folder, tmp_path):
+def test_unreadable_images_are_replaced_counted_and_named(folder, tmp_path, caplog):
+    """As in PyTorch: those to train on by the next readable one, up to max_bad_images; those to validate are left out."""
     shutil.copytree(folder, tmp_path / "data")
-    (tmp_path / "data/train/red/05.jpg").write_bytes(b"not an image")
-    with pytest.raises(RuntimeError, match=r"red/05\.jpg"):
-        train(recipe(tmp_path / "data"), tmp_path / "run", progress=False)
+    for name in ("train/red/05.jpg", "val/red/01.jpg"):
+        (tmp_path / "data" / name).write_bytes(b"not an image")
+    result = train(recipe(tmp_path / "data", mode=1, epoch_size=1), tmp_path / "run", progress=False)
+    assert result.history[0]["bad_images"] == 1 and result.history[0]["update"] == 4
+    assert "replaced the unreadable image" in caplog.text and "red/05.jpg" in caplog.text and "red/01.jpg" in caplog.text
+    with pytest.raises(ValueError, match="1 unreadable images in epoch 0; max_bad_images allows 0"):
+        train(recipe(tmp_path / "data", mode=1, max_bad_images=0), tmp_path / "none", progress=False)
 
 
 def test_resuming_inside_an_epoch_needs_the_same_batch(folder, tmp_path, monkeypatch, caplog):
@@ -392,8 +404,10 @@ def test_a_run_is_not_overwritten_by_accident(finished, folder):
     ("keys", "message"),
     [
         ({"fsdp": True}, "fsdp can only be False with framework mindspore"),
-        ({"sampling_ratio": 0.5}, "sampling_ratio can only be 1.0 with framework mindspore"),
-        ({"dataset": "wds"}, "dataset must be imagenet, folder or digits with framework mindspore"),
+        ({"dataset": "wds"}, "no tar shards train*.tar"),
+        ({"auto_augment": "nonsense"}, "auto_augment 'nonsense' is no policy of the kinds"),
+        ({"model": "convit", "pretrained": True}, "pretrained needs the name of a variant"),
+        ({"opt": "lamb"}, "opt lamb has no kernel in MindSpore on CPU"),
         ({"val_split": "holdout"}, "has no folder 'holdout'; --val_split names another"),
         ({"batch_size": 32}, "exceeds the 16 samples"),
     ],

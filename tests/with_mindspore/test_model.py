@@ -151,6 +151,29 @@ def test_any_grid_and_resampling(mode, tmp_path):
     assert np.isfinite(logits).all()
 
 
+def test_set_input_size(mode, tmp_path):
+    """As a model that was made for that size: also one that has run, and back."""
+    small = convit.mindspore.create_model("convit_tiny", image_size=64, **SHORT).set_train(False)
+    ms.save_checkpoint(small, str(tmp_path / "small.ckpt"))
+    small(images(2, (64, 64)))
+    small.set_input_size((48, 96))
+    wide = convit.mindspore.create_model("convit_tiny", image_size=(48, 96), pretrained=tmp_path / "small.ckpt", **SHORT).set_train(False)
+    assert close(small(images(2, (48, 96))).asnumpy(), wide(images(2, (48, 96))).asnumpy())
+    assert [(p.name, p.shape) for p in small.trainable_params()] == [(p.name, p.shape) for p in wide.trainable_params()]
+    with pytest.raises(ValueError, match="image_size must be a multiple of patch_size"):
+        small.set_input_size(100)
+    assert small.grid == (3, 6)
+
+
+def test_a_dynamic_batch_in_graph_mode():
+    ms.set_context(mode=ms.GRAPH_MODE)
+    model = convit.mindspore.create_model("convit_tiny", image_size=32, **SHORT).set_train(False)
+    expected = model(images(4, (32, 32))).asnumpy()
+    model.set_inputs(Tensor(shape=[None, 3, 32, 32], dtype=ms.float32))
+    for batch in (4, 1, 3):
+        assert close(model(images(4, (32, 32))[:batch]).asnumpy(), expected[:batch])
+
+
 def test_attention_map():
     cell = convit.mindspore.GPSA(16, 4)
     cell.local_init()
@@ -168,7 +191,7 @@ def test_bad_arguments(mode):
     with pytest.raises(ValueError, match="image_size must be a multiple of patch_size"):
         convit.mindspore.create_model("convit_tiny", image_size=100)
     model = convit.mindspore.create_model("convit_tiny", image_size=32, depth=1)
-    with pytest.raises(ValueError, match="create the model with that image_size"):
+    with pytest.raises(ValueError, match="set_input_size"):
         model(images(1, (48, 32)))
     with pytest.raises(ValueError, match="6 patches form no square grid"):
         convit.mindspore.GPSA(16, 4)(Tensor(np.zeros((1, 6, 16)), ms.float32))

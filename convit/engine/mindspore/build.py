@@ -1,6 +1,10 @@
 """What a recipe describes, in MindSpore: the device, the model, and from MindCV the optimiser, loss and train step."""
 
+import logging
 import os
+import socket
+import subprocess
+import sys
 from typing import Any
 
 import mindspore as ms
@@ -8,18 +12,16 @@ from mindspore import nn
 
 import convit.mindspore
 from convit.engine.recipe import FIELDS, Recipe
-from convit.engine.world import World, find_world
+from convit.engine.schedule import share_and_decay
+from convit.engine.world import World, find_world, rendezvous
 
 # keys that this engine cannot honour, with the only value it takes
 ONLY = {
     "amp_dtype": "auto",
     "channels_last": False,
-    "class_balanced": False,
     "compile": False,
     "fsdp": False,
     "grad_checkpointing": False,
-    "mixup_off_epoch": 0,
-    "sampling_ratio": 1.0,
     "tensorboard": False,
     "shift": 0,
 }
@@ -32,8 +34,6 @@ def check_recipe(recipe: Recipe) -> None:
             raise ValueError(f"{name} can only be {only!r} with framework mindspore, got {getattr(recipe, name)!r}")
     if recipe.interpolation == "random":
         raise ValueError("interpolation can only be 'bilinear' or 'bicubic' with framework mindspore, got 'random'")
-    if recipe.dataset not in ("imagenet", "folder", "digits"):
-        raise ValueError(f"dataset must be imagenet, folder or digits with framework mindspore, got {recipe.dataset!r}")
     if recipe.device not in ("auto", "cpu", "cuda", "npu"):
         raise ValueError(f"device must be auto, CPU, GPU or Ascend with framework mindspore, got {recipe.device!r}")
     try:
@@ -55,10 +55,23 @@ def start(recipe: Recipe) -> World:
         return World()
     from mindspore.communication import get_group_size, get_rank, init
 
+    if ms.get_context("device_target") == "CPU" and world.launcher in ("Open MPI", "MPICH", "srun"):
+        _play_msrun(world)
     init()
     world = world._replace(rank=get_rank(), size=get_group_size(), launcher=world.launcher or "msrun")
     ms.set_auto_parallel_context(device_num=world.size, parallel_mode="data_parallel", gradients_mean=True)
     return world
+
+
+def _play_msrun(world: World) -> None:
+    """Set what MindSpore's processes on CPU expect of msrun, and start its scheduler beside the first of them."""
+    host, port = rendezvous(world)
+    known = {"MS_WORKER_NUM": world.size, "MS_SCHED_HOST": socket.gethostbyname(host), "MS_SCHED_PORT": port}
+    os.environ.update({name: str(value) for name, value in known.items()}, MS_NODE_ID=str(world.rank), MS_ROLE="MS_WORKER")
+    if world.rank == 0:
+        code = "from mindspore.communication import init; init('mccl')"
+        own = {"env": {**os.environ, "MS_ROLE": "MS_SCHED"}, "stdout": subprocess.DEVNULL, "start_new_session": True}
+        subprocess.Popen([sys.executable, "-c", code], **own)  # it ends when all processes have left, which may be after this one
 
 
 def build_model(recipe: Recipe, num_classes: int, strict_head: bool = True) -> nn.Cell:
@@ -69,6 +82,8 @@ def build_model(recipe: Recipe, num_classes: int, strict_head: bool = True) -> n
     given |= {"drop_rate": recipe.drop_rate, "drop_path_rate": recipe.drop_path_rate}
     ms.set_seed(recipe.seed)
     if recipe.model == "convit":
+        if recipe.pretrained:
+            raise ValueError("pretrained needs the name of a variant in model, not 'convit'")
         model = convit.mindspore.ConViT(**given)
     else:
         model = convit.mindspore.create_model(recipe.model, pretrained=recipe.pretrained, **given)
@@ -95,23 +110,24 @@ def build_step(recipe: Recipe, model: nn.Cell, schedule: list[float]) -> Any:
     from mindcv.optim import create_optimizer
     from mindcv.utils import create_trainer
 
-    trained: Any = model
-    if recipe.weight_decay_filter == "timm" and recipe.layer_decay is None:
-        parameters = model.trainable_params()
-        spared = [p for p in parameters if p.ndim < 2 or p.name in ("pos_embed", "cls_token")]
-        decayed = [p for p in parameters if not any(p is one for one in spared)]
-        trained = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}, {"order_params": parameters}]
-    elif recipe.weight_decay_filter == "auto":  # with layer_decay too, as MindCV
-        trained = model.trainable_params()
+    if recipe.opt == "lamb" and ms.get_context("device_target") == "CPU":
+        raise ValueError("opt lamb has no kernel in MindSpore on CPU: use opt adamw, another device, or framework pytorch")
+    groups: dict[tuple[float, float], list[Any]] = {}
+    for parameter in model.trainable_params():
+        groups.setdefault(share_and_decay(recipe, parameter.name, parameter.ndim, len(model.blocks)), []).append(parameter)
+    trained: list[dict[str, Any]] = [{"params": group, "weight_decay": decay} for (_, decay), group in groups.items()]
+    if recipe.layer_decay is not None:
+        for (share, _), group in zip(groups, trained, strict=True):
+            group["lr"] = [rate * share for rate in schedule]
+    trained.append({"order_params": model.trainable_params()})
+    logging.getLogger("mindcv.optim.optim_factory").setLevel(logging.ERROR)  # it warns that nobody says what has no weight decay
     optimizer = create_optimizer(
         trained,
         opt=recipe.opt,
         lr=schedule,
-        weight_decay=recipe.weight_decay,
         momentum=recipe.momentum,
         nesterov=recipe.use_nesterov,
-        weight_decay_filter="auto" if isinstance(trained, list) else recipe.weight_decay_filter.replace("timm", "norm_and_bias"),
-        layer_decay=recipe.layer_decay,
+        weight_decay_filter="auto",  # the groups say
         eps=recipe.eps,
     )
     loss = create_loss(recipe.loss, label_smoothing=recipe.label_smoothing)

@@ -1,17 +1,16 @@
 """Classify image files in MindSpore; the same results as ``convit.engine.pytorch.infer``."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from mindspore import Tensor
-from mindspore.dataset.transforms import Compose
 from PIL import Image
 
 from convit.engine.images import classify, find_images, need_weights
 from convit.engine.mindspore.build import build_model, check_recipe, start
 from convit.engine.mindspore.checkpoint import facts_of
-from convit.engine.mindspore.data import eval_transforms, normalisation
+from convit.engine.mindspore.data import eval_transforms, transformed
 from convit.engine.recipe import Recipe
 from convit.engine.trained import class_names, recorded_classes
 
@@ -31,26 +30,11 @@ def infer(recipe: Recipe, images: list[str], topk: int = 5, progress: bool = Fal
     recorded = recorded_classes(recipe.ckpt_path, facts_of, described=True)
     num_classes = recipe.num_classes or len(recorded) or 1000
     model = build_model(recipe, num_classes).set_train(False)
-    prepare = _preparation(recipe)
+    transforms = eval_transforms(recipe)
 
     def predict(image: Image.Image) -> np.ndarray:
-        logits = model(Tensor(prepare(image)[None])).asnumpy()[0].astype(np.float64)
+        logits = model(Tensor(transformed(image, transforms)[None])).asnumpy()[0].astype(np.float64)
         exponentials = np.exp(logits - logits.max())
         return np.asarray(exponentials / exponentials.sum())
 
     return classify(paths, recipe.in_channels, predict, class_names(recorded, num_classes), topk, progress)
-
-
-def _preparation(recipe: Recipe) -> Callable[[Image.Image], np.ndarray]:
-    """A function from an image to what the model takes, [C, size, size] float32: as in validation, of images and of digits."""
-    side = recipe.image_resize
-    if recipe.in_channels == 1:
-        mean, std = (value[0] for value in normalisation(recipe))
-
-        def grey(image: Image.Image) -> np.ndarray:
-            small = image.resize((side, side), Image.Resampling.BILINEAR)
-            return ((np.asarray(small, np.float32)[None] - mean) / std).astype(np.float32)
-
-        return grey
-    transforms = Compose(eval_transforms(recipe)[1:])  # without the decoding
-    return lambda image: np.asarray(transforms(np.asarray(image))).reshape(3, side, side)

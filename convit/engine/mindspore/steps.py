@@ -29,16 +29,16 @@ class LossScale(nn.Cell):
 
 
 class Gradients(nn.Cell):
-    """Images and targets to the loss and its gradients, with the network and weights of a train step of MindCV's."""
+    """Images and targets to the loss and its gradients times ``share``, with the network and weights of a train step of MindCV's."""
 
     def __init__(self, step: Any, scale: LossScale) -> None:
         super().__init__(auto_prefix=False)
         self.network, self.grad, self.weights, self.scale = step.network, step.grad, step.weights, scale
 
-    def construct(self, images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    def construct(self, images: Tensor, targets: Tensor, share: Tensor) -> tuple[Tensor, ...]:
         loss, scale = self.network(images, targets), self.scale.value
         gradients = self.grad(self.network, self.weights)(images, targets, ops.ones_like(loss) * ops.cast(scale, loss.dtype))
-        return loss, _times(gradients, 1 / scale)
+        return loss, _times(gradients, share / scale)
 
 
 # gradients are handed over one by one: a graph takes a tuple for a constant, and is compiled anew for each
@@ -119,14 +119,14 @@ class WholeStep(nn.Cell):
         super().__init__(auto_prefix=False)
         self.gradients, self.mean, self.norm = Gradients(step, scale), Mean(step, 1), Norm()
         self.scale, self.update, self.optimizer, self.average = scale, Update(step, clip), step.optimizer, average
-        self.decay, self.warmup = decay, warmup
+        self.decay, self.warmup, self.whole = decay, warmup, Tensor(1.0, ms.float32)
         self.updates = Parameter(Tensor(0, ms.float32), name="updates", requires_grad=False)
         self.skipped = Parameter(Tensor(0, ms.int32), name="skipped", requires_grad=False)
         self.skipped_in_row = Parameter(Tensor(0, ms.int32), name="skipped_in_row", requires_grad=False)
         self.longest_row = Parameter(Tensor(0, ms.int32), name="longest_row", requires_grad=False)
 
     def construct(self, images: Tensor, targets: Tensor) -> Tensor:
-        loss, gradients = self.gradients(images, targets)
+        loss, gradients = self.gradients(images, targets, self.whole)
         gradients = self.mean(*gradients)
         finite = ops.isfinite(self.norm(*gradients))
         hopeless = self.scale.value == 1 if self.scale.dynamic else ops.ones_like(finite)

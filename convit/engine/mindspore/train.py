@@ -1,13 +1,14 @@
 """Training in MindSpore with MindCV's data, losses and optimisers; the loop, recipe and files are those of PyTorch.
 
-The data of an epoch follows from its number, and so does stochastic depth, whose draws are handed to the graph before each step. So
-on one CPU process a run that is killed and resumed repeats, bit for bit, what the unbroken run does (with ``drop_rate`` 0: the state
+The data of a step follows from its number, and so does stochastic depth, whose draws are handed to the graph before each step. So
+on CPU a run that is killed and resumed repeats, bit for bit, what the unbroken run does (with ``drop_rate`` 0: the state
 of MindSpore's dropout cannot be saved).
 
 Where a device is fed a whole epoch at a time (``dataset_sink_mode``, not on CPU) MindSpore's own loop runs the whole step as one graph:
 such a run resumes after its last whole epoch, and stops for too many skipped steps at the end of one.
 """
 
+import logging
 import math
 import os
 import time
@@ -22,13 +23,15 @@ from mindspore import Tensor, nn, ops
 
 from convit.engine.mindspore import checkpoint
 from convit.engine.mindspore.build import build_model, build_step, check_recipe, first_scale, sinks, start
-from convit.engine.mindspore.data import Data
+from convit.engine.mindspore.data import Data, EvalData
 from convit.engine.mindspore.steps import Average, Gradients, LossScale, Mean, Norm, Sum, Update, WholeStep
 from convit.engine.mindspore.validate import evaluate, total
 from convit.engine.recipe import Recipe, load_recipe
 from convit.engine.run import Interrupted, Plan, Result, Run
 from convit.engine.schedule import average_decay, rates
 from convit.mindspore.layers import DropPath
+
+logger = logging.getLogger("convit")
 
 
 def train(
@@ -65,16 +68,12 @@ class MindSporeRun(Run):
 
     def build(self) -> Plan:
         recipe, world = self.recipe, self.world
-        self.data = Data(recipe, True, world.rank, world.size)
-        self.eval_data = Data(recipe, False, world.rank, world.size, self.data.classes) if recipe.val_while_train else None
-        classes = self.data.classes
-        self.model: Any = build_model(recipe, recipe.num_classes or len(classes), strict_head=False)
-        batch = recipe.batch_size * world.size * recipe.gradient_accumulation_steps
-        lr = recipe.lr * (batch / recipe.scale_lr_batch if recipe.scale_lr else 1.0)
-        steps = self.data.steps // recipe.gradient_accumulation_steps
-        if not steps:
-            raise ValueError(f"gradient_accumulation_steps must be at most the {self.data.steps} batches of an epoch")
-        schedule = rates(recipe, lr, steps)
+        self.data = Data(recipe, world)
+        classes, order = self.data.classes, self.data.order
+        self.eval_data = EvalData(recipe, world, classes, self.data.num_classes) if recipe.val_while_train else None
+        self.model: Any = build_model(recipe, self.data.num_classes, strict_head=False)
+        lr = recipe.lr * (order.global_batch / recipe.scale_lr_batch if recipe.scale_lr else 1.0)
+        schedule = rates(recipe, lr, order.steps)
         self.step = build_step(recipe, self.model, schedule)
         self.scale = LossScale(*first_scale(recipe))
         self.average = Average(self.model.get_parameters()) if recipe.ema else None
@@ -91,12 +90,12 @@ class MindSporeRun(Run):
             for i, cell in enumerate(self.paths):
                 cell.take_draws(recipe.batch_size, f"drop_path_{i}")
         about = f"MindSpore {ms.__version__} on {ms.get_context('device_target')}, amp {recipe.amp_level}"
-        return Plan(classes, self.data.samples, steps, batch, lr, schedule, about)
+        return Plan(classes, order.samples, order.steps, order.global_batch, lr, schedule, about)
 
     def state(self) -> dict[str, Any]:
         known = [*self.network.get_parameters(), *self.scale.get_parameters(), *(self.average.average if self.average else ())]
-        left_out = {"learning_rate", *self._draws()}  # the recipe gives the schedule anew, gradients() the draws
-        return {p.name: p for p in known if p.name not in left_out}
+        draws = self._draws()  # the recipe gives the schedule anew, gradients() the draws
+        return {p.name: p for p in known if not p.name.startswith("learning_rate") and p.name not in draws}
 
     def restore(self, saved: dict[str, Any], old: Recipe) -> None:
         own, found = self.state(), saved["parameters"]
@@ -135,7 +134,7 @@ class MindSporeRun(Run):
 
     def batches(self, epoch: int, step: int) -> Iterator[Any]:
         self.network.set_train(True)
-        return self.data.batches(epoch, step * self.recipe.gradient_accumulation_steps)
+        return self.data.batches(epoch, step)
 
     def total(self, values: list[float]) -> list[float]:
         return total(values, self.world.size)
@@ -145,16 +144,20 @@ class MindSporeRun(Run):
         asked = time.perf_counter()
         parts = [next(batches) for _ in range(count)]
         waited = time.perf_counter() - asked
-        value = 0.0
+        value, unreadable, whole = 0.0, 0, self.data.order.size(at.step)
         self.summed: Any = None
-        for part, (images, targets) in enumerate(parts):
+        for part, (images, targets, bad) in enumerate(parts):
+            for image in bad:
+                logger.warning("replaced the unreadable image %s (%s)", image.name, image.reason)
+            unreadable += len(bad)
+            share = len(images) / whole
             draws = np.random.default_rng([self.recipe.seed, at.epoch, at.step, self.world.rank, part])
             for cell in self.paths:
                 cell.draw(draws)
-            loss, more = self.step_gradients(images, targets)
+            loss, more = self.step_gradients(images, targets, Tensor(share * self.data.order.shares, ms.float32))
             self.summed = more if self.summed is None else self.sum(*self.summed, *more)
-            value += float(loss.asnumpy()) / count
-        return value / self.world.size, 0, waited
+            value += float(loss.asnumpy()) * share
+        return value, unreadable, waited
 
     def gradient_norm(self) -> float:
         self.summed = self.mean(*self.summed)
@@ -189,7 +192,9 @@ class MindSporeRun(Run):
 
     def evaluate(self) -> dict[str, float]:
         assert self.eval_data is not None
-        scores = evaluate(self.model, self.eval_data.pipeline(0), self.world.size)
+        scores = evaluate(self.model, self.eval_data, self.world.size)
+        for image in self.eval_data.bad:
+            logger.warning("left out the unreadable validation image %s (%s)", image.name, image.reason)
         return {"val_loss": scores["loss"], "top1": scores["top1"], "top5": scores["top5"]}
 
     def diagnose(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Evaluation in MindSpore; the same results as ``convit.engine.pytorch.validate``."""
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import mindspore as ms
@@ -9,7 +10,7 @@ from mindspore import Tensor, nn
 
 from convit.engine.mindspore.build import build_model, check_recipe, start
 from convit.engine.mindspore.checkpoint import facts_of
-from convit.engine.mindspore.data import Data
+from convit.engine.mindspore.data import EvalData
 from convit.engine.recipe import Recipe
 from convit.engine.trained import recorded_classes
 
@@ -20,13 +21,13 @@ def validate(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
     world = start(recipe)
     classes = recorded_classes(recipe.ckpt_path, facts_of)
     num_classes = recipe.num_classes or len(classes) or None
-    data = Data(recipe, False, world.rank, world.size, classes, num_classes)
+    data = EvalData(recipe, world, classes, num_classes)
     model = build_model(recipe, num_classes or len(data.classes))
     level = recipe.val_amp_level or (recipe.amp_level if ms.get_context("device_target") != "CPU" else "O0")
     if level != "O0":
         model = ms.amp.auto_mixed_precision(model, level)
     began = time.perf_counter()
-    scores = evaluate(model, data.pipeline(0), world.size)
+    scores = evaluate(model, data, world.size)
     return {
         "model": recipe.model,
         "checkpoint": recipe.ckpt_path or ("published" if recipe.pretrained else None),
@@ -35,17 +36,16 @@ def validate(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
         "top5": scores["top5"],
         "loss": scores["loss"],
         "images_per_second": round(scores["samples"] / (time.perf_counter() - began), 2),
-        "bad_images": [],
+        "bad_images": [image.name for image in data.bad],
     }
 
 
-def evaluate(model: nn.Cell, batches: Any, size: int) -> dict[str, float]:
+def evaluate(model: nn.Cell, batches: Iterable[tuple[Tensor, np.ndarray]], size: int) -> dict[str, float]:
     """samples, top1 and top5 (percent) and loss (mean cross entropy), in float64 over all processes."""
     model.set_train(False)
     sums = np.zeros(4)
-    for images, targets in batches.create_tuple_iterator(num_epochs=1):
+    for images, labels in batches:
         logits = model(images).asnumpy().astype(np.float64)
-        labels = targets.asnumpy().astype(np.int64)
         top = np.argsort(-logits, axis=1, kind="stable")[:, :5] == labels[:, None]
         shifted = logits - logits.max(axis=1, keepdims=True)
         loss = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(labels)), labels]

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from convit.engine.recipe import Recipe
+from convit.engine.schedule import share_and_decay
 
 
 def build_model(recipe: Recipe, num_classes: int, strict_head: bool = True) -> nn.Module:
@@ -67,30 +68,20 @@ def fastest(model: nn.Module, recipe: Recipe, device: torch.device, precision: s
     return model
 
 
-def build_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+def build_optimizer(recipe: Recipe, model: Any, lr: float) -> torch.optim.Optimizer:
     """timm's optimiser, with its groups for weight decay and layer decay."""
     from timm.optim import create_optimizer_v2
 
     opt = {"sgd": "sgd" if recipe.use_nesterov else "momentum", "momentum": "sgd" if recipe.use_nesterov else "momentum"}
     more: dict[str, Any] = {} if recipe.opt in (*opt, "lion") else {"eps": recipe.eps}
-    trained: Any = model
-    if recipe.weight_decay_filter in ("auto", "norm_and_bias") and recipe.layer_decay is None:
-        spared = ("norm", "bias") if recipe.weight_decay_filter == "norm_and_bias" else ("norm",)
-        groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                groups[any(word in name for word in spared)].append(parameter)
-        trained = [{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}]
-    return create_optimizer_v2(
-        trained,
-        opt.get(recipe.opt, recipe.opt),
-        lr=lr,
-        weight_decay=recipe.weight_decay,
-        momentum=recipe.momentum,
-        filter_bias_and_bn=recipe.weight_decay_filter == "timm",
-        layer_decay=recipe.layer_decay,
-        **more,
-    )
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(share_and_decay(recipe, name, parameter.ndim, len(model.blocks)), []).append(parameter)
+    # in timm's order: lamb sums over the groups
+    ordered = groups if recipe.layer_decay is not None else sorted(groups, key=lambda group: group[1] > 0)
+    trained = [{"params": groups[share, decay], "lr_scale": share, "weight_decay": decay} for share, decay in ordered]
+    return create_optimizer_v2(trained, opt.get(recipe.opt, recipe.opt), lr=lr, momentum=recipe.momentum, **more)
 
 
 def build_loss(recipe: Recipe, num_classes: int) -> tuple[Any, nn.Module]:

@@ -1,17 +1,14 @@
 """Data for training and evaluation: readers, transforms and a loader that can start at any step of any epoch.
 
-The order of an epoch is a function of (seed, epoch) and the random part of a sample one of (seed, epoch, position in the epoch),
-whatever the number of processes or workers. So a resumed run sees exactly what it would have seen, a dead worker costs nothing but
-time, and N processes see the images that one process with an N-fold batch sees. timm supplies transforms and mixing;
-its loaders are not used, because they can only start at the beginning of an epoch.
+The order is that of ``convit.engine.order``, and the random part of a sample a function of (seed, epoch, position in the epoch). So a
+dead worker costs nothing but time. timm supplies transforms and mixing; its loaders are not used, because they can only start at the
+beginning of an epoch.
 """
 
-import hashlib
 import logging
 import math
 import random
 import signal
-import struct
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,8 +20,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from convit.engine.images import BadImage
+from convit.engine.order import Order, mix_seed
 from convit.engine.recipe import Recipe
-from convit.engine.sources import DigitsSource, Source, choose_samples, match_imagenet, open_source, read_sample
+from convit.engine.sources import DigitsSource, Source, choose_samples, match_imagenet, open_source, read_sample, read_some
 from convit.engine.world import World
 
 logger = logging.getLogger("convit")
@@ -39,12 +37,6 @@ class Batch(NamedTuple):
     targets: Tensor
     share: float
     bad: list[BadImage]
-
-
-def mix_seed(*numbers: int) -> int:
-    """A 32-bit seed that depends on every number and their order."""
-    packed = struct.pack(f"<{len(numbers)}q", *numbers)
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=4).digest(), "little")
 
 
 @contextmanager
@@ -147,16 +139,9 @@ class _Samples(Dataset[Any]):
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int, list[BadImage]]:
         epoch, position, which = key
-        bad = []
+        image, index, bad = read_some(self.source, self.chosen, which, self.channels)
         with seeded(mix_seed(self.seed, epoch, position)):
-            for step in range(min(100, len(self.chosen))):
-                index = self.chosen[(which + step) % len(self.chosen)]
-                image = read_sample(self.source, index, self.channels)
-                if isinstance(image, BadImage):
-                    bad.append(image)
-                    continue
-                return self.transform(image), self.source.targets[index], bad
-        raise ValueError(f"{len(bad)} images in a row cannot be read, from {bad[0].name} ({bad[0].reason})")
+            return self.transform(image), self.source.targets[index], bad
 
 
 def _collate(samples: list[tuple[Tensor, int, list[BadImage]]]) -> tuple[Tensor, Tensor, list[BadImage]]:
@@ -165,88 +150,50 @@ def _collate(samples: list[tuple[Tensor, int, list[BadImage]]]) -> tuple[Tensor,
 
 
 class TrainData:
-    """The training split, as batches of this process from any step of any epoch.
-
-    A step's samples are consecutive in the epoch's order; forward pass a of process r takes the share a * processes + r of them.
-    """
+    """The training split, as batches of this process from any step of any epoch."""
 
     def __init__(self, recipe: Recipe, world: World, device: torch.device) -> None:
         self.recipe, self.world, self.device = recipe, world, device
         self.source = open_source(recipe, train=True)
-        self.chosen = choose_samples(self.source.targets, recipe.num_classes, recipe.sampling_ratio, recipe.num_samples)
+        self.order = Order(recipe, self.source.targets, world)
         self.num_classes = recipe.num_classes or len(self.source.classes)
         self.classes = self.source.classes
         self.accumulation = recipe.gradient_accumulation_steps
-        self.shares = self.accumulation * world.size
-        self.global_batch = recipe.batch_size * self.shares
-        self.samples_per_epoch = len(self.order(0))
-        whole, rest = divmod(self.samples_per_epoch, self.global_batch)
-        # a rest too small to give every share a sample is dropped in any case
-        self.steps_per_epoch = whole + (not recipe.drop_remainder and rest >= self.shares)
-        if not self.steps_per_epoch:
-            raise ValueError(f"the global batch of {self.global_batch} exceeds the {self.samples_per_epoch} samples of an epoch")
         self._loader: _Loader | None = None
         if isinstance(self.source, DigitsSource):
             self._images, self._targets, self._blank = _digits(self.source, recipe)
         else:
             self._transform = train_transform(recipe)
 
-    def order(self, epoch: int) -> np.ndarray:
-        """Indices into ``chosen`` in the order of ``epoch``: [samples_per_epoch]."""
-        count, recipe = len(self.chosen), self.recipe
-        if recipe.aug_repeats > 1:
-            from timm.data.distributed_sampler import RepeatAugSampler
-
-            sampler = RepeatAugSampler(range(count), 1, 0, recipe.shuffle, recipe.aug_repeats, selected_round=0)
-            sampler.set_epoch(mix_seed(recipe.seed, epoch))
-            return np.fromiter(sampler, np.int64)
-        if recipe.class_balanced:
-            labels = np.asarray(self.source.targets)[self.chosen]
-            shares = 1 / np.bincount(labels)[labels]
-            return np.random.default_rng(mix_seed(recipe.seed, epoch)).choice(count, count, p=shares / shares.sum())
-        if not recipe.shuffle:
-            return np.arange(count)
-        return np.random.default_rng(mix_seed(recipe.seed, epoch)).permutation(count)
-
-    def parts(self, step: int) -> list[np.ndarray]:
-        """Positions of this process's forward passes in ``step``. The copies of repeated augmentation go to different ones (as FAIR's)."""
-        first = step * self.global_batch
-        positions = np.arange(first, min(first + self.global_batch, self.samples_per_epoch))
-        if self.recipe.aug_repeats > 1:
-            return [positions[share :: self.shares] for share in range(self.world.rank, self.shares, self.world.size)]
-        return np.array_split(positions, self.shares)[self.world.rank :: self.world.size]
-
     def batches(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """This process's batches of ``epoch`` from ``start``, ``accumulation`` of them per step."""
         made = self._digits(epoch, start) if isinstance(self.source, DigitsSource) else self._load(epoch, start)
         for number, (images, targets, bad) in enumerate(made):
             step = start + number // self.accumulation
-            size = min(self.global_batch, self.samples_per_epoch - step * self.global_batch)
-            yield Batch(images, targets, len(targets) / size, bad)
+            yield Batch(images, targets, len(targets) / self.order.size(step), bad)
 
     def _digits(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, list[BadImage]]]:
-        order, reach = self.order(epoch), self.recipe.shift
-        shifts = np.random.default_rng(mix_seed(self.recipe.seed, epoch, 1)).integers(0, 2 * reach + 1, (len(order), 2))
-        padded = torch.nn.functional.pad(self._images[:, 0], [reach] * 4, value=self._blank)
+        order, shifts = self.order.of(epoch), self.order.shifts(epoch)
+        padded = torch.nn.functional.pad(self._images[:, 0], [self.recipe.shift] * 4, value=self._blank)
         pixels = torch.arange(self.recipe.image_resize)
-        for step in range(start, self.steps_per_epoch):
-            for part in self.parts(step):
-                index = torch.tensor([self.chosen[i] for i in order[part]])
+        for step in range(start, self.order.steps):
+            for part in self.order.parts(step):
+                index = torch.tensor([self.order.chosen[i] for i in order[part]])
                 shift = torch.from_numpy(shifts[part])
                 rows, columns = shift[:, 0, None, None] + pixels[:, None], shift[:, 1, None, None] + pixels
                 yield padded[index[:, None, None], rows, columns].unsqueeze(1), self._targets[index], []
 
     def _passes(self, epoch: int, first: int) -> Iterator[list[tuple[int, int, int]]]:
         """This process's forward passes from number ``first`` of the epoch, as (epoch, position, index) of their samples."""
-        order = self.order(epoch)
-        for number in range(first, self.steps_per_epoch * self.accumulation):
+        order = self.order.of(epoch)
+        for number in range(first, self.order.steps * self.accumulation):
             step, part = divmod(number, self.accumulation)
-            yield [(epoch, int(position), int(order[position])) for position in self.parts(step)[part]]
+            yield [(epoch, int(position), int(order[position])) for position in self.order.parts(step)[part]]
 
     def _load(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, list[BadImage]]]:
         if self._loader is None:
             recipe = self.recipe
-            samples = _Samples(self.source, self.chosen, self._transform, recipe.in_channels, recipe.seed)
+            samples = _Samples(self.source, self.order.chosen, self._transform, recipe.in_channels, recipe.seed)
             self._loader = _Loader(samples, _collate, recipe.num_parallel_workers, self.device)
         return self._loader.run(lambda done: self._passes(epoch, start * self.accumulation + done))
 

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from convit.engine.order import mix_seed
 from convit.engine.pytorch import checkpoint
 from convit.engine.pytorch.build import amp_dtype, build_loss, build_model, build_optimizer
 from convit.engine.pytorch.checkpoint import States
-from convit.engine.pytorch.data import Batch, EvalData, TrainData, mix_seed, seeded
+from convit.engine.pytorch.data import Batch, EvalData, TrainData, seeded
 from convit.engine.pytorch.distributed import BACKENDS, choose_device, start, total
 from convit.engine.pytorch.validate import evaluate
 from convit.engine.recipe import Recipe, load_recipe
@@ -113,7 +114,7 @@ class TorchRun(Run):
                 fully_shard(block)
             fully_shard(model)
 
-        lr = recipe.lr * (data.global_batch / recipe.scale_lr_batch if recipe.scale_lr else 1.0)
+        lr = recipe.lr * (data.order.global_batch / recipe.scale_lr_batch if recipe.scale_lr else 1.0)
         self.optimizer = build_optimizer(recipe, model, lr)
         self.states = States(model, self.optimizer, self.sharded)
         if recipe.compile:
@@ -131,8 +132,8 @@ class TorchRun(Run):
         if self.dtype is None and recipe.amp_level != "O0":
             precision += f" (amp_level {recipe.amp_level} is for accelerators; --amp_dtype bfloat16 forces it)"
         about = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {self.device.type}, {precision}"
-        steps = data.steps_per_epoch
-        return Plan(list(data.classes), data.samples_per_epoch, steps, data.global_batch, lr, rates(recipe, lr, steps), about)
+        order, steps = data.order, data.order.steps
+        return Plan(list(data.classes), order.samples, steps, order.global_batch, lr, rates(recipe, lr, steps), about)
 
     def state(self) -> dict[str, Any]:
         model, optimizer = self.states.get()
