@@ -11,6 +11,7 @@ import torch
 from gpsa_cases import CASES, Case, check, make_inputs, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import FLOOR
 from torch.utils.flop_counter import FlopCounterMode
 
 import convit
@@ -82,10 +83,11 @@ def test_closed_gates_leave_plain_attention(backend, gates):
     assert not ours["dpos_weight"][1].any() and not ours["dgating"][1].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 3, 197, 48), (1, 1, 1, 5), (1, 2, 1500, 16)], ids=str)
-def test_plain_attention(shape):
+def test_plain_attention(shape, dtype):
     generator = torch.Generator().manual_seed(0)
-    q, k, v, grad = torch.randn(4, *shape, generator=generator).transpose(-2, -1).contiguous().transpose(-2, -1)
+    q, k, v, grad = torch.randn(4, *shape, generator=generator).to(dtype).transpose(-2, -1).contiguous().transpose(-2, -1)
 
     def results(function, dtype):
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
@@ -93,10 +95,20 @@ def test_plain_attention(shape):
         return out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))
 
     sdpa = torch.nn.functional.scaled_dot_product_attention
-    exact, theirs, ours = results(sdpa, torch.float64), results(sdpa, torch.float32), results(ops.attention, torch.float32)
+    exact, theirs, ours = results(sdpa, torch.float64), results(sdpa, dtype), results(ops.attention, dtype)
     for truth, other, actual in zip(exact, theirs, ours, strict=True):
         errors = [((x - truth).norm() / truth.norm().clamp_min(1e-30)).item() for x in (other, actual)]
-        assert errors[1] <= max(2 * errors[0], 1e-6)
+        assert errors[1] <= max(2 * errors[0], FLOOR[dtype])
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "cpp"])
+def test_scale_and_a_transposed_position_weight_are_heeded(backend):
+    case = Case(2, 3, 8, (4, 5))
+    inputs, _ = make_inputs(case)
+    moved = inputs._replace(pos_weight=inputs.pos_weight.t().contiguous().t())
+    plain = convit.gpsa(*inputs, case.grid, scale=0.9, backend="reference")
+    torch.testing.assert_close(convit.gpsa(*moved, case.grid, scale=0.9, backend=backend), plain, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(plain, convit.gpsa(*inputs, case.grid, backend="reference"), rtol=1e-2, atol=1e-2)
 
 
 def test_flops_are_counted():
@@ -118,7 +130,7 @@ def test_plain_attention_leaves_the_rest_to_pytorch(monkeypatch):
     monkeypatch.setattr(any_sdpa.F, "scaled_dot_product_attention", lambda *args, **kwargs: seen.append(kwargs) or args[0])
     assert ops.attention(q, q, q, scale=0.3).equal(ours) and not seen
     ops.attention(q, q, q, scale=0.3, dropout_p=0.5)
-    ops.attention(q.bfloat16(), q.bfloat16(), q.bfloat16(), scale=0.3)
+    ops.attention(q.double(), q.double(), q.double(), scale=0.3)
     with convit.use_backend("sdpa"):
         ops.attention(q, q, q, scale=0.3)
     with convit.use_backend("reference"):  # the definition: in full, differentiable to any order
@@ -286,6 +298,15 @@ def test_precedence_argument_context_environment(monkeypatch):
             convit.gpsa(*inputs, (2, 2))
     convit.gpsa(*inputs, (2, 2))
     assert called == ["reference", "sdpa", "reference", "reference", "reference"]
+
+
+def test_none_as_the_context_overrules_the_environment(monkeypatch):
+    from convit.dispatch import forced_backend
+
+    monkeypatch.setenv("CONVIT_BACKEND", "reference")
+    with convit.use_backend(None):
+        assert forced_backend(None) is None
+    assert forced_backend(None) == "reference"
 
 
 def test_environment_with_an_unknown_backend_is_an_error(monkeypatch):

@@ -212,6 +212,26 @@ def test_checkpointed_blocks_run_again_on_the_backend_of_the_first_time(forced):
     assert torch.equal(model.blocks[0].attn.gating_param.grad, gradient)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_users_own_checkpoint_is_right_or_refused_where_the_backend_changed(reentrant):
+    """Nobody tells the second run which backend the first was forced to: its gradients are right, or torch says what differs."""
+    from torch.utils.checkpoint import CheckpointError, checkpoint
+
+    attention, x = convit.GPSA(24, 4), torch.randn(2, 16, 24, requires_grad=True)
+    (expected,) = torch.autograd.grad(attention(x).square().sum(), x)
+    with convit.use_backend("reference"):
+        out = checkpoint(attention, x, use_reentrant=reentrant)
+    try:
+        out.square().sum().backward()
+    except CheckpointError:
+        assert not reentrant
+    else:
+        torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-5)
+    x.grad = None
+    checkpoint(attention, x, use_reentrant=reentrant).square().sum().backward()
+    torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
 def test_models_from_the_meta_device_are_initialised_whole(norm):
     model = small(norm_layer=norm, use_pos_embed=True, qkv_bias=True, device="meta").to_empty(device="cpu")
