@@ -37,6 +37,7 @@ FRAMEWORK_MODULES = {("mindspore", "reference"): "convit.kernels.gpsa.any_mindsp
 ORDER = {
     ("torch", "cpu"): ("cpp", "sdpa", "reference"),
     ("torch", "cuda"): ("triton", "sdpa", "reference"),
+    ("torch", "npu"): ("triton", "sdpa", "reference"),
     ("torch", ""): ("sdpa", "reference"),
     ("mindspore", "cpu"): ("aot", "reference"),
     ("mindspore", "ascend"): ("flash", "blocks", "reference"),

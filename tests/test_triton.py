@@ -43,25 +43,25 @@ def test_refusals_name_their_reason(change, reason):
     assert reason in convit.why_not("triton", problem)
 
 
-@pytest.mark.parametrize("device", ["xpu", "npu"])
-def test_other_devices_are_asked_for_what_they_need(device, monkeypatch):
-    """Their absence is told, then that of Triton's back end for them; with both the answer is the table's, and the key is registered."""
-    from types import SimpleNamespace
-
+def test_xpu_is_asked_for_what_it_needs(monkeypatch):
+    """Its absence is told, then that of Triton's back end for it; with both the answer is the table's, and the key is registered."""
     from convit.kernels.gpsa.gpu_triton import configs
 
-    why_not, problem = configs.DEVICES[device].why_not, Problem("torch", device, "float16", 2, 3, 196, 48, (14, 14))
-    monkeypatch.setattr(torch, device, SimpleNamespace(is_available=lambda: False), raising=False)
-    assert convit.why_not("triton", problem) == f"torch finds no {device} device"
-    monkeypatch.setattr(torch, device, SimpleNamespace(is_available=lambda: True))
-    why_not.cache_clear()
-    assert f"no back end for {device}" in convit.why_not("triton", problem)
-    monkeypatch.setitem(configs.backends, {"xpu": "intel", "npu": "ascend"}[device], None)
-    why_not.cache_clear()
-    assert convit.why_not("triton", problem) is None
-    why_not.cache_clear()
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("convit::gpsa", configs.DEVICES[device].key)
-    assert configs.choose("fwd_loop", device, "half", 64) and configs.choose("mix", device, "ieee", 128)
+    problem = Problem("torch", "xpu", "float16", 2, 3, 196, 48, (14, 14))
+
+    def reason():
+        configs._no_xpu.cache_clear()
+        return convit.why_not("triton", problem)
+
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
+    assert reason() == "torch finds no xpu device"
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    assert "no back end for xpu: install triton-xpu" in reason()
+    monkeypatch.setitem(configs.backends, "intel", None)
+    assert reason() is None
+    configs._no_xpu.cache_clear()
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("convit::gpsa", configs.DEVICES["xpu"].key)
+    assert configs.choose("fwd_loop", "xpu", "half", 64) and configs.choose("mix", "xpu", "ieee", 128)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")

@@ -1,8 +1,9 @@
-"""Rungs of the Triton forward kernel on Ascend: triton-ascend to linalg, that linalg on x86 against float64, HIVM for Ascend910B1.
+"""Rungs of the Triton kernels on Ascend: triton-ascend to linalg, that linalg on x86 against float64, HIVM for Ascend910B1.
 
     python on_triton.py linalg|hivm
 
-No torch and no CANN: the kernels use neither.
+What is lowered is launches.json: each launch of the library's own plan for an NPU, forward and backward, with its sizes and options
+(tests/npu_launches.py writes it, tests/test_npu.py holds it to the plan). No torch and no CANN: the kernels use neither.
 """
 
 import ctypes
@@ -14,17 +15,19 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
-from convit.kernels.gpsa.definition import gpsa, relative_error
+from convit.kernels.gpsa.definition import gpsa_with_gradients, relative_error
 
-KERNELS = Path(__file__).resolve().parents[2] / "kernels/gpsa"
+KERNELS = Path(__file__).resolve().parents[2] / "kernels/gpsa/gpu_triton"
+CASES = json.loads((Path(__file__).parent / "launches.json").read_text())
 ENVIRONMENTS = Path(os.environ["ASCEND_CHECK_ENVS"])
 DEBIAN = ("mlir-19-tools", "libmlir-19", "llvm-19", "libllvm19")
 TARGET = "Ascend910B1"
-GRID, HEADS, DIM, ROWS, KEYS = (14, 14), 2, 48, 32, 32  # what the kernels are compiled for, on 16 x 16 slots: tiles of 32 by 32 slots
-BACKWARD = ("dq_tile_kernel", "dkdv_tile_kernel")
+TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
+ALLOWED = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 5e-6}  # relative error of the output and of every gradient
 
 PASSES = [
     "--convert-elementwise-to-linalg",
@@ -49,10 +52,17 @@ PASSES = [
     "--reconcile-unrealized-casts",
 ]
 
-# MLIR's runtime function for a copy between strided buffers
-MEMREF_COPY = """
+# MLIR's runtime function for a copy between strided buffers, and the compiler's for rounding to bfloat16, which is returned as a float is
+RUNTIME = """
 #include <stdint.h>
 #include <string.h>
+float __truncsfbf2(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  bits = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  memcpy(&x, &bits, 4);
+  return x;
+}
 typedef struct { int64_t rank; void *descriptor; } any_t;
 typedef struct { char *base, *data; int64_t offset; int64_t sizes[]; } ranked_t;
 void memrefCopy(int64_t bytes, any_t *from, any_t *to) {
@@ -75,38 +85,47 @@ def row(op: str, rung: str, result: str, unproven: str) -> None:
     print("ROW " + json.dumps({"op": op, "rung": rung, "result": result, "unproven": unproven}), flush=True)
 
 
-def kernels() -> ModuleType:
-    """The module of the tile kernels, without its package's own imports: those need torch, the kernels do not."""
-    package = sys.modules["convit.kernels.gpsa.gpu_triton"] = ModuleType("convit.kernels.gpsa.gpu_triton")
-    package.__path__ = [str(KERNELS / "gpu_triton")]
-    return import_module("convit.kernels.gpsa.gpu_triton.tile")
+def kernel(name: str) -> Any:
+    """A kernel of the library, without its package's own imports: those need torch, the kernels do not."""
+    package = sys.modules.setdefault("convit.kernels.gpsa.gpu_triton", ModuleType("convit.kernels.gpsa.gpu_triton"))
+    package.__path__ = [str(KERNELS)]
+    modules = [import_module(f"convit.kernels.gpsa.gpu_triton.{home}") for home in ("common", "tile", "loop")]
+    return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
-def to_linalg(name: str) -> str:
-    """A kernel of ``tile`` in float16 as triton-ascend's linalg."""
-    kernel = getattr(kernels(), name)
+def to_linalg(case: dict, launch: dict) -> str:
+    """The kernel of a launch as triton-ascend's linalg."""
+    function = kernel(launch["kernel"])
 
     import triton.backends.ascend.compiler as ascend
     from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kinds = {name: "*fp32" for name in ("w_ptr", "gating_ptr", "lse_ptr", "stats_ptr", "part_ptr")}
-    kinds |= {"scale_log2": "fp32", "scale": "fp32", "H": "i32"}
-    constants = {"GH": GRID[0], "GW": GRID[1], "GHP": 16, "GWP": 16, "D": DIM, "BD": 64, "BM": ROWS, "BN": KEYS, "BP": KEYS, "STEPS": 1}
-    constants |= {"PRECISION": "ieee", "POSITION": True, "NEGATIVE": False, "EXACT": True, "CHANNELS": 0, "LARGE_SCORES": False}
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    signature = {name: kinds.get(name, "*fp16" if name.endswith("_ptr") else "i32") for name in kernel.arg_names if name not in constants}
+    kinds = [TYPES[case["tensors"][name][0]] for name in launch["tensors"]]
+    kinds += ["fp32" if isinstance(x, float) else "i32" for x in launch["numbers"]]
+    signature = dict(zip(function.arg_names, kinds, strict=False))
     target = GPUTarget("npu", TARGET, 0)
     backend = ascend.AscendBackend(target)
-    options = backend.parse_options({})
+    options = backend.parse_options(launch["options"])
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
-    code = ASTSource(kernel, signature, constants).make_ir(options, backend.get_codegen_implementation(), backend.get_module_map(), context)
+    source = ASTSource(function, signature, launch["constants"])
+    code = source.make_ir(options, backend.get_codegen_implementation(), backend.get_module_map(), context)
     metadata = {"target": target, **options.__dict__}
     code = ascend.make_ttir(code, metadata, options)
     return ascend.ttir_to_linalg(code, metadata, options, named_ops=True)
+
+
+def title(case: dict) -> str:
+    gh, gw = case["grid"]
+    return f"{case['dtype']}, {gh} x {gw}, D {case['dim']}"
+
+
+def each_once(case: dict) -> dict[str, dict]:
+    """The launches of a case that differ in what is compiled."""
+    return {json.dumps([x["kernel"], [case["tensors"][t][0] for t in x["tensors"]], x["constants"]]): x for x in case["launches"]}
 
 
 def llvm() -> Path:
@@ -126,13 +145,13 @@ def llvm() -> Path:
     return root / "usr"
 
 
-def to_x86(text: str) -> ctypes.CDLL:
+def to_x86(text: str, name: str) -> ctypes.CDLL:
     """The linalg compiled for this machine."""
     usr = llvm()
     tools = usr / "lib/llvm-19/bin"
     settings = os.environ | {"LD_LIBRARY_PATH": f"{usr}/lib/x86_64-linux-gnu:{usr}/lib/llvm-19/lib"}
     Path("kernel.mlir").write_text(text.replace(" {hivm.unlikely_condition}", ""))
-    Path("copy.c").write_text(MEMREF_COPY)
+    Path("runtime.c").write_text(RUNTIME)
 
     def step(*command: str, env=settings) -> None:
         subprocess.run(command, check=True, env=env)
@@ -140,76 +159,114 @@ def to_x86(text: str) -> ctypes.CDLL:
     step(f"{tools}/mlir-opt", "--allow-unregistered-dialect", "kernel.mlir", *PASSES, "-o", "llvm.mlir")
     step(f"{tools}/mlir-translate", "--mlir-to-llvmir", "llvm.mlir", "-o", "kernel.ll")
     step(f"{tools}/llc", "-O2", "-filetype=obj", "-relocation-model=pic", "kernel.ll", "-o", "kernel.o")
-    step("gcc", "-O2", "-fPIC", "-shared", "-o", "libkernel.so", "kernel.o", "copy.c", "-lm", env=None)
-    return ctypes.CDLL("./libkernel.so")
+    step("gcc", "-O2", "-fPIC", "-shared", "-o", f"lib{name}.so", "kernel.o", "runtime.c", "-lm", env=None)
+    return ctypes.CDLL(f"./lib{name}.so")
 
 
-def linalg() -> None:
-    text = to_linalg("fwd_tile_kernel")
-    row("Triton forward", "2: triton-ascend 3.2.0 to linalg, float16, 14 x 14", f"{text.count(chr(10))} lines", "")
-    lines = [f"{name} {to_linalg(name).count(chr(10))} lines" for name in BACKWARD]
-    row("Triton backward", "2: triton-ascend 3.2.0 to linalg, float16, 14 x 14", ", ".join(lines), "numerics of this form")
-    kernel = to_x86(text).fwd_tile_kernel
-    kernel.restype = None
-    rng = np.random.default_rng(0)
-    gh, gw = GRID
-    n = gh * gw
-    q, k, v = (rng.standard_normal((1, HEADS, n, DIM)).astype(np.float16) for _ in range(3))
-    weight = rng.standard_normal((HEADS, 3)).astype(np.float32)
-    weight[:, 2] = -abs(weight[:, 2])
-    gating = rng.standard_normal(HEADS).astype(np.float32)
-    out, lse = np.full((1, n, HEADS, DIM), np.nan, np.float16), np.full((1, HEADS, n), np.nan, np.float32)
+def from_bfloat16(x: np.ndarray) -> np.ndarray:
+    return (x.astype(np.uint32) << 16).view(np.float32)
 
-    def memref(x: np.ndarray | None) -> list:
+
+def to_bfloat16(x: np.ndarray) -> np.ndarray:
+    bits = x.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+class Memory:
+    """The tensors of a case: poisoned with NaN, but for the inputs."""
+
+    def __init__(self, case: dict) -> None:
+        self.kinds = {name: kind for name, (kind, _, _) in case["tensors"].items()}
+        self.shapes = {name: (shape, strides) for name, (_, shape, strides) in case["tensors"].items()}
+        self.flat = {}
+        for name, (shape, _) in self.shapes.items():
+            self.flat[name] = self.rounded(np.full(np.prod(shape), np.nan, np.float32), self.kinds[name])
+
+    @staticmethod
+    def rounded(x: np.ndarray, kind: str) -> np.ndarray:
+        return to_bfloat16(x) if kind == "bfloat16" else x.astype(kind)
+
+    def view(self, name: str) -> np.ndarray:
+        shape, strides = self.shapes[name]
+        flat = self.flat[name]
+        return np.lib.stride_tricks.as_strided(flat, shape, [step * flat.itemsize for step in strides])
+
+    def read(self, name: str) -> np.ndarray:
+        x = self.view(name)
+        return from_bfloat16(x) if self.kinds[name] == "bfloat16" else x
+
+    def write(self, name: str, value: np.ndarray) -> None:
+        self.view(name)[...] = self.rounded(value, self.kinds[name])
+
+    def memref(self, name: str | None) -> list:
+        x = self.flat[name] if name else None
         pointer = ctypes.c_void_p(0 if x is None else x.ctypes.data)
         return [pointer, pointer, ctypes.c_int64(0), ctypes.c_int64(0 if x is None else x.size), ctypes.c_int64(1)]
 
-    scale = DIM**-0.5
-    strides = [HEADS * n * DIM, n * DIM, DIM] * 3
-    programs = -(-gh // (ROWS // 16)) * HEADS
-    for program in range(programs):
-        arguments = [x for tensor in (None, None, q, k, v, weight, gating, out, lse) for x in memref(tensor)]
-        arguments += [*map(ctypes.c_int32, strides), ctypes.c_float(scale * np.log2(np.e)), ctypes.c_int32(HEADS)]
-        kernel(*arguments, *map(ctypes.c_int32, (programs, 1, 1, program, 0, 0)))
 
-    want = gpsa(q, k, v, weight, gating, GRID, scale)
-    error = relative_error(out.transpose(0, 2, 1, 3), want)
-    scores = scale * q.astype(np.float64) @ k.astype(np.float64).swapaxes(-1, -2)
-    top = scores.max(-1)
-    wrong = np.abs(lse - (top + np.log(np.exp(scores - top[..., None]).sum(-1)))).max()
-    if not (error < 1e-3 and wrong < 1e-3):
-        raise AssertionError(f"out {error:.1e}, lse {wrong:.1e}")
-    row(
-        "Triton forward",
-        "3: that linalg compiled for x86 and run, against float64",
-        f"out {error:.1e} (relative), lse {wrong:.1e}",
-        "execution on an NPU",
-    )
+def on_x86(case: dict) -> str:
+    """Every launch of a case, its linalg compiled for x86 and run in order; the errors against float64."""
+    memory, rng, compiled = Memory(case), np.random.default_rng(0), {}
+    for name in ("q", "k", "v", "grad", "pos_weight", "gating"):
+        value = rng.standard_normal(memory.shapes[name][0])
+        if name == "pos_weight":
+            value[:, 2] = -abs(value[:, 2])
+        memory.write(name, value)
+    for launch in case["launches"]:
+        text = to_linalg(case, launch)
+        if text not in compiled:
+            compiled[text] = getattr(to_x86(text, f"{CASES.index(case)}_{len(compiled)}"), launch["kernel"])
+        function = compiled[text]
+        function.restype = None
+        arguments = [x for name in (None, None, *launch["tensors"]) for x in memory.memref(name)]
+        arguments += [ctypes.c_float(x) if isinstance(x, float) else ctypes.c_int32(x) for x in launch["numbers"]]
+        programs = launch["programs"]
+        for program in range(programs):
+            function(*arguments, *map(ctypes.c_int32, (programs, 1, 1, program, 0, 0)))
+    q, k, v, pos_weight, gating, grad = (memory.read(x).astype(np.float64) for x in ("q", "k", "v", "pos_weight", "gating", "grad"))
+    scale = case["dim"] ** -0.5
+    want = gpsa_with_gradients(q, k, v, pos_weight, gating, tuple(case["grid"]), scale, grad)
+    names = ("out", "dq", "dk", "dv", "dpos_weight", "dgating")
+    errors = {name: relative_error(memory.read(name), x) for name, x in zip(names, want, strict=True)}
+    said = ", ".join(f"{name} {error:.0e}" for name, error in errors.items())
+    if not max(errors.values()) < ALLOWED[case["dtype"]]:
+        raise AssertionError(f"{title(case)}: {said}")
+    return said
 
 
-def to_hivm(name: str) -> int:
+def linalg() -> None:
+    rung = "2: triton-ascend 3.2.0 to linalg, compiled for x86 and run, against float64"
+    for case in CASES:
+        result = f"{len(each_once(case))} kernels: {on_x86(case)}"
+        row("Triton", f"{rung}: {title(case)}", result, "execution on an NPU")
+
+
+def to_hivm(case: dict, launch: dict) -> int:
     """Lines of a kernel's HIVM; raises if ascendnpu-ir does not come as far as the external assembler, for want of which alone it stops."""
-    Path(f"{name}.mlir").write_text(to_linalg(name))
+    name = launch["kernel"]
+    Path(f"{name}.mlir").write_text(to_linalg(case, launch))
     compiler = next((ENVIRONMENTS / "ascendnpu-ir").glob("lib/python3*/site-packages/ascendnpuir/bin/bishengir-compile"))
-    stages = ["--enable-hfusion-compile=true", "--enable-hivm-compile=true", "--enable-triton-kernel-compile=true"]
+    # as triton-ascend calls it
+    stages = [f"--enable-auto-multi-buffer={launch['options']['multibuffer']}", "--enable-auto-bind-sub-block=True"]
+    stages += ["--enable-hfusion-compile=true", "--enable-hivm-compile=true", "--enable-triton-kernel-compile=true"]
     # the last pass on HIVM, after memory planning and synchronisation
     dump = "--mlir-print-ir-after=hivm-mark-sync-block-lock-with-subblock"
     command = [str(compiler), f"{name}.mlir", f"--target={TARGET}", *stages, dump, "-o", f"{name}.o"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     if "Cannot find hivmc" not in done.stderr:
-        raise AssertionError(f"{name}: bishengir-compile did not reach hivmc: {done.stderr[-800:]}")
+        raise AssertionError(f"{title(case)}, {name}: bishengir-compile did not reach hivmc: {done.stderr[-800:]}")
     found = set(re.findall(r"hivm\.hir\.(\w+)", done.stderr))
-    missing = {"mmadL1", "load", "vexp", "vmul", "set_flag", "wait_flag", "sync_block_set", "pointer_cast"} - found
-    if missing:
-        raise AssertionError(f"{name}: HIVM lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(found))}")
+    wanted = {"load", "set_flag", "wait_flag", "pointer_cast"} | (set() if name == "reduce_kernel" else {"mmadL1", "vexp", "vmul"})
+    if missing := wanted - found:
+        raise AssertionError(f"{title(case)}, {name}: HIVM lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(found))}")
     return done.stderr.count(chr(10))
 
 
 def hivm() -> None:
-    said = "cube and vector parts, memory planned, synchronised; stops at `hivmc`, which is CANN's"
-    for op, names in (("Triton forward", ("fwd_tile_kernel",)), ("Triton backward", BACKWARD)):
-        lines = ", ".join(f"{name} {to_hivm(name)} lines" for name in names)
-        row(op, f"4: HIVM for {TARGET} by ascendnpu-ir 1.2.0", f"{lines}: {said}", "`hivmc`, execution, speed")
+    for case in CASES:
+        lines = [to_hivm(case, launch) for launch in each_once(case).values()]
+        result = f"{len(lines)} kernels, {sum(lines)} lines: memory planned, synchronised; stops at `hivmc`, which is CANN's"
+        row("Triton", f"3: HIVM for {TARGET} by ascendnpu-ir 1.2.0: {title(case)}", result, "`hivmc`, execution, speed")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""GPSA on NVIDIA (sm_80 and later) and AMD (gfx942) GPUs in Triton: the kernels of the operator in ``torch_operator.py``.
+"""GPSA in Triton on NVIDIA (sm_80 and later), AMD (gfx942) and Ascend (Atlas A2, A3): the kernels of the operator in ``torch_operator``.
 
     out_i = sum_j ((1 - g) Pc + g P)_ij v_j,    Pc = softmax(scale q k^T),    P = Py (x) Px,    g = sigmoid(gating)
 
@@ -26,7 +26,7 @@ import torch
 
 from convit.kernels.gpsa import torch_operator
 from convit.kernels.gpsa.gpu_triton import launch  # registers the operator's kernels
-from convit.kernels.gpsa.gpu_triton.configs import DEVICES, INTERPRET, LARGEST_D, TILE_D
+from convit.kernels.gpsa.gpu_triton.configs import DEVICES, INTERPRET, LARGEST_D, TILE_D, most_programs
 
 if TYPE_CHECKING:
     from convit.dispatch import Problem
@@ -43,10 +43,14 @@ def why_not(problem: Problem) -> str | None:
         return f"{problem.dtype} is not supported (float32, float16 and bfloat16 are)"
     if INTERPRET and problem.dtype == "bfloat16":
         return "Triton's interpreter computes bfloat16 wrongly"
-    largest = TILE_D if problem.dtype == "float32" else LARGEST_D
+    device = DEVICES[problem.device]
+    largest = min(device.largest_d, TILE_D if problem.dtype == "float32" else LARGEST_D)
     if problem.head_dim > largest:
         return f"head dimension {problem.head_dim} is larger than {largest} in {problem.dtype}: 'sdpa' serves it"
-    return DEVICES[problem.device].why_not()
+    programs = most_programs(problem.batch, problem.heads, problem.grid, problem.dtype != "float32")
+    if programs > device.programs:
+        return f"{programs} programs in a launch, and {problem.device} takes {device.programs}: use smaller batches"
+    return device.why_not()
 
 
 gpsa = torch_operator.gpsa

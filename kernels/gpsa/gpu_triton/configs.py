@@ -4,7 +4,7 @@ import functools
 import os
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,6 +28,13 @@ def _tf32() -> bool:
         return bool(matmul.fp32_precision == "tf32")
 
 
+OPTIONS = {"enable_fp_fusion": True}  # Triton 3.10 leaves it off by default; the exponents of all kernels count on it
+
+
+def _options(config: "Config") -> dict[str, Any]:
+    return {"num_warps": config.warps, "num_stages": config.stages, **OPTIONS}
+
+
 class Device(NamedTuple):
     """A type of torch device that Triton launches on. Its streams, current device and guard are ``torch.get_device_module``'s."""
 
@@ -36,6 +43,10 @@ class Device(NamedTuple):
     why_not: Callable[[], str | None]  # why nothing runs there, or None
     direct: bool = False  # compiled kernels may be called past Triton's launch: nothing but the tensors' alignment chooses between them
     tf32: Callable[[], bool] = _tf32  # whether float32 products may be rounded to tf32
+    options: Callable[["Config"], dict[str, Any]] = _options  # what Triton's launch is told beside the arguments
+    programs: int = 2**31 - 1  # the most of one launch
+    largest_d: int = LARGEST_D  # head dimension
+    selects: bool = True  # whether a kernel may select one of two addresses as it runs
 
 
 @functools.cache
@@ -60,17 +71,26 @@ def _no_gpu() -> str | None:
     return None
 
 
-def _none(device: str, backend: str, package: str) -> Callable[[], str | None]:
-    """Why nothing runs on ``device``: torch has none, or Triton no ``backend`` for it, which ``package`` brings."""
+def _no_backend(device: str, backend: str, package: str) -> str | None:
+    return None if backend in backends else f"Triton {triton.__version__} has no back end for {device}: install {package}"
 
-    @functools.cache
-    def why_not() -> str | None:
-        module = getattr(torch, device, None)
-        if module is None or not module.is_available():
-            return f"torch finds no {device} device"
-        return None if backend in backends else f"Triton {triton.__version__} has no back end for {device}: install {package}"
 
-    return why_not
+@functools.cache
+def _no_xpu() -> str | None:
+    return _no_backend("xpu", "intel", "triton-xpu") if torch.xpu.is_available() else "torch finds no xpu device"
+
+
+@functools.cache
+def _no_npu() -> str | None:
+    npu = getattr(torch, "npu", None)
+    if npu is None:
+        return "torch knows no npu: install torch_npu, and CANN, which it loads"
+    if not npu.is_available():
+        return "torch_npu finds no npu (torch.npu.is_available() is false)"
+    name = npu.get_device_name()
+    if not re.match(r"Ascend910(B\d|_93)", name):
+        return f"the kernels were lowered for Atlas A2 and A3 (Ascend910B1 and the like), not for {name}"
+    return _no_backend("npu", "ascend", "triton-ascend in place of triton")
 
 
 TRITON = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
@@ -78,13 +98,25 @@ TRITON = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
 _DIRECT = torch.version.hip is None and TRITON >= (3, 3)
 
 # torch device type -> device: the one place that says under which key the operator is registered, which tile sizes a chip takes, and
-# how launches reach it. On xpu and npu nothing here has run: they are used by name (``backend="triton"``) and not by the automatic
-# choice (``ORDER`` in convit/dispatch.py), with the general rows of the table below until it has rows of their families.
+# how launches reach it. On xpu nothing here has run: it is used by name (``backend="triton"``) and not by the automatic choice (``ORDER``
+# in convit/dispatch.py), with the general rows of the table below until it has rows of its families.
+# triton-ascend has neither warps nor stages, and buffers loads twice where it is asked to; its compiler dies of a selected address;
+# CANN counts programs in 16 bits.
 # Triton's interpreter takes CPU tensors, and no others.
+NPU = Device(
+    "PrivateUse1",
+    lambda index: "npu",
+    _no_npu,
+    tf32=lambda: False,
+    options=lambda config: {"multibuffer": config.stages > 1},
+    programs=2**16 - 1,
+    largest_d=64,  # of every published model; nothing larger was lowered
+    selects=False,
+)
 DEVICES: dict[str, Device] = {
     "cuda": Device("CUDA", _gpu_family, _no_gpu, _DIRECT),
-    "xpu": Device("XPU", lambda index: "xpu", _none("xpu", "intel", "triton-xpu"), tf32=lambda: False),
-    "npu": Device("PrivateUse1", lambda index: "npu", _none("npu", "ascend", "triton-ascend"), tf32=lambda: False),
+    "xpu": Device("XPU", lambda index: "xpu", _no_xpu, tf32=lambda: False),
+    "npu": NPU,
 }
 if INTERPRET:
     DEVICES = {"cpu": Device("CPU", lambda index: "interpret", lambda: None)}
@@ -112,16 +144,21 @@ def _rows(*rows: tuple[str, str, int, Config]) -> list[Row]:
     return [Row(*row) for row in rows]
 
 
+# Lowered to HIVM (tests/ascend/on_triton.py), timed by nobody. Two stages are buffers, with which dkdv_tile does not compile in minutes.
+_NPU = ("npu", "", 64, Config(32, 32, 4, 2))
+
 # Chosen by compiling (bench/aot.py): no stack, on sm90 no second group of four warps where wgmma is used (bench/aot.py, hazard), then
 # the fewest instructions. What bench/gpu.sh measures to be faster goes above the
 # general row.
 CONFIGS: dict[str, list[Row]] = {
     "fwd_tile": _rows(
+        _NPU,
         ("sm80", "half", 64, Config(32, SLOTS, 4, 1, steps=8)),
         ("sm80", "half", 128, Config(64, SLOTS, 8, 1, steps=4)),
         ("", "half", 128, Config(64, SLOTS, 4, 1, steps=4)),
     ),
     "dq_tile": _rows(
+        _NPU,
         ("sm80", "half", 64, Config(32, 32, 4, 1, steps=ALL)),
         ("sm80", "half", 128, Config(64, 64, 8, 1, steps=ALL)),
         ("sm90", "half", 128, Config(64, 32, 4, 1, steps=ALL)),
@@ -130,6 +167,7 @@ CONFIGS: dict[str, list[Row]] = {
         ("", "half", 128, Config(64, 64, 4, 1, steps=ALL)),
     ),
     "dkdv_tile": _rows(
+        ("npu", "", 64, Config(32, 32, 4, 1)),
         ("sm80", "half", 64, Config(32, 128, 8, 1)),
         ("sm80", "half", 128, Config(32, 64, 4, 1)),
         ("sm90", "half", 64, Config(32, 128, 4, 1)),
@@ -140,6 +178,7 @@ CONFIGS: dict[str, list[Row]] = {
         ("", "half", 128, Config(32, 128, 8, 1)),
     ),
     "fwd_loop": _rows(
+        _NPU,
         ("sm90", "half", 64, Config(64, 128, 4, 1)),
         ("sm90", "half", 128, Config(64, 64, 4, 1)),
         ("", "half", 128, Config(128, 64, 8, 2)),
@@ -151,6 +190,7 @@ CONFIGS: dict[str, list[Row]] = {
         ("", "ieee", 128, Config(32, 32, 8, 1)),
     ),
     "dq_loop": _rows(
+        _NPU,
         ("sm80", "half", 64, Config(64, 32, 4, 2)),
         ("", "half", 64, Config(64, 64, 4, 2)),
         ("sm80", "half", 128, Config(64, 64, 8, 1)),
@@ -164,6 +204,7 @@ CONFIGS: dict[str, list[Row]] = {
         ("", "ieee", 128, Config(16, 32, 8, 1)),
     ),
     "dkdv_loop": _rows(
+        _NPU,
         ("sm80", "half", 64, Config(32, 64, 4, 2)),
         ("gfx942", "half", 128, Config(64, 64, 4, 1)),
         ("", "half", 64, Config(64, 64, 4, 2)),
@@ -179,6 +220,7 @@ CONFIGS: dict[str, list[Row]] = {
         ("", "ieee", 128, Config(32, 32, 8, 1)),
     ),
     "mix": _rows(
+        _NPU,
         ("", "half", 128, Config(64, 64, 4, 2)),
         ("gfx942", "", 128, Config(64, 64, 4, 1)),
         ("", "tf32", 64, Config(64, 64, 4, 1)),
@@ -188,6 +230,7 @@ CONFIGS: dict[str, list[Row]] = {
         ("", "half", 256, Config(64, 32, 8, 1)),
     ),
     "moments": _rows(
+        _NPU,
         ("sm90", "half", 64, Config(64, 32, 4, 1)),
         ("sm90", "half", 128, Config(32, 64, 4, 1)),
         ("sm90", "tf32", 64, Config(64, 32, 4, 1)),
@@ -199,7 +242,6 @@ CONFIGS: dict[str, list[Row]] = {
         ("", "ieee", 128, Config(32, 32, 4, 1)),
     ),
 }
-OPTIONS = {"enable_fp_fusion": True}  # Triton 3.10 leaves it off by default; the exponents of all kernels count on it
 SMALL = Config(64, 64, 4, 1)  # of the reduction
 
 
@@ -221,6 +263,17 @@ def padded_grid(grid: tuple[int, int]) -> tuple[int, int] | None:
     columns = power_of_two(gw)
     rows = max(power_of_two(gh), 16 // columns)
     return (rows, columns) if rows * columns <= SLOTS and max(rows, columns) <= 64 else None
+
+
+def most_programs(batch: int, heads: int, grid: tuple[int, int], half: bool) -> int:
+    """A bound on the programs of one launch in tiles of 32 rows: what a type of device with a limit is asked about."""
+    gh, gw = grid
+    padded = padded_grid(grid) if half else None
+    if padded:
+        return batch * heads * max(1, -(-gh * padded[1] // 32))
+    lines = 32 if batch * heads >= MANY else 4
+    along = -(-gh // lines) * -(-gw // 32), -(-gw // lines) * -(-gh // 32)
+    return batch * heads * max(-(-gh * gw // 32), *along) + heads * (-(-gh // 32) - (-gw // 32))
 
 
 def power_of_two(n: int) -> int:

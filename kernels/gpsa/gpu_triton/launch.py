@@ -12,7 +12,7 @@ from triton.runtime import driver
 from convit.kernels.gpsa import torch_operator
 from convit.kernels.gpsa.gpu_triton import configs
 from convit.kernels.gpsa.gpu_triton.common import LOG2E, reduce_kernel
-from convit.kernels.gpsa.gpu_triton.configs import CONFIGS, DEVICES, MANY, OPTIONS, SMALL, Config, Device, Row
+from convit.kernels.gpsa.gpu_triton.configs import CONFIGS, DEVICES, MANY, SMALL, Config, Device, Row
 from convit.kernels.gpsa.gpu_triton.loop import dkdv_loop_kernel, dq_loop_kernel, fwd_loop_kernel, mix_kernel, moments_kernel
 from convit.kernels.gpsa.gpu_triton.tile import dkdv_tile_kernel, dq_tile_kernel, fwd_tile_kernel
 
@@ -22,13 +22,13 @@ Steps: TypeAlias = tuple[int, ...]  # a tensor's strides
 class Call:
     """A launch with all but its tensors: made once for a plan."""
 
-    __slots__ = ("kernel", "programs", "config", "numbers", "device", "direct", "constants", "compiled", "run", "tail")
+    __slots__ = ("kernel", "programs", "config", "numbers", "device", "direct", "options", "constants", "compiled", "run", "tail")
 
     def __init__(
-        self, kernel: Any, programs: int, config: Config, numbers: tuple[float, ...], device: int, direct: bool, constants: dict[str, Any]
+        self, kernel: Any, programs: int, config: Config, numbers: tuple[float, ...], index: int, device: Device, constants: dict[str, Any]
     ):
         self.kernel, self.programs, self.config, self.numbers, self.constants = kernel, programs, config, numbers, constants
-        self.device, self.direct = device, direct
+        self.device, self.direct, self.options = index, device.direct, device.options(config)
         self.compiled: Any = None  # what Triton launched last
         self.run: Callable[..., Any] | None = None  # launches it for tensors at multiples of 16 bytes
         self.tail: tuple[Any, ...] = ()  # what it is given after the tensors
@@ -46,8 +46,7 @@ def launch(call: Call, *tensors: Tensor) -> None:
         if run is not None and aligned and not call.kernel.pre_run_hooks:  # launch hooks are asked for at every launch
             run(*addresses, *call.tail, stream=driver.active.get_current_stream(call.device))
             return
-    options = {"num_warps": call.config.warps, "num_stages": call.config.stages, **OPTIONS}
-    call.compiled = call.kernel[(call.programs,)](*tensors, *call.numbers, **options, **call.constants)
+    call.compiled = call.kernel[(call.programs,)](*tensors, *call.numbers, **call.options, **call.constants)
     if call.direct and aligned:
         call.tail = (*call.numbers, *(call.constants[name] for name in call.kernel.arg_names[len(tensors) + len(call.numbers) :]))
         call.run = call.compiled[(call.programs, 1, 1)]
@@ -104,7 +103,8 @@ class Plan:
         # the forward kernels take the sign with q, and 0 as what rounds to it: the score of a masked key is minus infinity
         self.scale_log2 = max(abs(scale), 1e-37) * LOG2E.value
         self.index = -1 if device.index is None else device.index
-        self.family, self.direct = DEVICES[device.type].family(self.index), DEVICES[device.type].direct
+        self.kind = DEVICES[device.type]
+        self.family = self.kind.family(self.index)
         self.strides = tuple(step for x in strides for step in x[:3])
         # float32 tiles of a whole key row do not fit: it takes the loops at any N
         self.arithmetic = "half" if half else precision
@@ -127,7 +127,10 @@ class Plan:
         return guard
 
     def launch(self, kernel: Any, programs: int, config: Config, numbers: tuple[float, ...], constants: dict[str, Any]) -> Call:
-        return Call(kernel, programs, config, numbers, self.index, self.direct, constants)
+        if programs > self.kind.programs:
+            limit = f"{programs} programs in a launch, and {self.device.type} takes {self.kind.programs}"
+            raise RuntimeError(f"convit: {limit}: use smaller batches or backend='sdpa'")
+        return Call(kernel, programs, config, numbers, self.index, self.kind, constants)
 
     def call(self, kernel: Any, blocks: int, config: Config, *numbers: float, **constants: Any) -> Call:
         """A launch of ``blocks`` programs for each head of each image."""
@@ -173,14 +176,14 @@ class Plan:
         return self.query_blocks(c)[2] if self.padded else -(-self.tokens // c.rows)
 
     @functools.cached_property
-    def moment_blocks(self) -> int:
+    def moment_blocks(self) -> tuple[int, int]:
         rows = self.config("moments").rows
-        return self.line_blocks(True, rows) + self.line_blocks(False, rows)
+        return self.line_blocks(True, rows), self.line_blocks(False, rows)
 
     @functools.cached_property
     def parts(self) -> int:
         """Programs of a head that leave a share of the gradients of the gate and the position weights."""
-        return self.dq_blocks + (0 if self.padded else self.moment_blocks)
+        return self.dq_blocks + (0 if self.padded else sum(self.moment_blocks))
 
     @functools.cached_property
     def dq_tile(self) -> Call:
@@ -190,9 +193,9 @@ class Plan:
         keys = self.tile_rows(c.keys)
         slots = self.padded[0] * self.padded[1]
         # rows of keys at a time: all of them where that needs no stack
-        part = slots if self.block_d <= 64 and self.family != "sm100" else keys
+        part = slots if self.block_d <= 64 and self.family not in ("sm100", "npu") else keys
         # a program with a whole head forms the positional part by contractions (Triton 3.3 does not compile them)
-        whole = blocks == 1 and self.block_d <= 64 and max(self.padded) <= 32 and configs.TRITON >= (3, 4)
+        whole = blocks == 1 and self.block_d <= 64 and max(self.padded) <= 32 and configs.TRITON >= (3, 4) and self.family != "npu"
         channels = 2048 // (max(16, self.padded[0]) * max(16, self.padded[1])) if whole else 0
         numbers = *self.strides, self.scale, self.heads, self.batch * self.heads * self.tokens
         constants = {"BM": rows, "BN": keys, "BP": part, "CHANNELS": channels, "STEPS": steps, "LARGE_SCORES": True, **self.tile}
@@ -230,10 +233,17 @@ class Plan:
         return self.call(dkdv_loop_kernel, -(-self.tokens // c.keys), c, *numbers, BM=c.rows, BN=c.keys, **self.common)
 
     @functools.cached_property
-    def moments(self) -> Call:
+    def moments(self) -> list[Call]:
+        """One launch for both axes, or one for each."""
         c = self.config("moments")
-        numbers = *self.strides[:3], *self.strides[9:12], self.heads, *self.grid, self.parts, self.dq_blocks
-        return self.call(moments_kernel, self.moment_blocks, c, *numbers, LINES=self.lines, BM=c.rows, BK=c.keys, **self.common)
+        numbers = *self.strides[:3], *self.strides[9:12], self.heads, *self.grid, self.parts
+        constants = {"LINES": self.lines, "BM": c.rows, "BK": c.keys, **self.common}
+        x, y = self.moment_blocks
+        launches = ((x + y, 0, "xy"),) if self.kind.selects else ((x, 0, "x"), (y, x, "y"))
+        return [
+            self.call(moments_kernel, blocks, c, *numbers, self.dq_blocks + before, AXES=axes, **constants)
+            for blocks, before, axes in launches
+        ]
 
     @functools.cached_property
     def reduce(self) -> Call:
@@ -315,7 +325,8 @@ def backward(
             mixed_v = _mix(plan, v, pos_weight, sums, False, first=True)
             _through(plan.dq_loop, grad_out, q, k, v, out, gating, lse, dq, stats, part)
             mixed = _mix(plan, grad_out, pos_weight, sums, True, transpose=True)
-            _through(plan.moments, grad_out, mixed_v, mixed, v, pos_weight, part)
+            for call in plan.moments:
+                _through(call, grad_out, mixed_v, mixed, v, pos_weight, part)
             position = _mix(plan, mixed, pos_weight, sums, False, transpose=True) if plan.grid[0] > 1 else mixed
             _through(plan.dkdv_loop, grad_out, q, k, v, position, gating, stats, dk, dv)
         _through(plan.reduce, part, gating, dpos_weight, dgating)

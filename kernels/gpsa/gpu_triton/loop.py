@@ -96,18 +96,25 @@ def mix_kernel(
 def moments_kernel(
     do_ptr, u_ptr, a_ptr, v_ptr, w_ptr, part_ptr,  # [B,H,N,D], Py v and Px^T dO [B,N,H,D], [B,H,N,D], [H,3], [B*H,parts,4]
     stride_ob, stride_oh, stride_on, stride_vb, stride_vh, stride_vn, H, GH, GW, parts, part0,
-    LINES: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    AXES: tl.constexpr, LINES: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Shares of dpos_weight and of the sum of P dA by one axis at a time: moments of P dP under P, dP never stored.
 
-    dPx = sum_y dO (Py v)^T, dPy = sum_x (Px^T dO) v^T. One program: an axis, BM of its patches, LINES of its lines.
+    dPx = sum_y dO (Py v)^T, dPy = sum_x (Px^T dO) v^T. One program: an axis of AXES, BM of its patches, LINES of its lines.
     """
     blocks_x = (GW + BM - 1) // BM
     blocks_y = (GH + BM - 1) // BM
     programs_x = blocks_x * ((GH + LINES - 1) // LINES)
-    part, bh, b, h = place(tl.program_id(0), programs_x + blocks_y * ((GW + LINES - 1) // LINES), H)
-    is_x = part < programs_x
-    block = tl.where(is_x, part, part - programs_x)
+    programs_y = blocks_y * ((GW + LINES - 1) // LINES)
+    if AXES == "xy":
+        part, bh, b, h = place(tl.program_id(0), programs_x + programs_y, H)
+        is_x = part < programs_x
+        block = tl.where(is_x, part, part - programs_x)
+    else:
+        part, bh, b, h = place(tl.program_id(0), programs_x if AXES == "x" else programs_y, H)
+        is_x = tl.full((), AXES == "x", tl.int1)
+        block = part
     blocks = tl.where(is_x, blocks_x, blocks_y)
     size = tl.where(is_x, GW, GH)
     count = tl.where(is_x, GH, GW)
