@@ -192,10 +192,11 @@ class Plan:
         rows, steps, blocks = self.query_blocks(c)
         keys = self.tile_rows(c.keys)
         slots = self.padded[0] * self.padded[1]
-        # rows of keys at a time: all of them where that needs no stack
-        part = slots if self.block_d <= 64 and self.family not in ("sm100", "npu") else keys
-        # a program with a whole head forms the positional part by contractions (Triton 3.3 does not compile them)
-        whole = blocks == 1 and self.block_d <= 64 and max(self.padded) <= 32 and configs.TRITON >= (3, 4) and self.family != "npu"
+        # slots of keys at a time: all of them where that needs no stack, which with Triton 3.3 it does
+        newer = configs.TRITON >= (3, 4)
+        part = slots if self.block_d <= 64 and self.family not in ("sm100", "npu") and newer else keys
+        # a program with a whole head forms the positional part by contractions: Triton 3.3 does not compile them, 3.9 needs stack for them
+        whole = blocks == 1 and self.block_d <= 64 and max(self.padded) <= 32 and self.family != "npu" and newer and configs.TRITON < (3, 9)
         channels = 2048 // (max(16, self.padded[0]) * max(16, self.padded[1])) if whole else 0
         numbers = *self.strides, self.scale, self.heads, self.batch * self.heads * self.tokens
         constants = {"BM": rows, "BN": keys, "BP": part, "CHANNELS": channels, "STEPS": steps, "LARGE_SCORES": True, **self.tile}
