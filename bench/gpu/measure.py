@@ -117,8 +117,7 @@ def _groups(stage: Stage, budget: float, problems: list[tuple], peers: list, nee
 
     ``needed``: seconds without which a problem is not begun.
     """
-    tuned, done = prepare(stage), [group["name"] for group in stage.load().get(stage.name, {}).get("groups", [])]
-    stage.save(tuned=tuned)
+    done = [group["name"] for group in stage.load().get(stage.name, {}).get("groups", [])]
     session, left = _session(stage, budget), []
     for problem, chosen, with_memory in problems:
         if str(problem) in done:
@@ -139,6 +138,7 @@ def _compiled(name: str) -> bool:
 def core(stage: Stage) -> bool:
     from peers import core_peers
 
+    stage.save(tuned=prepare(stage))  # before the peers: it says which of ours there are
     problems = [(problem, (lambda name: True) if compiled else (lambda name: not _compiled(name)), with_memory)
                 for problem, compiled, with_memory in _core_problems(stage)]  # fmt: skip
     return _groups(
@@ -150,9 +150,13 @@ def models(stage: Stage) -> bool:
     import torch
     from models import Model, model_peers
 
+    stage.save(tuned=prepare(stage))
     threads = torch.get_num_threads()
     if stage.rehearse:
         # a whole model takes minutes in the interpreter: here its attention is the framework's, and only the harness is rehearsed
+        from convit.dispatch import ORDER
+
+        ORDER["torch", "cpu"] = ("sdpa",)
         names: tuple[str, ...] = ("convit sdpa", "timm ViT with SDPA")
         problems = [(Model("convit_tiny", 1, threads, train=train), False) for train in (False, True)]
     else:
