@@ -175,6 +175,73 @@ def test_whole_models_are_checked(monkeypatch):
         checks.check(problem, peer, (logits.roll(1, dims=-1),))
 
 
+@pytest.mark.parametrize("grid", [(4, 5), (50, 83)], ids=str)
+def test_every_output_is_checked(monkeypatch, grid):
+    """Forward and, up to 4,096 patches, each gradient: wrong by a few parts in a thousand, missing, misshapen or not finite."""
+    monkeypatch.syspath_prepend(BENCH)
+    import checks
+    import peers
+
+    core = peers.Core(2, grid, 2, 8, backward=grid == (4, 5))
+    peer = next(p for p in peers.core_peers("cpu") if p.name == "convit sdpa")
+    outputs = [x.detach() for x in peer.build(core)()]
+    names = checks.OUTPUTS[: len(outputs)]
+    assert len(outputs) == (5 if core.backward else 1)
+    assert list(checks.check(core, peer, tuple(outputs))) == list(names)
+    for i, name in enumerate(names):
+        wrongs = [1.003 * outputs[i], -outputs[i], outputs[i] * float("nan"), outputs[i][..., :-1], *[None] * core.backward]
+        for wrong in wrongs:
+            with pytest.raises(checks.WrongAnswer, match=f"convit sdpa on .*: {name} "):
+                checks.check(core, peer, (*outputs[:i], wrong, *outputs[i + 1 :]))
+    timms = next(p for p in peers.core_peers("cpu") if not p.ours and p.truth == peer.truth)
+    assert checks._allowed(core, timms, 1e-6) > checks._allowed(core, peer, 1e-6)
+
+
+def test_arithmetic_and_bytes_of_a_problem(monkeypatch):
+    """Counted by hand: 2 images, 15 patches of 3 x 5, 2 heads of 4 channels."""
+    monkeypatch.syspath_prepend(BENCH)
+    import peers
+    import roofline
+
+    product = 2 * (2 * 2) * 15 * 15 * 4  # one N x N product of every head
+    position = 2 * (2 * 2) * 15 * (3 + 5) * 4
+    tensor = 2 * 15 * 2 * 4 * 4
+    infer, train = peers.Core(2, (3, 5), 2, 4), peers.Core(2, (3, 5), 2, 4, backward=True)
+    assert infer.flops == 2 * product + position and train.flops == 7 * product + 3 * position
+    assert infer.bytes == 4 * tensor and train.bytes == 12 * tensor
+    assert peers.Core(2, (3, 5), 2, 4, dtype="bfloat16").bytes == 2 * tensor
+    machine = roofline.Roofline(flops=100.0, bytes=10.0)
+    assert machine.seconds(1000, 50) == 10 and machine.seconds(100, 50) == 5
+
+
+def test_memory_that_grows_is_a_regression(report):
+    import results
+
+    problem = {"batch": 1, "grid": [14, 14], "heads": 4, "head_dim": 48, "threads": 1, "dtype": "float32", "device": "cpu"}
+
+    def run(peak, ours=True):
+        info = {"peer": "convit cpp", "kind": "core", "ours": ours, "problem": problem, "rounds": [0], "peak": peak}
+        return results.Run.of([results.Entry("g", info, (1e-3,))], {})
+
+    assert report.regressions(run(50e6), run(54e6), 1.1) == []
+    assert report.regressions(run(50e6), run(60e6), 1.1) == ["g: convit cpp needs 1.20 times the memory"]
+    assert report.regressions(run(1e5), run(1e6), 1.1) == []  # less than what the system's own accounts vary by
+    assert report.regressions(run(50e6, False), run(60e6, False), 1.1) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_peak_memory_is_what_is_known_in_advance(monkeypatch):
+    """At 784 patches a map of 4 heads takes 9.8 MB: the definition holds several of them, the factored path none."""
+    monkeypatch.syspath_prepend(BENCH)
+    import memory
+    import peers
+
+    core = peers.Core(1, (28, 28), 4, 48)
+    one_map = 784 * 784 * 4 * 4
+    assert 2 * one_map <= memory.peak("convit reference", core)[0] <= 7 * one_map
+    assert 784 * 4 * 48 * 4 <= memory.peak("convit sdpa", core)[0] <= 0.7 * one_map
+
+
 def test_inference_is_held_against_runtimes_of_its_own_type(report):
     """Like against like, both types named, timm's model against either snapshot, and what is ahead of ours in bold."""
     import results

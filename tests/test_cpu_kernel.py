@@ -78,6 +78,7 @@ _EVERY_CASE = """
 import torch, convit
 from gpsa_cases import CASES, check, make_inputs, run
 from test_cpu_kernel import TILES, cpp, hard_inputs, test_every_logit_far_below_zero, test_hard_inputs
+from test_gpsa_numerics import CONTRACTED, FOLDED, STEPS, check_bias, check_gates, check_levels
 from convit.kernels.gpsa import cpu_cpp
 torch.set_num_threads(1)
 torch.utils.deterministic.fill_uninitialized_memory = True
@@ -90,6 +91,12 @@ test_every_logit_far_below_zero()
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for name in hard_inputs(dtype):
         test_hard_inputs(name, dtype)
+for dtype in (torch.float32, torch.bfloat16):
+    for grid in (FOLDED, CONTRACTED):
+        check_gates(cpp, dtype, grid)
+    for name in ("rise", "fall and rise"):
+        check_levels(cpp, dtype, STEPS, name)
+check_bias(cpp, torch.bfloat16, (17, 17))
 print(cpu_cpp.describe()["instruction set"])
 """
 
@@ -113,7 +120,6 @@ def test_unknown_instruction_set_is_an_error():
 def test_interpreted_triton_takes_the_cpu_over():
     code = """
 import convit
-from convit.dispatch import Problem
 from convit.dispatch import Problem
 print(convit.why_not("cpp", Problem("torch", "cpu", "float32", 1, 1, 4, 4, (2, 2))))
 """

@@ -62,6 +62,15 @@ def test_deployed_equals_the_model(kwargs, dynamic_size, fused):
         assert (found - expected).abs().max() <= exporting.TOLERANCE * expected.abs().max()
 
 
+def test_deployed_keeps_each_layers_own_scale():
+    model = small()
+    for block, scale in zip(model.blocks, (0.9, -0.3, 0.05), strict=True):
+        block.attn.scale = scale
+    images = torch.randn(1, 3, 32, 48)
+    with torch.no_grad(), convit.use_backend("reference"):
+        torch.testing.assert_close(Deployed(model)(images), model(images), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("gate", [-100.0, 100.0])
 def test_deployed_at_closed_and_open_gates(gate):
     model = small()

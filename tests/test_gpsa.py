@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import convit
 from convit import ops
-from convit.dispatch import MODULES, Problem
+from convit.dispatch import MODULES, Problem, forced_backend, order
 from convit.kernels.gpsa import any_sdpa, reference
 
 TORCH_BACKENDS = ("reference", "sdpa", "cpp", "triton")
@@ -195,6 +195,7 @@ def test_any_strides(backend):
     }
     for name, layout in layouts.items():
         moved = inputs._replace(q=layout(inputs.q), k=layout(inputs.k), v=layout(inputs.v))
+        moved = moved._replace(pos_weight=inputs.pos_weight.T.contiguous().T, gating=inputs.gating.repeat_interleave(2)[::2])
         ours = run(lambda *args: convit.gpsa(*args, backend=backend), moved, layout(grad), case.grid)
         for key, value in ours.items():
             torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")
@@ -300,13 +301,31 @@ def test_precedence_argument_context_environment(monkeypatch):
     assert called == ["reference", "sdpa", "reference", "reference", "reference"]
 
 
-def test_none_as_the_context_overrules_the_environment(monkeypatch):
-    from convit.dispatch import forced_backend
-
+def test_no_backend_is_the_automatic_choice_whatever_the_environment_says(monkeypatch):
     monkeypatch.setenv("CONVIT_BACKEND", "reference")
-    with convit.use_backend(None):
-        assert forced_backend(None) is None
-    assert forced_backend(None) == "reference"
+    with convit.use_backend("sdpa"):
+        with convit.use_backend(None):
+            assert forced_backend(None) is forced_backend(None, tracing=True) is None
+        assert forced_backend(None) == forced_backend(None, tracing=True) == "sdpa"
+    assert forced_backend(None) == "reference" and forced_backend("auto") is None
+    monkeypatch.setenv("CONVIT_BACKEND", "auto")
+    assert forced_backend(None) is None
+
+
+@pytest.mark.parametrize(
+    ("framework", "device", "expected"),
+    [
+        ("torch", "cpu", ("cpp", "sdpa", "reference")),
+        ("torch", "cuda", ("triton", "sdpa", "reference")),
+        ("torch", "npu", ("triton", "sdpa", "reference")),
+        ("torch", "mps", ("sdpa", "reference")),
+        ("mindspore", "cpu", ("aot", "reference")),
+        ("mindspore", "ascend", ("flash", "blocks", "reference")),
+        ("mindspore", "gpu", ("reference",)),
+    ],
+)
+def test_the_fastest_kernel_of_a_device_comes_first(framework, device, expected):
+    assert order(problem(CASES[0], torch.float32, framework=framework, device=device)) == expected
 
 
 def test_environment_with_an_unknown_backend_is_an_error(monkeypatch):
@@ -319,8 +338,6 @@ def test_environment_with_an_unknown_backend_is_an_error(monkeypatch):
 def test_use_backend_is_local_to_its_thread():
     seen = []
     with convit.use_backend("reference"):
-        from convit.dispatch import forced_backend
-
         thread = threading.Thread(target=lambda: seen.append(forced_backend(None)))
         thread.start()
         thread.join()

@@ -75,6 +75,12 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
+def with_scales(model):
+    for block, scale in zip(model.blocks, (0.9, 0.05, -0.3, 0.7), strict=True):
+        block.attn.scale = scale
+    return model
+
+
 MODELS = {
     "ours": ours,
     "timm": theirs,
@@ -86,6 +92,7 @@ MODELS = {
     "tokens": lambda: ours(global_pool="", num_classes=0, use_pos_embed=False),
     "all GPSA": lambda: ours(local_up_to_layer=4, global_pool="avg"),
     "all MHSA": lambda: ours(local_up_to_layer=0, patch_size=(8, 32)),
+    "scales of its own": lambda: with_scales(ours()),
     "one block": lambda: ours(depth=1, local_up_to_layer=0, num_heads=1, in_chans=1),
     "odd widths": lambda: ours(embed_dim=33, num_heads=3, mlp_ratio=1.7, act_layer=lambda: nn.GELU("tanh"), img_size=32),
 }

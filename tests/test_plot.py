@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -154,6 +155,77 @@ def test_command_names_an_unreadable_image(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["plot", str(tmp_path / "run"), "--format", "gif"])
     assert "invalid choice: 'gif'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that would be written, in order."""
+    found = []
+
+    def keeping(self, *error):
+        found.append(self.figure)
+        return self.style.__exit__(*error)
+
+    monkeypatch.setattr(figures._figure, "__exit__", keeping)
+    return found
+
+
+def test_attention_picture_shows_each_head_from_the_marked_patch(tmp_path, drawn):
+    model, image, inputs = small(reg_tokens=1).eval(), torch.randn(3, 12, 20), []
+    hooks = [block.attn.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for block in model.blocks]
+    model(image[None])
+    for hook in hooks:
+        hook.remove()
+    for query, at, kwargs in (((2, 4), 14, {"heads": 2}), (None, 7, {"layers": [-1, 0], "heads": 9})):
+        figures.plot_attention(model, image, tmp_path / "attention.png", query=query, **kwargs)
+        layers = [layer % 3 for layer in kwargs.get("layers", range(3))]
+        heads = min(kwargs["heads"], 4)
+        panels = iter(drawn[-1].axes)
+        maps = []
+        for line, layer in enumerate(layers):
+            block = model.blocks[layer]
+            attention = block.attn.get_attention_map(inputs[layer], return_map=True, grid=(3, 5))[1].detach()
+            prefix = attention.shape[-1] - 15
+            for head in range(heads + 1):
+                panel = next(panels)
+                assert panel.patches[0].get_xy() == (at % 5, at // 5) and panel.images[-1].get_extent() == [0, 5, 3, 0]
+                if head == 0:
+                    assert panel.get_ylabel() == f"layer {layer + 1}"
+                    continue
+                assert panel.get_title() == (f"head {head}" if line == 0 else "")
+                expected = 100 * attention[head - 1, prefix + at, prefix:].reshape(3, 5)
+                maps.append(panel.images[-1])
+                np.testing.assert_allclose(maps[-1].get_array(), expected, rtol=1e-4, atol=1e-3)
+        assert len({(each.norm.vmin, each.norm.vmax) for each in maps}) == 1
+        assert maps[0].norm.vmin == 0 and maps[0].norm.vmax == pytest.approx(max(each.get_array().max() for each in maps))
+
+
+def test_pictures_of_a_run_show_its_numbers(tmp_path, drawn):
+    log = records(3)
+    log[1]["top1"] = 20.5  # the best is in the middle
+    for record in log:
+        record["val_loss"] = record["train_loss"] + 0.5
+        record["distance"] = [[1.0 + record["epoch"], 2.0], [3.0, 5.0], [4.0, 8.0]]
+    figures.plot_history(log, tmp_path / "a.png")
+    left, right = drawn[-1].axes
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in left.lines}
+    assert lines == {"training": ([1, 2, 3], [2.0, 1.0, 2 / 3]), "validation": ([1, 2, 3], [2.5, 1.5, 2 / 3 + 0.5])}
+    assert list(right.lines[0].get_ydata()) == [10.0, 20.5, 12.0] and right.texts[0].get_text() == "20.50 % (epoch 2)"
+    assert (right.lines[1].get_xdata()[0], right.lines[1].get_ydata()[0]) == (2, 20.5)
+    figures.plot_locality(log, tmp_path / "a.png")
+    left, right = drawn[-1].axes[:2]
+    assert [list(line.get_ydata()) for line in left.lines] == [[1.5, 2.0, 2.5], [4.0] * 3, [6.0] * 3]
+    assert [line.get_linestyle() for line in left.lines] == ["-", "-", "--"]  # two layers have gates
+    assert [spots.get_offsets().tolist() for spots in right.collections] == [[[1, 3], [1, 2]], [[2, 3], [2, 5]], [[3, 4], [3, 8]]]
+    figures.plot_gates_over_time(log, tmp_path / "a.png")
+    lines = drawn[-1].axes[0].lines
+    thick = [line.get_ydata().tolist() for line in lines if line.get_linewidth() == 2]
+    np.testing.assert_allclose(thick, [[0.7, 0.7, 0.7], [0.7, 0.69, 0.68]])
+    figures.plot_gates([[0.1, 0.2], [0.3, 0.4]], [[0.9, 0.8], [0.7, 0.6]], tmp_path / "a.png")
+    axes = drawn[-1].axes[0]
+    spots = [each.get_offsets()[:, 1].tolist() for each in axes.collections if len(each.get_offsets()) == 2]
+    assert spots == [[0.1, 0.2], [0.9, 0.8], [0.3, 0.4], [0.7, 0.6]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["before", "after"]
 
 
 def test_attention_picture(tmp_path):

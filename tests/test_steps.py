@@ -75,6 +75,23 @@ def test_the_cosine_is_timms(prefix, cycles, stair):
         assert optimizer.param_groups[0]["lr"] == rate, step
 
 
+@pytest.mark.parametrize("name", ["one_cycle", "cyclic"])
+def test_cycles_are_torchs(name):
+    recipe = load_recipe(None, {"scheduler": name, "epoch_size": EPOCHS, "min_lr": 0.001, "num_cycles": 3, "warmup_epochs": 0})
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=LR, momentum=0.9)
+    steps, expected = EPOCHS * STEPS, []
+    if name == "one_cycle":
+        theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, steps, div_factor=25, final_div_factor=LR / 25 / 0.001)
+    else:
+        theirs = torch.optim.lr_scheduler.CyclicLR(optimizer, 0.001, LR, step_size_up=steps // 6)
+    for step in range(steps):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if step + 1 < steps:
+            theirs.step()
+    np.testing.assert_allclose(rates(recipe, LR, STEPS), expected, rtol=1e-9)
+
+
 def test_the_moving_average_warms_up_as_mindcvs():
     assert average_decay(small(ema_decay=0.9), 1) == pytest.approx(0.9 * (1 - math.exp(-1 / 2000)))
     assert average_decay(small(ema_decay=0.9, ema_warmup=False), 1) == 0.9

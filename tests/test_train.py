@@ -1,5 +1,6 @@
 """Training: the digits, schedules, and every option of a recipe."""
 
+import dataclasses
 import importlib.machinery
 import sys
 import types
@@ -14,6 +15,7 @@ torch = pytest.importorskip("torch")
 from training import SHARED, assert_same_curve, losses, records, small  # noqa: E402
 
 from convit.engine import run as run_module  # noqa: E402
+from convit.engine.pytorch.build import build_model  # noqa: E402
 from convit.engine.pytorch.checkpoint import load  # noqa: E402
 from convit.engine.pytorch.train import train  # noqa: E402
 from convit.engine.recipe import load_recipe  # noqa: E402
@@ -111,6 +113,43 @@ def test_the_best_checkpoints_are_kept(tmp_path):
     best = torch.load(tmp_path / "run" / "best.pth", weights_only=True)
     assert kept["top1"] == best["top1"] == max(top1)
     assert best["epoch"] == top1.index(max(top1))
+
+
+@pytest.mark.parametrize(("keys", "kept"), [({}, [3, 4]), ({"ckpt_save_interval": 3}, [3])], ids=str)
+def test_the_latest_checkpoints_are_kept(tmp_path, keys, kept):
+    keys = {"keep_checkpoint_max": 2, "ckpt_save_policy": "latest_k", "epoch_size": 4, "decay_epochs": 3, "num_samples": 64} | keys
+    train(small(**keys), tmp_path / "run", progress=False)
+    assert sorted(path.name for path in (tmp_path / "run").glob("epoch_*.pth")) == [f"epoch_{epoch}.pth" for epoch in kept]
+
+
+def test_a_resumed_run_goes_on_with_its_loss_scale(tmp_path):
+    """float16 from a loss scale at which gradients overflow: the halvings that one run makes are not made again by the next."""
+    keys = {
+        "amp_level": "O2",
+        "amp_dtype": "float16",
+        "loss_scale": 2.0**40,
+        "max_skipped_steps": 50,
+        "num_samples": 64,
+        "warmup_epochs": 0,
+    }
+    first = train(small(**keys, epoch_size=4, decay_epochs=4), tmp_path / "run", progress=False)
+    scale = load(tmp_path / "run" / "last.pth")["scaler"]["scale"]
+    assert scale < 2.0**40 and first.history[0]["skipped_steps"] > 0
+    again = train(small(**keys, epoch_size=5, decay_epochs=4), tmp_path / "run", resume=True, progress=False)
+    assert load(tmp_path / "run" / "last.pth")["scaler"]["scale"] <= scale and again.epochs == 5
+
+
+def test_a_recipes_model_has_what_the_recipe_says():
+    shape = {"embed_dim": 24, "depth": 4, "num_heads": 3, "local_up_to_layer": 2, "patch_size": 4, "locality_strength": 0.7}
+    recipe = load_recipe("digits", shape | {"image_resize": 16, "drop_rate": 0.2, "drop_path_rate": 0.3, "ckpt_path": "", "seed": 5})
+    model = build_model(recipe, 6)
+    assert model.patch_embed.grid_size == (4, 4) and model.in_chans == recipe.in_channels and model.head.out_features == 6
+    assert [type(block.attn).__name__ for block in model.blocks] == ["GPSA", "GPSA", "MHSA", "MHSA"]
+    assert all(block.attn.num_heads == 3 and block.attn.proj.in_features == 24 for block in model.blocks)
+    assert (model.blocks[1].attn.pos_proj.weight[:, 2] == -0.7).all()
+    assert model.head_drop.p == 0.2 and [b.drop_path.drop_prob for b in model.blocks] == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    again, other = build_model(recipe, 6), build_model(dataclasses.replace(recipe, seed=6), 6)
+    assert torch.equal(again.head.weight, model.head.weight) and not torch.equal(other.head.weight, model.head.weight)
 
 
 def test_epochs_go_to_weights_and_biases(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gpsa_cases import Case, check, make_inputs, relative_error, run
+from test_gpsa_numerics import check_gates, check_levels
 from triton.runtime import interpreter
 
 import convit
@@ -125,6 +126,17 @@ def test_zero_and_negative_scales(dtype, scale):
             assert relative_error(ours[name], truth[name]) <= (1e-5 if dtype == torch.float32 else 5e-3), name
 
 
+def test_gates_from_closed_to_open(bfloat16):
+    check_gates(triton, torch.float32, SMALL.grid, step=10)  # the loops
+    check_gates(torch_operator, torch.bfloat16, SMALL.grid, step=10)  # the tiles
+
+
+@pytest.mark.parametrize("name", ["rise", "fall and rise"])
+def test_logits_that_rise_and_fall(name):
+    check_levels(triton, torch.float32, (4, 17), name)
+    check_levels(triton, torch.float16, SMALL.grid, name)
+
+
 @KINDS
 @pytest.mark.parametrize("logit", [1e6, 2e7, 1e9, 1e11])
 def test_gradients_of_huge_logits(dtype, logit):
@@ -171,6 +183,7 @@ def test_same_bits_and_any_strides(case):
     again = run(triton, inputs, grad, case.grid)
     assert all(torch.equal(first[name], again[name]) for name in first)
     apart = inputs._replace(q=inputs.q.contiguous(), k=inputs.k.transpose(-1, -2).contiguous().transpose(-1, -2))
+    apart = apart._replace(pos_weight=inputs.pos_weight.T.contiguous().T, gating=inputs.gating.repeat_interleave(2)[::2])
     moved = run(triton, apart, grad.contiguous(), case.grid)
     assert all(torch.equal(first[name], moved[name]) for name in first)
 
