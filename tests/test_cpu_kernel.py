@@ -334,10 +334,12 @@ def test_operator_called_directly_checks_what_the_kernel_relies_on(change, messa
         torch.ops.convit.gpsa(*arguments)
 
 
-def test_log_sum_exp():
-    q, k, v, pos_weight, gating = _sample(False)
-    _, lse = torch.ops.convit.gpsa(q, k, v, pos_weight, gating, 4, 5, 0.25)
-    expected = (q.double() @ k.double().transpose(-2, -1) * 0.25).logsumexp(-1)
+@pytest.mark.parametrize("scale", [0.25, -0.8, 0.0])
+@pytest.mark.parametrize("grid", [(4, 5), (19, 31)], ids=str)
+def test_log_sum_exp(grid, scale):
+    (q, k, v, pos_weight, gating), _ = make_inputs(Case(2, 3, 16, grid))
+    _, lse = torch.ops.convit.gpsa(q, k, v, pos_weight, gating, *grid, scale)
+    expected = (q.double() @ k.double().transpose(-2, -1) * scale).logsumexp(-1)
     torch.testing.assert_close(lse.double(), expected, rtol=1e-6, atol=1e-6)
 
 

@@ -321,6 +321,47 @@ def test_the_order_and_augmentation_do_not_depend_on_workers_or_position(folder)
     assert not torch.equal(whole[0][0], take(0, 0, epoch=2)[0][0])
 
 
+def test_every_epoch_has_an_order_of_its_own(folder):
+    order = TrainData(pictures(folder), World(), torch.device("cpu")).order
+    orders = [order.of(epoch).tolist() for epoch in range(3)]
+    assert all(sorted(each) == list(range(24)) for each in orders) and len(set(map(tuple, orders))) == 3
+    plain = TrainData(pictures(folder, shuffle=False), World(), torch.device("cpu")).order
+    assert plain.of(0).tolist() == plain.of(1).tolist() == list(range(24))
+    other = TrainData(pictures(folder, seed=7), World(), torch.device("cpu")).order
+    assert other.of(0).tolist() != orders[0]
+
+
+def test_training_transforms_do_what_the_recipe_says():
+    """Flips, the crop's area and shape, erasing: seen on an image whose pixels tell their place, bright enough not to pass for erased."""
+    y, x = np.mgrid[:64, :64]
+    image = Image.fromarray(np.stack([64 + 2 * x, 64 + 2 * y, np.full_like(x, 200)], -1).astype(np.uint8))
+    still = {"image_resize": 32, "mean": "0,0,0", "std": "1,1,1", "scale": "[1, 1]", "ratio": "[1, 1]", "hflip": 0, "vflip": 0}
+    still |= {"color_jitter": 0, "auto_augment": "null", "re_prob": 0, "interpolation": "bilinear"}
+
+    def spans(**keys):
+        """Columns and rows of the image that the corners of the transformed one come from: (left, right), (top, bottom)."""
+        made = data_module.train_transform(load_recipe(None, still | keys))(image)
+        place = (made[:2] * 255 - 64) / 2
+        return (place[0, 16, 0].item(), place[0, 16, -1].item()), (place[1, 0, 16].item(), place[1, -1, 16].item())
+
+    around = pytest.approx((0.5, 62.5), abs=1)
+    assert spans() == (around, around)
+    turned = pytest.approx((62.5, 0.5), abs=1)
+    assert spans(hflip=1) == (turned, around) and spans(vflip=1) == (around, turned)
+    torch.manual_seed(0)
+    for _ in range(20):
+        (left, right), (top, bottom) = spans(scale="[0.25, 0.36]", ratio="[2, 2.5]")
+        wide, high = 64 / 62 * (right - left), 64 / 62 * (bottom - top)
+        assert 1.7 < wide / high < 2.9 and 0.2 < wide * high / 64**2 < 0.42
+    erasing = still | {"re_prob": 1, "re_scale": "[0.1, 0.15]", "re_ratio": "[0.2, 0.25]", "re_value": "0"}
+    for _ in range(5):
+        erased = data_module.train_transform(load_recipe(None, erasing))(image)[2] == 0
+        rows, columns = erased.any(1).sum().item(), erased.any(0).sum().item()
+        assert 0.07 < rows * columns / 32**2 < 0.18 and 3 < columns / rows < 6
+        assert erased.sum() == rows * columns
+    assert not (data_module.train_transform(load_recipe(None, still))(image)[2] == 0).any()
+
+
 def test_two_processes_share_the_batches_of_one(folder):
     def take(rank, size, batch):
         data = TrainData(

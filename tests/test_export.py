@@ -11,6 +11,7 @@ import convit
 from convit import export as exporting
 from convit.cli import main
 from convit.export import export, torch_program
+from convit.export.check import write_checked
 from convit.export.deploy import Deployed
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2", "torchscript": ".pt"}
@@ -182,6 +183,32 @@ def test_wrong_file_is_not_kept(tmp_path, sign, photographs, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         export(small(), path, "torchscript", images=photographs)
     assert [p.name for p in path.parent.iterdir()] == ["m.pt"]
+
+
+@pytest.mark.parametrize("wrong", ["one image", "a batch", "the second size", "a lower value", "the shape", "no number"])
+def test_every_batch_and_size_is_compared(tmp_path, wrong):
+    batches = [np.full((2, 1, side, side), side, np.float32) for side in (4, 6)]
+
+    def eager(images):
+        return np.stack([images[:, 0, 0, 0], -np.ones(len(images))], 1)
+
+    def infer(images):
+        logits = eager(images)
+        places = {"one image": len(images) == 1, "a batch": len(images) == 2, "the second size": images.shape[2] == 6}
+        if places.get(wrong, wrong == "a lower value"):
+            logits[-1, 1] -= 1e-3
+        if wrong == "no number":
+            logits[-1, 1] = np.nan
+        return logits[:, :1] if wrong == "the shape" else logits
+
+    def write(function):
+        return lambda made: made.write_bytes(b"model") and function
+
+    with pytest.raises(ValueError, match="differs from the eager model by"):
+        write_checked(tmp_path / "m.pt", "torchscript", write(infer), eager, batches)
+    assert not list(tmp_path.iterdir())
+    report = write_checked(tmp_path / "m.pt", "torchscript", write(eager), eager, batches)
+    assert report == ([tmp_path / "m.pt"], 0.0, [1, 2], [(4, 4), (6, 6)], None) and report.files[0].read_bytes() == b"model"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import convit
 from convit.dispatch import Problem
+from convit.kernels.gpsa import definition
 
 Function = Callable[..., Tensor]
 BACKENDS = ("reference", "sdpa", "cpp")
@@ -78,6 +79,20 @@ def check_bias(function: Function, dtype: torch.dtype, grid: tuple[int, int]) ->
     for name in ("out", "dq", "dk", "dv"):
         bias = ((ours[name] - truth[name]) * truth[name].sign()).sum() / truth[name].abs().sum()
         assert abs(bias) <= torch.finfo(dtype).eps / 40, f"{name} leans by {bias:.2g}"
+
+
+@pytest.mark.parametrize("scale", [None, *SCALES])
+def test_the_reference_is_the_definition(scale):
+    """Of torch and of NumPy, written apart from each other: output and gradients on a grid that is no square."""
+    case = Case(2, 3, 8, FOLDED)
+    inputs, grad = make_inputs(case)
+    found = reference64(inputs, grad, case.grid, scale)
+    arrays = [x.double().numpy() for x in inputs]
+    wanted = definition.gpsa_with_gradients(*arrays, case.grid, 8**-0.5 if scale is None else scale, grad.double().numpy())
+    for name, expected in wanted._asdict().items():
+        assert definition.relative_error(found[name].numpy(), expected) <= 1e-12, name
+    alone = definition.gpsa(*arrays, case.grid, 8**-0.5 if scale is None else scale)
+    assert definition.relative_error(alone, wanted.out) == 0
 
 
 @FLOATS

@@ -146,6 +146,21 @@ def test_a_missing_quantiser_is_said(tmp_path, capsys, monkeypatch):
     assert r"needs nncf" in (error := capsys.readouterr().err) and "pip install '.[int8]'" in error
 
 
+def test_images_to_compare_with_are_others_and_from_everywhere(tmp_path):
+    """60 grey images in two folders, each of its own shade."""
+    from convit.engine.preparation import Preparation
+
+    pillow = pytest.importorskip("PIL.Image")
+    for i in range(60):
+        folder = tmp_path / ("a" if i < 30 else "b")
+        folder.mkdir(exist_ok=True)
+        pillow.new("L", (8, 8), 4 * i).save(folder / f"{i:02}.png")
+    plain = Preparation((8, 8), (0.0,), (1.0,), 1.0)
+    shades = [np.rint(part[:, 0, 0, 0] * 255 / 4).astype(int) for part in int8.read_images(tmp_path, plain)]
+    assert sorted([*shades[0], *shades[1]]) == list(range(60)) and len(shades[0]) == 20
+    assert all(part.min() < 5 and part.max() >= 55 for part in shades)
+
+
 def test_an_unreadable_image_is_named(tmp_path, pictures):
     from convit.engine.preparation import Preparation
 

@@ -302,6 +302,11 @@ def test_rates_of_stochastic_depth_and_their_mean():
     assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7]) and abs(dropped.mean() - 1) < 0.05
 
 
+def test_stochastic_depth_drops_a_sample_as_a_whole():
+    dropped = convit.pytorch.layers.DropPath(0.5).train()(torch.ones(200, 3, 5))
+    assert dropped.flatten(1).std(dim=1).max() == 0 and dropped[:, 0, 0].std() > 0
+
+
 def test_no_decay_for_tokens():
     assert small(reg_tokens=1).no_weight_decay() == {"pos_embed", "cls_token", "reg_token"}
 

@@ -1,6 +1,7 @@
 """Validate and infer: the same digits for every kind of checkpoint, and messages for what cannot be measured."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -14,10 +15,10 @@ from PIL import Image  # noqa: E402
 
 import convit  # noqa: E402
 from convit import cli  # noqa: E402
-from convit.engine.images import find_images, read_image, read_named  # noqa: E402
+from convit.engine.images import BadImage, find_images, read_image, read_named  # noqa: E402
 from convit.engine.preparation import Preparation  # noqa: E402
 from convit.engine.pytorch.build import build_model  # noqa: E402
-from convit.engine.pytorch.data import EvalData  # noqa: E402
+from convit.engine.pytorch.data import EvalData, eval_transform  # noqa: E402
 from convit.engine.pytorch.train import train  # noqa: E402
 from convit.engine.pytorch.validate import evaluate, validate  # noqa: E402
 from convit.engine.recipe import load_recipe  # noqa: E402
@@ -95,6 +96,30 @@ def test_the_result_is_reproducible_to_the_digit(folder, weights, capsys):
     for result in results:
         assert result.pop("images_per_second") > 0
     assert results[0] == results[1]
+
+
+def test_scores_are_those_counted_by_hand():
+    """Six classes, three images, the last in a batch of its own: right at once, among the five, and last of six."""
+
+    class Data(list):
+        bad, rounds = [BadImage("broken.png", "why")], 2
+
+    logits = torch.tensor([[5.0, 1, 2, 3, 4, 0], [5.0, 1, 2, 3, 4, 0], [5.0, 1, 2, 3, 4, 0]])
+    targets = torch.tensor([0, 3, 5])
+    batches = Data([(logits[:2], targets[:2]), (logits[:0], targets[:0]), (logits[2:], targets[2:])])
+    scores = evaluate(torch.nn.Identity(), batches, World(), torch.device("cpu"))
+    assert (scores.samples, scores.top1, scores.top5) == (3, pytest.approx(100 / 3), pytest.approx(200 / 3))
+    exact = [math.log(sum(math.exp(x) for x in range(6))) - x for x in (5, 3, 0)]
+    assert scores.loss == pytest.approx(sum(exact) / 3, rel=1e-6) and scores.bad == Data.bad and scores.images_per_second > 0
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"crop_pct": 1.0, "interpolation": "bilinear"}, {"interpolation": "random", "image_resize": 24}], ids=str
+)
+def test_engines_and_exports_prepare_an_image_alike(keys):
+    chosen = load_recipe(None, {"image_resize": 32, **keys})
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 71, 3), dtype=np.uint8))
+    assert np.array_equal(eval_transform(chosen)(image).numpy(), Preparation.of_recipe(chosen)(image))
 
 
 def test_processes_add_up(folder, weights):
