@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 import torch
 from timing import synchronize
 
+from convit.dispatch import Problem
+from convit.kernels.gpsa import cpu_cpp
 from convit.kernels.linear import cpu_onednn
 
 
@@ -39,8 +41,9 @@ def _best(call, device: str, seconds: float) -> float:
 def measure(device: str = "cpu", dtype: str = "float32", seconds: float = 0.5) -> Roofline:
     """Measure with torch's current thread count.
 
-    The rate of multiply-adds is that of the best square matrix product of the libraries at hand (on CPU PyTorch's BLAS and oneDNN), the
-    practical peak: it is what a kernel's own products compete with. The bandwidth is that of copying an array too large for any cache.
+    The rate of multiply-adds is that of the best product at hand, the practical peak: of the libraries' square ones (on CPU PyTorch's BLAS
+    and oneDNN), and of our own tiles, as attention with rows so long that its softmax is under 2 % of the work. The bandwidth is that of
+    copying an array too large for any cache.
     """
     kind = getattr(torch, dtype)
     large = device != "cpu"
@@ -52,6 +55,11 @@ def measure(device: str = "cpu", dtype: str = "float32", seconds: float = 0.5) -
         if cpu_onednn.why_not(a, b) is None:
             products.append(lambda a=a, b=b: cpu_onednn.linear(a, b, None))
         rate = max(rate, *(2.0 * size**3 / _best(product, device, seconds) for product in products))
+    heads, tokens, dim = torch.get_num_threads(), 256, 768
+    if cpu_cpp.why_not(Problem("torch", device, dtype, 1, heads, tokens, dim, (1, tokens))) is None:
+        q, k, v = torch.randn(3, 1, heads, tokens, dim).to(kind).unbind(0)
+        with torch.inference_mode():
+            rate = max(rate, 4.0 * heads * tokens**2 * dim / _best(lambda: cpu_cpp.attention(q, k, v, dim**-0.5), device, seconds))
     source = torch.ones((2 if large else 1) * 2**27, device=device, dtype=torch.uint8).view(torch.float32)
     target = torch.empty_like(source)
     moved = 2.0 * source.numel() * 4 / _best(lambda: target.copy_(source), device, seconds)

@@ -2,10 +2,10 @@
 
 struct BackwardScratch {
     i64 padded;
-    // v and grad are float32 rows for the position's contractions; the operands of the products: left and right rows of k, left rows of
-    // v, right rows of a block of q and grad. In float32 they are one and the same where they can be.
-    float *v, *grad, *k_left, *k_right, *v_left, *q_right, *grad_right, *dk, *dv, *lines, *dpx, *dpy, *rows, *qt, *gt, *p, *dp;
-    float *weights, *slopes, *slopes_across, *dq, *lse, *max, *sum, *delta;
+    // The operands of the products: left and right rows of k, left rows of v, right rows of a block of q and grad. In float32 left and
+    // right rows are the same. The positional half, which comes before, has float32 rows of v and grad in the place of k_left and v_left.
+    float *k_left, *v_left, *k_right, *dpx, *dpy, *rows, *q_right, *grad_right, *qt, *gt, *p, *dp, *weights, *slopes, *slopes_across;
+    float *dq, *lse, *max, *sum, *delta;
     i64 size;
 
     __attribute__((always_inline)) inline BackwardScratch(const Shape& s, bool position, float* base) {
@@ -21,11 +21,6 @@ struct BackwardScratch {
         k_left = take(n * padded);
         v_left = take(n * padded);
         k_right = paired ? take((n + 1) / 2 * padded) : k_left;
-        v = !paired ? v_left : take(position ? n * padded : 0);
-        grad = take(position ? n * padded : 0);
-        dk = take(n * padded);
-        dv = take(n * padded);
-        lines = dk;  // the positional half is done before dk is begun
         dpx = take(position ? s.grid_w * s.grid_w : 0);
         dpy = take(position ? s.grid_h * s.grid_h : 0);
         rows = take(backward_block * padded);
@@ -48,33 +43,39 @@ struct BackwardScratch {
 };
 
 static i64 backward_scratch(const Shape& s, bool position) { return BackwardScratch(s, position, nullptr).size; }
+static i64 backward_sums(const Shape& s) { return 2 * s.tokens() * round_up(s.dim, W); }
 
-// Gradients of the positional half, not yet scaled by the gate but in dv; returns sum(grad_out * P v).
-static double position_backward(const BackwardJob& job, const BackwardScratch& x) {
+CONVIT_INLINE void clear(float* p, i64 count) {
+    for (i64 i = 0; i < count; i += W) store(p + i, vec{});
+}
+
+// dk = 0 and dv = g P^T grad, or 0 if the position joins the content's weights; the tables' gradients, not scaled by the gate.
+static void backward_position(const BackwardJob& job) {
     const Shape& s = *job.shape;
-    const i64 gh = s.grid_h, gw = s.grid_w, padded = x.padded, line = gw * padded;
-    if (job.px == nullptr) {
-        for (i64 i = 0; i < gh * line; i += W) store(x.dv + i, vec{});
-        return 0;
-    }
+    const BackwardScratch x(s, job.px != nullptr, job.scratch);
+    const i64 gh = s.grid_h, gw = s.grid_w, n = s.tokens(), padded = x.padded, line = gw * padded;
+    float *dk = job.sums, *dv = job.sums + n * padded, *v = x.k_left, *grad = x.v_left, *lines = dk;
     double* dw = job.partial;
+    for (i64 i = 0; i < 4; ++i) dw[i] = 0;
+    if (job.px == nullptr) return clear(job.sums, 2 * n * padded);
+    load_rows(s.dtype, job.v, job.b, job.h, 0, n, s.dim, padded, v);
+    load_rows(s.dtype, job.grad_out, job.b, job.h, 0, n, s.dim, padded, grad);
     // along y first: lines[s][x] = sum_t py[s][t] v[t][x]; then dpx[x][z] = sum_s grad[s][x] . lines[s][z]
-    multiply<Floats, true>(gh, line, gh, job.py, gh, x.v, line, Store{x.lines, line});
-    multiply_transposed(gw, x.grad, x.lines, padded, gh, line, padded, x.dpx);
-    const double product = table_gradient(job.px, x.dpx, gw, dw[0], dw[2]);
+    multiply<Floats, true>(gh, line, gh, job.py, gh, v, line, Store{lines, line});
+    multiply_transposed(gw, grad, lines, padded, gh, line, padded, x.dpx);
+    dw[3] = table_gradient(job.px, x.dpx, gw, dw[0], dw[2]);
     // along x first, and dpy[s][t] = grad[s] . lines[t]
-    for (i64 y = 0; y < gh; ++y) multiply<Floats, true>(gw, padded, gw, job.px, gw, x.v + y * line, padded, Store{x.lines + y * line, padded});
-    multiply_transposed(gh, x.grad, x.lines, line, 1, 0, line, x.dpy);
+    for (i64 y = 0; y < gh; ++y) multiply<Floats, true>(gw, padded, gw, job.px, gw, v + y * line, padded, Store{lines + y * line, padded});
+    multiply_transposed(gh, grad, lines, line, 1, 0, line, x.dpy);
     table_gradient(job.py, x.dpy, gh, dw[1], dw[2]);
-    // dv = g P^T grad, unless the position joins the content's weights
-    if (job.folded_x != nullptr) {
-        for (i64 i = 0; i < gh * line; i += W) store(x.dv + i, vec{});
-        return product;
+    if (job.folded_x == nullptr) {
+        for (i64 y = 0; y < gh; ++y) multiply<Floats, false>(gw, padded, gw, job.px, gw, grad + y * line, padded, Store{lines + y * line, padded});
+        multiply<Floats, false>(gh, line, gh, job.py, gh, lines, line, Store{dv, line});
+        for (i64 i = 0; i < gh * line; i += W) store(dv + i, load(dv + i) * job.gate);
+    } else {
+        clear(dv, n * padded);
     }
-    for (i64 y = 0; y < gh; ++y) multiply<Floats, false>(gw, padded, gw, job.px, gw, x.grad + y * line, padded, Store{x.lines + y * line, padded});
-    multiply<Floats, false>(gh, line, gh, job.py, gh, x.lines, line, Store{x.dv, line});
-    for (i64 i = 0; i < gh * line; i += W) store(x.dv + i, load(x.dv + i) * job.gate);
-    return product;
+    clear(dk, n * padded);
 }
 
 // One column of vectors of a block: from p, not yet normalised, and dp to the left factors of dv (the weights, with the position where it
@@ -113,7 +114,7 @@ CONVIT_INLINE void weights_and_slopes(const BackwardJob& job, const BackwardScra
 }
 
 template <class Unit>
-static void backward_in(const BackwardJob& job) {
+static void backward_queries_in(const BackwardJob& job) {
     const Shape& s = *job.shape;
     const i64 n = s.tokens(), dim = s.dim, depth = depth_of<Unit>(dim), stride = left_stride<Unit>(dim);
     const BackwardScratch x(s, job.px != nullptr, job.scratch);
@@ -122,20 +123,16 @@ static void backward_in(const BackwardJob& job) {
     left_rows<Unit>(s, job.k, job.b, job.h, 0, n, x.k_left);
     left_rows<Unit>(s, job.v, job.b, job.h, 0, n, x.v_left);
     if (x.k_right != x.k_left) right_rows<Unit>(s, job.k, job.b, job.h, 0, n, padded, x.k_right);
-    if (job.px != nullptr) {
-        if (x.v != x.v_left) load_rows(s.dtype, job.v, job.b, job.h, 0, n, dim, padded, x.v);
-        load_rows(s.dtype, job.grad_out, job.b, job.h, 0, n, dim, padded, x.grad);
-    }
-    for (i64 i = 0; i < 4; ++i) job.partial[i] = 0;
-    double gate_gradient = position_backward(job, x);
-    for (i64 i = 0; i < n * padded; i += W) store(x.dk + i, vec{});
 
-    for (i64 i0 = 0; i0 < n; i0 += backward_block) {
-        const i64 count = min(backward_block, n - i0), cols = round_up(count, W), query_depth = depth_of<Unit>(count);
+    for (i64 i0 = job.begin; i0 < job.end; i0 += backward_block) {
+        const i64 count = min(backward_block, job.end - i0), cols = round_up(count, W), query_depth = depth_of<Unit>(count);
         across_rows<Unit>(s, job.q, job.b, job.h, i0, count, scale, x.rows, x.qt, cols);
         across_rows<Unit>(s, job.grad_out, job.b, job.h, i0, count, 1.f, x.rows, x.gt, cols);
         right_rows<Unit>(s, job.q, job.b, job.h, i0, i0 + count, padded, x.q_right);
         right_rows<Unit>(s, job.grad_out, job.b, job.h, i0, i0 + count, padded, x.grad_right);
+        prefetch_rows(s.dtype, read_only(job.dq), job.b, job.h, i0, i0 + count, dim);
+        prefetch_rows(s.dtype, read_only(job.dk), job.b, job.h, i0, i0 + count, dim);
+        prefetch_rows(s.dtype, read_only(job.dv), job.b, job.h, i0, i0 + count, dim);
         bool shift_is_exact = true;
         for (i64 c = 0; c < cols; ++c) {
             x.lse[c] = c < count ? job.lse[i0 + c] * log2_e : 0.f;
@@ -144,22 +141,35 @@ static void backward_in(const BackwardJob& job) {
             shift_is_exact = shift_is_exact && !(__builtin_fabsf(x.lse[c]) > 65536.f);
         }
         // lse shifts the exponent only: the sum is taken anew, with it the rounding of lse goes. Where that is large, the maximum instead
-        if (shift_is_exact) {
+        if (many_registers && shift_is_exact) {
             multiply<Unit, true>(n, cols, depth, x.k_left, stride, x.qt, cols, StoreExp2{x.p, cols, factor, x.lse, x.sum});
-        } else {
+        } else {  // 16 registers hold the tile or the exponentials; factor is 1 there
             multiply<Unit, true>(n, cols, depth, x.k_left, stride, x.qt, cols, StoreMax{x.p, cols, x.max});
-            for (i64 c = 0; c < cols; c += W) store(x.sum + c, exponentials<Unit>(x.p + c, n, cols, load(x.max + c), factor));
+            const float* shift = shift_is_exact ? x.lse : x.max;
+            for (i64 c = 0; c < cols; c += W) store(x.sum + c, exponentials<Unit>(x.p + c, n, cols, load(shift + c), factor));
         }
+        prefetch_rows(s.dtype, job.k, job.next_b, job.next_h, i0, i0 + count, dim);
+        prefetch_rows(s.dtype, job.v, job.next_b, job.next_h, i0, i0 + count, dim);
         multiply<Unit, true>(n, cols, depth, x.v_left, stride, x.gt, cols, StoreDot{x.dp, x.p, cols, x.delta});
         for (i64 c = 0; c < cols; c += W) {
             const vec sum = load(x.sum + c), delta = load(x.delta + c) / sum;
             store(x.delta + c, delta);
             weights_and_slopes<Unit>(job, x, i0, c, n, cols, job.content_gate / sum, delta);
         }
-        for (i64 i = 0; i < count; ++i) gate_gradient -= x.delta[i];
+        double& content = job.content[i0 / backward_block];
+        content = 0;
+        for (i64 i = 0; i < count; ++i) content += x.delta[i];
+        prefetch_rows(s.dtype, job.q, job.next_b, job.next_h, i0, i0 + count, dim);
+        prefetch_rows(s.dtype, job.grad_out, job.next_b, job.next_h, i0, i0 + count, dim);
         const i64 row = cols / Unit::per_unit;
-        multiply<Unit, true>(n, padded, query_depth, x.weights, row, x.grad_right, padded, Add{x.dv, padded});
-        multiply<Unit, true>(n, padded, query_depth, x.slopes, row, x.q_right, padded, Add{x.dk, padded});
+        if (job.blocks == nullptr) {
+            multiply<Unit, true>(n, padded, query_depth, x.weights, row, x.grad_right, padded, Add{job.sums + n * padded, padded});
+            multiply<Unit, true>(n, padded, query_depth, x.slopes, row, x.q_right, padded, Add{job.sums, padded});
+        } else {
+            float* dk = job.blocks + (i0 - job.begin) / backward_block * 2 * n * padded;
+            multiply<Unit, true>(n, padded, query_depth, x.weights, row, x.grad_right, padded, Store{dk + n * padded, padded});
+            multiply<Unit, true>(n, padded, query_depth, x.slopes, row, x.q_right, padded, Store{dk, padded});
+        }
         for (i64 j = 0; j < n; j += key_tile) {  // in steps: one long float32 sum over the keys would lose digits
             const i64 key_depth = depth_of<Unit>(min(key_tile, n - j)), from = j / Unit::per_unit;
             const float *slopes = x.slopes_across + from * cols, *k = x.k_right + from * padded;
@@ -174,18 +184,30 @@ static void backward_in(const BackwardJob& job) {
             store_row(s.dtype, job.dq, job.b, job.h, i0 + i, dim, dq);
         }
     }
-    for (i64 j = 0; j < n; ++j) {
-        float* dk = x.dk + j * padded;
-        for (i64 d = 0; d < padded; d += W) store(dk + d, load(dk + d) * s.scale);
-        store_row(s.dtype, job.dk, job.b, job.h, j, dim, dk);
-        store_row(s.dtype, job.dv, job.b, job.h, j, dim, x.dv + j * padded);
-    }
-    job.partial[3] = gate_gradient;
 }
 
-static void backward(const BackwardJob& job) {
+static void backward_queries(const BackwardJob& job) {
 #if CONVIT_PAIRS
-    if (pairs_of(job.shape->dtype)) return backward_in<Pairs>(job);
+    if (pairs_of(job.shape->dtype)) return backward_queries_in<Pairs>(job);
 #endif
-    backward_in<Floats>(job);
+    backward_queries_in<Floats>(job);
+}
+
+static void backward_keys(const BackwardJob& job, i64 count, bool last) {
+    const Shape& s = *job.shape;
+    const i64 n = s.tokens(), dim = s.dim, padded = round_up(dim, W), size = n * padded;
+    for (i64 j = job.begin; j < job.end; ++j) {
+        float *dk = job.sums + j * padded, *dv = dk + size;
+        for (i64 t = 0; t < count; ++t) {
+            const float* block = job.blocks + t * 2 * size + j * padded;
+            for (i64 d = 0; d < padded; d += W) {
+                store(dk + d, load(dk + d) + load(block + d));
+                store(dv + d, load(dv + d) + load(block + size + d));
+            }
+        }
+        if (!last) continue;
+        for (i64 d = 0; d < padded; d += W) store(dk + d, load(dk + d) * s.scale);
+        store_row(s.dtype, job.dk, job.b, job.h, j, dim, dk);
+        store_row(s.dtype, job.dv, job.b, job.h, j, dim, dv);
+    }
 }

@@ -90,6 +90,8 @@ static void forward_in(const ForwardJob& job) {
         }
         float* to = direct ? static_cast<float*>(job.out.data) + job.b * job.out.stride_b + job.h * job.out.stride_h + i0 * job.out.stride_n : x.o;
         const i64 to_stride = direct ? job.out.stride_n : padded;
+        prefetch_rows(s.dtype, read_only(job.out), job.b, job.h, i0, i0 + count, dim);
+        prefetch_rows(s.dtype, job.k, job.next_b, job.next_h, i0, i0 + count, dim);
         for (i64 j0 = 0; j0 < n; j0 += key_tile) {
             const i64 keys = min(key_tile, n - j0), key_depth = depth_of<Unit>(keys);
             vec before[query_vectors];
@@ -108,6 +110,10 @@ static void forward_in(const ForwardJob& job) {
                     for (i64 j = 0; j < keys; j += 2)
                         store(x.pairs + j / 2 * cols + c, pair(load(x.st + j * cols + c), j + 1 < keys ? load(x.st + (j + 1) * cols + c) : vec{}));
 #endif
+            }
+            if (j0 == 0) {
+                prefetch_rows(s.dtype, job.v, job.next_b, job.next_h, i0, i0 + count, dim);
+                prefetch_rows(s.dtype, job.q, job.next_b, job.next_h, i0, i0 + count, dim);
             }
             const float *left = Unit::per_unit == 1 ? x.st : x.pairs, *v = x.v + j0 / Unit::per_unit * padded;
             const float* position = contracted ? x.position + (i0 - y0 * s.grid_w) * padded : nullptr;

@@ -29,7 +29,7 @@ class Gates {
     const float* px(std::int64_t h) const { return px_[std::size_t(h)]; }
     const float* py(std::int64_t h) const { return px(h) == nullptr ? nullptr : px(h) + size_x_; }
     // [gw][stride], then [gh + 1][stride], the last row zero
-    const float* folded_x(std::int64_t h) const { return folded_size_ == 0 || px(h) == nullptr ? nullptr : py(h) + size_y_; }
+    const float* folded_x(std::int64_t h) const { return folded_size_ == 0 || px(h) == nullptr ? nullptr : px(h) + tables_size_; }
     const float* folded_y(std::int64_t h, std::int64_t gw) const {
         return folded_x(h) == nullptr ? nullptr : folded_x(h) + gw * folded_stride_;
     }
@@ -39,7 +39,7 @@ class Gates {
   private:
     void fold(const Shape& s, const float* px, const float* py, float gate, float* to) const;
 
-    std::int64_t size_x_, size_y_, folded_stride_ = 0, folded_size_ = 0;
+    std::int64_t size_x_, size_y_, tables_size_, folded_stride_ = 0, folded_size_ = 0;
     std::vector<float> shares_;  // of position and of content, by head
     std::vector<const float*> px_;
     Buffer memory_;

@@ -35,6 +35,12 @@ struct Division {
     }
 };
 
+// Images and heads counted as one, image by image.
+struct Head {
+    i64 index, b, h;
+    Head(const Shape& s, i64 index) : index(index), b(index / s.heads), h(index % s.heads) {}
+};
+
 bool nothing(const Shape& s) { return s.batch * s.heads == 0 || s.tokens() == 0 || s.dim == 0; }
 
 }  // namespace
@@ -52,10 +58,10 @@ Buffer allocate(i64 count) {
 }
 
 Gates::Gates(const Shape& s, const float* pos_weight, const float* gating, bool gated)
-    : size_x_(s.grid_w * s.grid_w), size_y_(s.grid_h * s.grid_h), px_(std::size_t(s.heads)) {
+    : size_x_(s.grid_w * s.grid_w), size_y_(s.grid_h * s.grid_h), tables_size_(lines(size_x_ + size_y_)), px_(std::size_t(s.heads)) {
     const Kernels& kern = kernels();
     if (pos_weight == nullptr) gating = nullptr;
-    const i64 n = s.tokens(), size = size_x_ + size_y_;
+    const i64 n = s.tokens(), size = tables_size_;
     i64 open = 0;
     for (i64 h = 0; h < s.heads; ++h) {
         shares_.push_back(gating == nullptr ? 0.f : sigmoid(gating[h]));
@@ -73,7 +79,7 @@ Gates::Gates(const Shape& s, const float* pos_weight, const float* gating, bool 
         if (gate == 0.f) continue;
         kern.tables(pos_weight + 3 * h, s.grid_h, s.grid_w, px, px + size_x_, row);
         if (folded_size_ > 0) fold(s, px, px + size_x_, gate, px + size);
-        for (i64 i = size_x_; gated && i < size; ++i) px[i] *= gate;
+        for (i64 i = size_x_; gated && i < size_x_ + size_y_; ++i) px[i] *= gate;
         px_[std::size_t(h)] = px;
         px += size + folded_size_;
     }
@@ -98,12 +104,13 @@ i64 forward_memory(const Shape& s, int threads) {
 void gpsa_forward(const Shape& s, Heads q, Heads k, Heads v, const Gates& gates, MutableHeads out, float* lse, float* memory, int threads) {
     if (nothing(s)) return;
     const Kernels& kern = kernels();
-    const i64 n = s.tokens();
     const Division parts(kern, s, threads);
-    for_parts(s.batch * s.heads * parts.chunks, parts.workers, [&](i64 part, int worker) {
-        const i64 head = part / parts.chunks, b = head / s.heads, h = head % s.heads, begin = part % parts.chunks * parts.per_chunk;
-        kern.forward({&s, q, k, v, out, lse == nullptr ? nullptr : lse + head * n, gates.px(h), gates.py(h), gates.folded_x(h),
-                      gates.folded_y(h, s.grid_w), gates.folded_stride(), gates.content(h), b, h, begin,
+    const i64 n = s.tokens(), count = s.batch * s.heads * parts.chunks;
+    for_parts(count, parts.workers, [&](i64 part, int worker) {
+        const Head head(s, part / parts.chunks), next(s, std::min(part + parts.workers, count - 1) / parts.chunks);
+        const i64 begin = part % parts.chunks * parts.per_chunk, h = head.h;
+        kern.forward({&s, q, k, v, out, lse == nullptr ? nullptr : lse + head.index * n, gates.px(h), gates.py(h), gates.folded_x(h),
+                      gates.folded_y(h, s.grid_w), gates.folded_stride(), gates.content(h), head.b, h, next.b, next.h, begin,
                       std::min(n, begin + parts.per_chunk), memory + worker * parts.per_worker});
     });
 }
@@ -127,19 +134,52 @@ void gpsa_backward(const Shape& s, Heads grad_out, Heads q, Heads k, Heads v, co
     }
     if (nothing(s)) return;
     const Gates gates(s, pos_weight, gating, false);
-    const i64 per_worker = lines(kern.backward_scratch(s, gates.any()));
-    const int workers = int(std::min<i64>(threads, heads));
-    const Buffer memory = allocate(per_worker * workers);
-    std::vector<double> partial(std::size_t(heads) * 4);
-    for_parts(heads, workers, [&](i64 head, int worker) {
-        const i64 b = head / s.heads, h = head % s.heads;
-        kern.backward({&s, grad_out, q, k, v, dq, dk, dv, lse + head * n, gates.px(h), gates.py(h), gates.folded_x(h),
-                       gates.folded_y(h, s.grid_w), gates.folded_stride(), gates.position(h), gates.content(h), b, h, partial.data() + 4 * head, memory.get() + worker * per_worker});
-    });
+    const i64 per_worker = lines(kern.backward_scratch(s, gates.any())), per_head = lines(kern.backward_sums(s));
+    const i64 block = kern.backward_block, blocks = (n + block - 1) / block;
+    std::vector<double> partial(std::size_t(heads) * 4), content(std::size_t(heads * blocks));
+    const auto job = [&](i64 index, i64 next_index, i64 begin, i64 end, float* sums, float* left, float* work) {
+        const Head head(s, index), next(s, std::min(next_index, heads - 1));
+        const i64 h = head.h;
+        return BackwardJob{&s, grad_out, q, k, v, dq, dk, dv, lse + index * n, gates.px(h), gates.py(h), gates.folded_x(h),
+                           gates.folded_y(h, s.grid_w), gates.folded_stride(), gates.position(h), gates.content(h), head.b, h, next.b, next.h,
+                           begin, end, partial.data() + 4 * index, content.data() + index * blocks, sums, left, work};
+    };
+    if (heads % threads == 0 || heads >= 4 * threads || blocks == 1) {
+        const int workers = int(std::min<i64>(threads, heads));
+        const Buffer memory = allocate((per_worker + per_head) * workers);
+        for_parts(heads, workers, [&](i64 head, int worker) {
+            float* sums = memory.get() + worker * (per_worker + per_head);
+            const BackwardJob whole = job(head, head + workers, 0, n, sums, nullptr, sums + per_head);
+            kern.backward_position(whole);
+            kern.backward_queries(whole);
+            kern.backward_keys(whole, 0, true);
+        });
+    } else {
+        // Too few heads for the threads: some blocks of queries of every head at a time, whose shares are then added in the same order.
+        const i64 runs = (2 * threads + heads - 1) / heads, wave = std::min(blocks, runs);
+        const Buffer memory = allocate(per_worker * threads + heads * (1 + wave) * per_head);
+        const auto sums = [&](i64 head) { return memory.get() + threads * per_worker + head * (1 + wave) * per_head; };
+        for (i64 first = 0; first < blocks; first += wave) {
+            const i64 count = std::min(wave, blocks - first), parts = count + (first == 0);
+            for_parts(heads * parts, threads, [&](i64 part, int worker) {
+                const i64 head = part / parts, at = part % parts, begin = std::min((first + at) * block, n);
+                const BackwardJob some = job(head, head, begin, std::min(begin + block, n), sums(head), sums(head) + (1 + at) * per_head,
+                                             memory.get() + worker * per_worker);
+                (at < count ? kern.backward_queries : kern.backward_position)(some);
+            });
+            for_parts(heads * runs, threads, [&](i64 part, int) {
+                const i64 head = part / runs, run = part % runs;
+                kern.backward_keys(job(head, head, run * n / runs, (run + 1) * n / runs, sums(head), sums(head) + per_head, nullptr), count,
+                                   first + count == blocks);
+            });
+        }
+    }
     for (i64 h = 0; pos_weight != nullptr && h < s.heads; ++h) {
         double sum[4] = {};
-        for (i64 b = 0; b < s.batch; ++b)
-            for (int i = 0; i < 4; ++i) sum[i] += partial[std::size_t(4 * (b * s.heads + h) + i)];
+        for (i64 head = h; head < heads; head += s.heads) {
+            for (int i = 0; i < 4; ++i) sum[i] += partial[std::size_t(4 * head + i)];
+            for (i64 t = 0; t < blocks; ++t) sum[3] -= content[std::size_t(head * blocks + t)];
+        }
         const double gate = 1.0 / (1.0 + std::exp(-double(gating[h]))), closed = 1.0 / (1.0 + std::exp(double(gating[h])));
         for (int i = 0; i < 3; ++i) dpos_weight[3 * h + i] = float(gate * sum[i]);
         dgating[h] = float(gate * closed * sum[3]);

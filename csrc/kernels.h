@@ -19,6 +19,7 @@ struct ForwardJob {
     std::int64_t folded_stride;
     float content_gate;        // 1 - g
     std::int64_t b, h;
+    std::int64_t next_b, next_h;  // the head that this thread most likely takes up next: its rows are fetched meanwhile
     std::int64_t begin, end;   // queries; begin is a multiple of query_block
     float* scratch;
 };
@@ -32,19 +33,27 @@ struct BackwardJob {
     const float *folded_x, *folded_y;  // as forward
     std::int64_t folded_stride;
     float gate, content_gate;  // g, 1 - g
-    std::int64_t b, h;
-    double* partial;           // [4]: dpos_weight / g of this head and batch, then dgating / (g (1 - g))
+    std::int64_t b, h, next_b, next_h;
+    std::int64_t begin, end;   // queries of backward_queries, begin a multiple of backward_block; keys of backward_keys
+    double* partial;           // [4]: dpos_weight / g of this head and batch, then the sum of grad_out * P v
+    double* content;           // [blocks]: the sum of grad_out * Pc v over each block of queries
+    float* sums;               // dk (without the scale) and dv of this head, [2][N][Dp]
+    float* blocks;             // null: backward_queries adds to `sums`; else each of its blocks is left here, [end - begin][2][N][Dp]
     float* scratch;
 };
 
 struct Kernels {
     const char* name;
-    std::int64_t query_block;
+    std::int64_t query_block, backward_block;
     std::int64_t (*forward_scratch)(const Shape&);                  // floats
     std::int64_t (*backward_scratch)(const Shape&, bool position);  // floats; without position if every head's tables are null
+    std::int64_t (*backward_sums)(const Shape&);  // floats of BackwardJob::sums, and of one block
     void (*tables)(const float* pos_weight, std::int64_t gh, std::int64_t gw, float* px, float* py, float* row);
     void (*forward)(const ForwardJob&);
-    void (*backward)(const BackwardJob&);
+    // One head backward: the three in this order. How its queries and keys are divided among calls does not show in the bits.
+    void (*backward_position)(const BackwardJob&);  // begins the sums with the positional half, and its gradients in `partial`
+    void (*backward_queries)(const BackwardJob&);   // dq, and these queries' share of dk and dv
+    void (*backward_keys)(const BackwardJob&, std::int64_t count, bool last);  // adds `count` blocks to the sums; at last writes dk and dv
     void (*gelu)(const float* x, std::int64_t size, bool tanh_form, float* y);
     void (*gelu_gradient)(const float* grad, const float* x, std::int64_t size, bool tanh_form, float* dx);
     void (*norm_rows)(const float* x, const float* gamma, const float* beta, std::int64_t rows, std::int64_t width, float eps, float* y,

@@ -21,6 +21,7 @@
 #include "layers.inc.h"
 
 static constexpr Kernels all_kernels(const char* name) {
-    return {name,    query_block, forward_scratch, backward_scratch, tables,    forward,
-            backward, gelu,       gelu_gradient,   norm_rows,        norm_rows_gradient};
+    return {name,   query_block, backward_block,    forward_scratch,  backward_scratch, backward_sums,
+            tables, forward,     backward_position, backward_queries, backward_keys,    gelu,
+            gelu_gradient, norm_rows, norm_rows_gradient};
 }

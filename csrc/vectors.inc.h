@@ -175,6 +175,12 @@ CONVIT_INLINE void prefetch_row(DType dtype, const Heads& x, i64 b, i64 h, i64 n
     for (i64 at = 0; at < dim * bytes_of(dtype); at += 64) __builtin_prefetch(row + at, 0, 2);
 }
 
+CONVIT_INLINE Heads read_only(const MutableHeads& x) { return {x.data, x.stride_b, x.stride_h, x.stride_n}; }
+
+static void prefetch_rows(DType dtype, const Heads& x, i64 b, i64 h, i64 begin, i64 end, i64 dim) {
+    for (i64 n = begin; n < end; ++n) prefetch_row(dtype, x, b, h, n, dim);
+}
+
 static void load_rows(DType dtype, const Heads& x, i64 b, i64 h, i64 begin, i64 end, i64 dim, i64 padded, float* to) {
     for (i64 n = begin; n < end; ++n) {
         prefetch_row(dtype, x, b, h, min(n + 12, end - 1), dim);

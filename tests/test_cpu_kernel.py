@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convit
-from convit.dispatch import Problem
+from convit.dispatch import Problem, choose
 from convit.kernels.gpsa import cpu_cpp
 
 _missing = cpu_cpp.why_not(Problem("torch", "cpu", "float32", 1, 1, 1, 1, (1, 1)))
@@ -126,9 +126,11 @@ print(convit.why_not("cpp", Problem("torch", "cpu", "float32", 1, 1, 4, 4, (2, 2
     assert "TRITON_INTERPRET=1" in python(code, TRITON_INTERPRET="1").stdout
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("case", [Case(1, 1, 48, (14, 14)), Case(1, 3, 16, (20, 21)), Case(2, 3, 8, (3, 5))], ids=str)
-def test_same_bits_at_every_thread_count(case):
-    inputs, grad = make_inputs(case)
+def test_same_bits_at_every_thread_count(case, dtype):
+    """Forward and backward, heads divided among threads and not, in one wave of blocks of queries and in several."""
+    inputs, grad = make_inputs(case, dtype=dtype)
     before = torch.get_num_threads()
     try:
         results = []
@@ -296,6 +298,18 @@ def test_peak_memory_of_a_long_row(train, limit):
     assert done.returncode == 0, done.stderr
     # one softmax of this size would take 4 heads x 39 MB
     assert float(done.stdout) <= limit
+
+
+def test_long_rows_of_bfloat16_go_to_a_matrix_unit(monkeypatch):
+    """A chip with AMX is stood in for by torch's answer to whether there is one."""
+
+    def chosen(dtype: str, side: int, forced: str | None = None) -> str:
+        return choose(Problem("torch", "cpu", dtype, 1, 1, side * side, 16, (side, side)), forced).__name__.rpartition(".")[2]
+
+    for present in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda present=present: present)
+        assert chosen("bfloat16", 17) == ("any_sdpa" if present else "cpu_cpp")
+        assert chosen("bfloat16", 16) == chosen("float32", 17) == chosen("bfloat16", 17, "cpp") == "cpu_cpp"
 
 
 # ---- the operator ----
