@@ -154,19 +154,11 @@ def order(problem: Problem) -> tuple[str, ...]:
     ``cpp`` does not. Up to 256 tokens ``cpp`` stays first: what PyTorch does beside the products takes longer. Not measured on such a chip.
     """
     names = ORDER.get((problem.framework, problem.device), ORDER[problem.framework, ""])
-    if names[0] == "cpp" and problem.dtype == "bfloat16" and problem.tokens > 256 and _matrix_unit():
-        return ("sdpa", *(name for name in names if name != "sdpa"))
+    if names[0] == "cpp" and problem.dtype == "bfloat16" and problem.tokens > 256:
+        cpp = _module("cpp", problem.framework)
+        if not isinstance(cpp, str) and cpp.slower_than_torch(problem.dtype):
+            return ("sdpa", *(name for name in names if name != "sdpa"))
     return names
-
-
-def _matrix_unit() -> bool:
-    import torch
-
-    ask = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return ask is not None and bool(ask())
-
-
-_matrix_unit._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float
     batch, heads, tokens, head_dim = q.shape
     problem = Problem("torch", "cpu", str(q.dtype)[6:], batch, heads, tokens, head_dim, (1, tokens), dropout_p)
     kernel = runnable("cpp", problem)
-    if isinstance(kernel, str) or kernel.slower_than_torch(q.dtype):
+    if isinstance(kernel, str) or kernel.slower_than_torch(problem.dtype):
         return any_sdpa.fused_attention(q, k, v, scale, dropout_p)
     out: Tensor = kernel.attention(q, k, v, scale)
     return out

@@ -163,9 +163,9 @@ def why_not(problem: Any) -> str | None:
 gpsa = torch_operator.gpsa
 
 
-def slower_than_torch(dtype: torch.dtype) -> bool:
+def slower_than_torch(dtype: str) -> bool:
     """Whether PyTorch's own attention is expected to be faster: in bfloat16 on a matrix unit (AMX), which these kernels do not use."""
-    return dtype == torch.bfloat16 and _AMX
+    return dtype == "bfloat16" and _AMX
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
