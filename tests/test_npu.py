@@ -1,5 +1,6 @@
 """GPSA on NPUs under PyTorch, without one: on stand-in devices, and the launches that ``make ascend-check`` lowers."""
 
+import json
 import os
 import subprocess
 import sys
@@ -84,3 +85,20 @@ def test_no_launch_has_more_programs_than_was_said(grid, batch, heads):
             launch.backward(q, *inputs, *launch.forward(*inputs, *grid, 0.25), *grid, 0.25)
         bound = configs.most_programs(batch, heads, grid, dtype == torch.float16)
         assert most <= bound <= 2 * most
+
+
+def test_what_runs_first_on_a_real_machine_is_rehearsed(tmp_path):
+    """The PyTorch half of bench/ascend.py, on CPU: every part it has there runs, and time that is over is told."""
+    script, out = HERE.parent / "bench/ascend.py", tmp_path / "ascend.json"
+    command = [sys.executable, str(script), "--half", "torch", "--device", "cpu", "--quick", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    found = json.loads(out.read_text())["torch"]
+    assert [title.split()[0] for title in found["operators"]] == ["sdpa", "reference", "yardstick"]
+    for part in found["operators"].values():
+        assert max(part["relative error"].values()) < 1e-5 and part["same bits"] and part["forward and backward ms"] > 0
+    assert [title.split()[1] for title in found["models"]] == ["sdpa", "reference", "timm"]
+    assert all(part["training images/s"] > 0 for part in found["models"].values())
+    done = subprocess.run([*command, "--minutes", "0"], capture_output=True, text=True, timeout=400)
+    parts = json.loads(out.read_text())["torch"]["operators"].values()
+    assert done.returncode == 0 and parts and all(part == {"not run": "0 minutes are over"} for part in parts)
