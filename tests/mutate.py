@@ -40,7 +40,7 @@ TESTS: list[tuple[str, tuple[str, ...] | None]] = [
     ("convit/engine/mindspore/*", None),
     ("convit/export/mindir.py", None),
     ("kernels/gpsa/gpu_triton/*", ("tests/test_triton.py",)),
-    ("kernels/gpsa/definition.py", ("tests/test_gpsa.py",)),
+    ("kernels/gpsa/definition.py", ("tests/test_gpsa_numerics.py",)),
     ("kernels/linear/*", ("tests/test_linear.py",)),
     ("kernels/*", ("tests/test_gpsa.py", "tests/test_gpsa_numerics.py", "tests/test_cpu_kernel.py", "tests/test_model.py")),
     ("convit/ops.py", ("tests/test_gpsa.py", "tests/test_linear.py", "tests/test_model.py")),
