@@ -274,7 +274,10 @@ def test_optimisers_state_is_left_out(tmp_path):
         ({"embed_dim": 5}, ["cls_token is [1, 1, 16] in the file, [1, 1, 20] in the model"]),
         ({"num_classes": 7}, ["head.weight is [10, 16] in the file, [7, 16] in the model", "strict_head=False"]),
         ({"num_classes": 0}, ["not in the model: head.weight, head.bias", "strict_head=False"]),
-        ({"in_chans": 1}, ["patch_embed.proj.weight is [16, 3, 4, 4] in the file, [16, 1, 4, 4] in the model"]),
+        (
+            {"in_chans": 1},
+            ["patch_embed.proj.weight is [16, 3, 4, 4] in the file, [16, 1, 4, 4] in the model", "create_model(..., pretrained="],
+        ),
         ({"qkv_bias": True}, ["missing in the file: blocks.0.attn.qk.bias"]),
     ],
 )

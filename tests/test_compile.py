@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo.testing
 from test_model import images, small
 
 import convit
@@ -63,17 +64,53 @@ def test_export_with_dynamic_sizes_takes_every_size(strict):
             torch.testing.assert_close(program(images(*size)), model(images(*size)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dynamo", [False, True])
-def test_torchs_own_export_to_onnx(dynamo, tmp_path):
-    """Ours and accelerated ones: in torch's operators, whichever backend would run the call."""
+def test_training_with_dynamic_sizes_compiles_once():
+    """The position embedding is resampled, and its gradient too, with sizes that the compiler does not know."""
+    model = small(dynamic_img_size=True, depth=2, local_up_to_layer=1).train()
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+
+    def gradients(module, x):
+        model.zero_grad()
+        out = module(x)
+        out.square().sum().backward()
+        return [out.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    for size in ((32, 40), (48, 64), (64, 24)):
+        x = images(*size)
+        for axis in (2, 3):
+            torch._dynamo.mark_dynamic(x, axis)
+        for found, expected in zip(gradients(compiled, x), gradients(model, x), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert counter.frame_count == 1
+
+
+SHAPE = {"patch_size": 8, "num_classes": 5, "depth": 2, "local_up_to_layer": 1, "num_heads": 4}
+
+
+@pytest.mark.parametrize(("dynamo", "size"), [(False, (32, 32)), (True, (32, 32)), (False, (8, 32)), (False, (32, 8)), (True, (8, 32))])
+def test_torchs_own_export_to_onnx(dynamo, size, tmp_path):
+    """Ours and accelerated ones, of one row or column of patches too: in torch's operators, whichever backend would run the call."""
     runtime, timm = pytest.importorskip("onnxruntime"), pytest.importorskip("timm")
     pytest.importorskip("onnxscript")
-    shape = {"img_size": 32, "patch_size": 8, "num_classes": 5, "depth": 2, "local_up_to_layer": 1, "num_heads": 4}
-    models = [convit.accelerate(timm.models.convit.ConVit(embed_dim=6, **shape)).eval()]
-    models += [] if dynamo else [small()]
+    models = [convit.accelerate(timm.models.convit.ConVit(embed_dim=6, img_size=size, **SHAPE)).eval()]
+    models += [] if dynamo else [small(img_size=size)]
+    x = images(*size)
     for i, model in enumerate(models):
         path = str(tmp_path / f"{i}.onnx")
-        torch.onnx.export(model, (images(),), path, dynamo=dynamo, input_names=["x"], **({"verbose": False} if dynamo else {}))
-        (found,) = runtime.InferenceSession(path).run(None, {"x": images().numpy()})
+        torch.onnx.export(model, (x,), path, dynamo=dynamo, input_names=["x"], **({"verbose": False} if dynamo else {}))
+        (found,) = runtime.InferenceSession(path).run(None, {"x": x.numpy()})
         with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(found), model(images()), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(8, 32), (32, 8), (8, 8)])
+def test_export_of_one_row_and_of_one_column(size):
+    """Ours and accelerated ones, with a dynamic batch."""
+    timm = pytest.importorskip("timm")
+    batch = torch.export.Dim("batch", min=1, max=64)
+    for model in (small(img_size=size), convit.accelerate(timm.models.convit.ConVit(embed_dim=6, img_size=size, **SHAPE)).eval()):
+        program = torch.export.export(model, (images(*size),), dynamic_shapes=({0: batch},)).module()
+        for x in (images(*size), images(*size).repeat(3, 1, 1, 1)[1:]):
+            torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)

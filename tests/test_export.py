@@ -162,6 +162,19 @@ def check_graph(path, blocks, tokens):
     assert str(path.parent).encode() not in path.read_bytes() and b"site-packages" not in path.read_bytes()
 
 
+@pytest.mark.parametrize("size", [(8, 48), (48, 8)])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
+def test_one_row_and_one_column(tmp_path, photographs, size):
+    """Export at their own size; a dynamic one is refused where torch cannot vary an axis of length one, and nothing is left."""
+    model = small(img_size=size)
+    with pytest.raises(ValueError, match=f"two rows and two columns.*size is {size[0]} x {size[1]}.*set_input_size"):
+        export(model, tmp_path / "out" / "model.pt2", "torch-export", images=photographs, dynamic_size=True)
+    assert not list((tmp_path / "out").iterdir())
+    for format, dynamic_size in (("torch-export", False), ("torchscript", True)):
+        report = export(model, tmp_path / f"model{SUFFIXES[format]}", format, images=photographs, dynamic_size=dynamic_size)
+        assert report.difference <= exporting.TOLERANCE and report.sizes[0] == size
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_wrong_file_is_not_kept(tmp_path, sign, photographs, monkeypatch):
     """An exporter that gets the function wrong is found out, and the file that was there before stays."""

@@ -138,6 +138,40 @@ def test_logits_that_rise_and_fall(name):
 
 
 @KINDS
+def test_an_output_written_to_before_the_backward_pass(dtype):
+    """The operator saves it: autograd refuses, as for torch's own; with the saved tensor on the user's side the gradients are right."""
+    inputs, grad = make_inputs(SMALL, dtype=dtype)
+    leaves = [value.clone().requires_grad_() for value in inputs]
+    for change in (
+        lambda out: out.mul_(0),
+        lambda out: out[..., 0].zero_(),
+        lambda out: torch.nn.functional.dropout(out, 0.5, inplace=True),
+    ):
+        out = triton(*leaves, SMALL.grid)
+        change(out)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.backward(grad)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+        out = triton(*leaves, SMALL.grid)
+    (out.mul_(2) * 0.5).backward(grad)
+    ours = {f"d{name}": leaf.grad for name, leaf in zip(inputs._fields, leaves, strict=True)}
+    expected = run(triton, inputs, grad, SMALL.grid)
+    assert all(torch.equal(found, expected[name]) for name, found in ours.items())
+
+
+def test_an_input_written_to_before_the_backward_pass():
+    """As a query, a key, a value or the gate: autograd refuses."""
+    inputs, grad = make_inputs(SMALL)
+    for i in range(len(inputs)):
+        leaves = [value.clone().requires_grad_() for value in inputs]
+        moved = [leaf * 1.0 for leaf in leaves]
+        out = triton(*moved, SMALL.grid)
+        moved[i].add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.backward(grad)
+
+
+@KINDS
 @pytest.mark.parametrize("logit", [1e6, 2e7, 1e9, 1e11])
 def test_gradients_of_huge_logits(dtype, logit):
     inputs, grad = make_inputs(SMALL, dtype=torch.float32)

@@ -61,7 +61,7 @@ def export(
         format: "onnx", "openvino", "torch-export" or "torchscript" (for "mindir" see ``convit.export.mindir``).
         images: Image files to check with; default the two photographs in scikit-learn.
         classes: Names of the outputs; default those that the model came with (``label_names`` in its ``pretrained_cfg``), else numbers.
-        dynamic_size: Take images of any multiple of the patch size.
+        dynamic_size: Take images of any multiple of the patch size; with "torch-export", of at least two patches each way.
         opset: Of ONNX.
         int8_data: A folder of images to quantise the file with ("onnx" and "openvino"): ``convit.export.int8``.
 

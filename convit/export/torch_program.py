@@ -25,6 +25,12 @@ def exported_program(deployed: nn.Module, batch: Tensor, options: Options) -> to
     shapes: dict[int, Any] = {0: Dim("batch", max=65536)}
     if options.dynamic_size:
         height, width = options.patch_size
+        if batch.shape[2] < 2 * height or batch.shape[3] < 2 * width:
+            size = f"{batch.shape[2]} x {batch.shape[3]}, patches of {height} x {width}"
+            raise ValueError(
+                "dynamic_size in this format starts from two rows and two columns of patches, which torch.export can vary; the model's "
+                f"size is {size}: set_input_size first, or export without dynamic_size"
+            )
         shapes |= {2: height * Dim("grid_h", min=2, max=1024), 3: width * Dim("grid_w", min=2, max=1024)}
     with torch.no_grad():
         return torch.export.export(deployed, (batch,), dynamic_shapes=(shapes,))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convit import ops
+from convit.architecture import bicubic
 from convit.dispatch import nearest
 from convit.kernels.eager import exporting, know
 from convit.pytorch.gpsa import GPSA, MHSA
@@ -31,9 +32,23 @@ def resample_position_embedding(pos_embed: Tensor, old: tuple[int, int], new: tu
     same = old == new if torch.jit.is_scripting() else _same(old, new)
     if same:
         return pos_embed
+    if not torch.jit.is_scripting():  # noqa: SIM102 -- by itself, or TorchScript looks into what it is not to run
+        if torch.compiler.is_compiling():
+            return _resampled_by_products(pos_embed, old, new)
     image = pos_embed.float().reshape(1, old[0], old[1], -1).permute(0, 3, 1, 2)
     image = F.interpolate(image, size=[new[0], new[1]], mode="bicubic", antialias=True)
     return image.permute(0, 2, 3, 1).reshape(1, new[0] * new[1], -1).to(pos_embed.dtype)
+
+
+def _resampled_by_products(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """The same for the compiler, which fails at the gradient of an antialiased ``interpolate`` where the sizes are dynamic."""
+    kind = {"device": pos_embed.device, "dtype": torch.float32}
+    rows, columns = (
+        bicubic((torch.arange(n, **kind) + 0.5) * (o / n), torch.arange(o, **kind) + 0.5, torch.sym_max(o / n, 1.0))
+        for o, n in zip(old, new, strict=True)
+    )
+    table = torch.einsum("ya,xb,abd->yxd", rows, columns, pos_embed.float().reshape(old[0], old[1], -1))
+    return table.reshape(1, new[0] * new[1], -1).to(pos_embed.dtype)
 
 
 def _same(old: tuple[int, int], new: tuple[int, int]) -> bool:

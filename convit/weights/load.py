@@ -352,7 +352,18 @@ def fit(
     lines += [f"  other shapes: {_some(differ)}"] if differ else []
     if all(entry.startswith(_HEADS) for entry in (*missing, *unknown, *differ)):
         lines.append("  Only the classifier differs: load_checkpoint(model, path, strict_head=False) keeps the model's own.")
+    if (
+        differ
+        and not (missing or unknown)
+        and all(_other_channels(tensors[n].shape, s) for n, s in shapes.items() if tensors[n].shape != s)
+    ):
+        lines.append(f"  Only the channels of the images differ: create_model(..., pretrained={what!r}) adapts the weights to the model's.")
     raise ValueError("\n".join(lines))
+
+
+def _other_channels(old: tuple[int, ...], new: tuple[int, ...]) -> bool:
+    """Whether these are kernels of the patch embedding, of the same patches."""
+    return len(old) == len(new) == 4 and old[0] == new[0] and old[2:] == new[2:]
 
 
 def to_float32(array: np.ndarray) -> np.ndarray:
