@@ -42,7 +42,7 @@ def resample_position_embedding(pos_embed: Tensor, old: tuple[int, int], new: tu
 
 def _resampled_by_products(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """The same for the compiler, which fails at the gradient of an antialiased ``interpolate`` where the sizes are dynamic."""
-    kind = {"device": pos_embed.device, "dtype": torch.float32}
+    kind: dict[str, Any] = {"device": pos_embed.device, "dtype": torch.float32}
     rows, columns = (
         bicubic((torch.arange(n, **kind) + 0.5) * (o / n), torch.arange(o, **kind) + 0.5, torch.sym_max(o / n, 1.0))
         for o, n in zip(old, new, strict=True)
