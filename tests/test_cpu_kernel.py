@@ -182,7 +182,7 @@ def test_in_a_child_process_of_one_that_has_computed(start):
         expected = cpp(*inputs, case.grid).numpy().tobytes()
         context = multiprocessing.get_context(start)
         queue = context.Queue()
-        child = context.Process(target=_child, args=(queue,))
+        child = context.Process(target=_child, args=(queue,), daemon=True)
         child.start()
         got = queue.get(timeout=120)
         child.join(60)

@@ -107,9 +107,10 @@ def test_scales(backend, scale, dtype):
 
 @FLOATS
 @pytest.mark.parametrize("grid", [FOLDED, CONTRACTED], ids=str)
-def test_gates_from_closed_to_open(grid, dtype):
-    need("cpp")
-    check_gates(of("cpp"), dtype, grid)
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_gates_from_closed_to_open(backend, grid, dtype):
+    need(backend)
+    check_gates(of(backend), dtype, grid)
 
 
 @FLOATS

@@ -102,8 +102,9 @@ def mixed(content: Tensor, v: Tensor, pos_weight: Tensor, gating: Tensor, grid: 
     """(1 - g) content + g (Py (x) Px) v for content and v [B, H, N, D], in the type of ``v``."""
     dtype = ms.float64 if v.dtype == ms.float64 else ms.float32
     position = positional(ops.cast(v, dtype), ops.cast(pos_weight, dtype), grid)
-    gate = ops.reshape(ops.sigmoid(ops.cast(gating, dtype)), (1, -1, 1, 1))
-    return ops.cast((1 - gate) * ops.cast(content, dtype) + gate * position, v.dtype)
+    gating = ops.reshape(ops.cast(gating, dtype), (1, -1, 1, 1))
+    gate, content_gate = ops.sigmoid(gating), ops.sigmoid(-gating)  # 1 - gate would have no digits where the gate is near 1
+    return ops.cast(content_gate * ops.cast(content, dtype) + gate * position, v.dtype)
 
 
 def why_not(problem: Any) -> str | None:

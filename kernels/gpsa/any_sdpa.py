@@ -67,9 +67,12 @@ def gpsa(
     with without_autocast(q.device.type):
         dtype = torch.promote_types(v.dtype, torch.float32)
         px, py = position_tables(pos_weight.to(dtype), grid)
-        gate = torch.sigmoid(gating.to(dtype)).view(1, heads, 1, 1)
+        gating = gating.to(dtype).view(1, heads, 1, 1)
         # along y, then along x: the second product then reads what the first wrote, without a copy
         columns = torch.matmul(py, v.to(dtype).reshape(batch, heads, gh, gw * dim)).view(batch, heads, gh, gw, dim)
         position = torch.matmul(px[:, None], columns).view(batch, heads, gh * gw, dim)
-        content = fused_attention(q, k, v, scale)
-        return torch.lerp(content.to(dtype), position, gate).to(v.dtype)
+        content = fused_attention(q, k, v, scale).to(dtype)
+        # from the larger share towards the smaller one: in float32, 1 - sigmoid has no digits left where it is small
+        opened = gating > 0
+        share = torch.sigmoid(torch.where(opened, -gating, gating))
+        return torch.lerp(torch.where(opened, position, content), torch.where(opened, content, position), share).to(v.dtype)
