@@ -96,8 +96,8 @@ def chosen_recipe(args: argparse.Namespace, output: str | None, resume: str | No
         output = output or f"runs/{Path(overrides['data_dir']).resolve().name}"
     keys = overrides | ({"ckpt_save_dir": output} if output else {})
     if config == "finetune" and overrides.get("ckpt_path"):
-        found = find_trained(overrides["ckpt_path"], engine(overrides.get("framework", "pytorch"), "checkpoint").facts_of)
-        keys = {name: value for name, value in found.recipe().items() if name in OF_THE_WEIGHTS} | keys
+        trained = find_trained(overrides["ckpt_path"], engine(overrides.get("framework", "pytorch"), "checkpoint").facts_of)
+        keys = {name: value for name, value in trained.recipe().items() if name in OF_THE_WEIGHTS} | keys
     recipe = load_recipe(config or "digits", keys)
     if recipe.ckpt_path:
         recipe = replace(recipe, ckpt_path=str(weights_at(Path(recipe.ckpt_path))))

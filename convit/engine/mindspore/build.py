@@ -70,7 +70,7 @@ def _play_msrun(world: World) -> None:
     os.environ.update({name: str(value) for name, value in known.items()}, MS_NODE_ID=str(world.rank), MS_ROLE="MS_WORKER")
     if world.rank == 0:
         code = "from mindspore.communication import init; init('mccl')"
-        own = {"env": {**os.environ, "MS_ROLE": "MS_SCHED"}, "stdout": subprocess.DEVNULL, "start_new_session": True}
+        own: dict[str, Any] = {"env": {**os.environ, "MS_ROLE": "MS_SCHED"}, "stdout": subprocess.DEVNULL, "start_new_session": True}
         subprocess.Popen([sys.executable, "-c", code], **own)  # it ends when all processes have left, which may be after this one
 
 

@@ -163,7 +163,8 @@ class EvalData:
         return -(-len(self.chosen) // self.recipe.batch_size)
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        images, targets, bad = [], [], []
+        images: list[Any] = []
+        targets, bad = [], []
         for index in self.chosen[number * self.recipe.batch_size : (number + 1) * self.recipe.batch_size]:
             image = self.digits.images[index] if self.digits else read_sample(self.source, index, self.recipe.in_channels)
             if isinstance(image, BadImage):

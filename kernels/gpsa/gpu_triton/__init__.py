@@ -47,6 +47,7 @@ def why_not(problem: Problem) -> str | None:
     largest = min(device.largest_d, TILE_D if problem.dtype == "float32" else LARGEST_D)
     if problem.head_dim > largest:
         return f"head dimension {problem.head_dim} is larger than {largest} in {problem.dtype}: 'sdpa' serves it"
+    assert problem.batch is not None, "torch always knows it"
     programs = most_programs(problem.batch, problem.heads, problem.grid, problem.dtype != "float32")
     if programs > device.programs:
         return f"{programs} programs in a launch, and {problem.device} takes {device.programs}: use smaller batches"
@@ -76,6 +77,7 @@ def compile_ahead(problem: Problem, training: bool = True) -> float:
         raise ValueError(f"convit: backend 'triton' cannot run {problem}: {reason}")
     began = time.perf_counter()
     batch, heads, tokens, dim = problem.batch, problem.heads, problem.tokens, problem.head_dim
+    assert batch is not None, "torch always knows it"
     dtype = getattr(torch, problem.dtype)
     q, k = torch.zeros((batch, tokens, 2, heads, dim), dtype=dtype, device=problem.device).permute(2, 0, 3, 1, 4).unbind(0)
     v, grad_out = torch.zeros((2, batch, tokens, heads, dim), dtype=dtype, device=problem.device).transpose(2, 3).unbind(0)
