@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 from training import WHOLE, assert_same_state, command, fork, pictures, small  # noqa: E402
 
 from convit import cli  # noqa: E402
+from convit.engine import sources  # noqa: E402
 from convit.engine.folder import writing  # noqa: E402
 from convit.engine.pytorch import data as data_module  # noqa: E402
 from convit.engine.pytorch.checkpoint import load  # noqa: E402
@@ -92,7 +93,7 @@ def test_a_corrupt_image_is_replaced_and_counted(folder, tmp_path, caplog):
 def test_a_dead_worker_is_replaced_and_changes_nothing(folder, tmp_path, monkeypatch, caplog):
     expected = train(pictures(folder, num_parallel_workers=1), tmp_path / "whole", progress=False)
     mark = tmp_path / "mark"
-    read = data_module.read_sample
+    read = sources.read_sample
 
     def dying_read(source, index, mode):
         if torch.utils.data.get_worker_info() is not None and not mark.exists() and index == 7:
@@ -100,7 +101,7 @@ def test_a_dead_worker_is_replaced_and_changes_nothing(folder, tmp_path, monkeyp
             os.kill(os.getpid(), signal.SIGKILL)
         return read(source, index, mode)
 
-    monkeypatch.setattr(data_module, "read_sample", dying_read)
+    monkeypatch.setattr(sources, "read_sample", dying_read)
     train(pictures(folder, num_parallel_workers=1), tmp_path / "run", progress=False)
     assert mark.exists() and "a data-loading worker died" in caplog.text
     assert_same_state(tmp_path / "whole", tmp_path / "run")
@@ -108,7 +109,7 @@ def test_a_dead_worker_is_replaced_and_changes_nothing(folder, tmp_path, monkeyp
 
 
 def test_workers_that_always_die_stop_the_run(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_module, "read_sample", lambda *a: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(sources, "read_sample", lambda *a: os.kill(os.getpid(), signal.SIGKILL))
     monkeypatch.setattr(data_module, "WORKER_RESTARTS", 0)
     with pytest.raises(RuntimeError, match="data-loading workers died 1 times"):
         train(pictures(folder, num_parallel_workers=1), tmp_path / "run", progress=False)

@@ -64,7 +64,9 @@ def test_an_int8_file(tmp_path, pictures, format, monkeypatch):
     assert found.agreement == 1.0 and (found.calibrated, found.compared) == (20, 40)
     assert "100.0% of 40 others" in str(found) and "batch 8 2.0 ms to 2.4 (1.20 times as fast)" in str(found)
     export(model(), plain, format)
-    images = np.random.default_rng(1).standard_normal((3, 3, 32, 32)).astype(np.float32)
+    images = (np.random.default_rng(1).standard_normal((3, 3, 32, 32)) * 0.3).astype(np.float32) + np.float32(
+        [[[[-1.3]]], [[[1.3]]], [[[1.0]]]]
+    )
     if format == "onnx":
         import onnx
         import onnxruntime

@@ -16,8 +16,8 @@ torch = pytest.importorskip("torch")
 
 from training import CPU, SHARED, assert_same_curve, command, fork, free_port, pictures, records, small, together, torchrun  # noqa: E402
 
+from convit.engine import sources  # noqa: E402
 from convit.engine.images import BadImage  # noqa: E402
-from convit.engine.pytorch import data as data_module  # noqa: E402
 from convit.engine.pytorch import train as train_module  # noqa: E402
 from convit.engine.pytorch.checkpoint import load  # noqa: E402
 from convit.engine.pytorch.data import EvalData, TrainData  # noqa: E402
@@ -100,7 +100,7 @@ def test_a_process_without_validation_images_and_one_that_reads_only_broken_ones
 
 
 def test_a_process_that_dies_or_cannot_read_ends_the_others(folder, tmp_path, monkeypatch, capfd):
-    read = data_module.read_sample
+    read = sources.read_sample
 
     def failing(rank, how):
         def failing_read(source, index, channels):
@@ -108,7 +108,7 @@ def test_a_process_that_dies_or_cannot_read_ends_the_others(folder, tmp_path, mo
                 return bad
             return read(source, index, channels)
 
-        data_module.read_sample = failing_read
+        sources.read_sample = failing_read
         train(pictures(folder, num_parallel_workers=0, val_while_train=False), tmp_path / "run", overwrite=True, progress=False)
 
     def broken():
