@@ -43,7 +43,7 @@ struct BackwardScratch {
 };
 
 static i64 backward_scratch(const Shape& s, bool position) { return BackwardScratch(s, position, nullptr).size; }
-static i64 backward_sums(const Shape& s) { return 2 * s.tokens() * round_up(s.dim, W); }
+static i64 backward_sums(const Shape& s) { return round_up(2 * s.tokens() * round_up(s.dim, W), 16); }  // in whole cache lines
 
 CONVIT_INLINE void clear(float* p, i64 count) {
     for (i64 i = 0; i < count; i += W) store(p + i, vec{});
@@ -166,7 +166,7 @@ static void backward_queries_in(const BackwardJob& job) {
             multiply<Unit, true>(n, padded, query_depth, x.weights, row, x.grad_right, padded, Add{job.sums + n * padded, padded});
             multiply<Unit, true>(n, padded, query_depth, x.slopes, row, x.q_right, padded, Add{job.sums, padded});
         } else {
-            float* dk = job.blocks + (i0 - job.begin) / backward_block * 2 * n * padded;
+            float* dk = job.blocks + (i0 - job.begin) / backward_block * backward_sums(s);
             multiply<Unit, true>(n, padded, query_depth, x.weights, row, x.grad_right, padded, Store{dk + n * padded, padded});
             multiply<Unit, true>(n, padded, query_depth, x.slopes, row, x.q_right, padded, Store{dk, padded});
         }
@@ -199,7 +199,7 @@ static void backward_keys(const BackwardJob& job, i64 count, bool last) {
     for (i64 j = job.begin; j < job.end; ++j) {
         float *dk = job.sums + j * padded, *dv = dk + size;
         for (i64 t = 0; t < count; ++t) {
-            const float* block = job.blocks + t * 2 * size + j * padded;
+            const float* block = job.blocks + t * backward_sums(s) + j * padded;
             for (i64 d = 0; d < padded; d += W) {
                 store(dk + d, load(dk + d) + load(block + d));
                 store(dv + d, load(dv + d) + load(block + size + d));

@@ -64,6 +64,7 @@ def test_export_with_dynamic_sizes_takes_every_size(strict):
             torch.testing.assert_close(program(images(*size)), model(images(*size)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 fails at the gradient of interpolate with dynamic sizes")
 def test_training_with_dynamic_sizes_compiles_once():
     """The position embedding is resampled, and its gradient too, with sizes that the compiler does not know."""
     model = small(dynamic_img_size=True, depth=2, local_up_to_layer=1).train()

@@ -33,7 +33,7 @@ def resample_position_embedding(pos_embed: Tensor, old: tuple[int, int], new: tu
     if same:
         return pos_embed
     if not torch.jit.is_scripting():  # noqa: SIM102 -- by itself, or TorchScript looks into what it is not to run
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not exporting():  # torch 2.6 would write the ratio of the traced size into the program
             return _resampled_by_products(pos_embed, old, new)
     image = pos_embed.float().reshape(1, old[0], old[1], -1).permute(0, 3, 1, 2)
     image = F.interpolate(image, size=[new[0], new[1]], mode="bicubic", antialias=True)
