@@ -256,18 +256,23 @@ def test_more_than_may_wait_is_told_to_come_back(service):
             one.close()
 
 
+def stop_in_flight(service, signum):
+    """Send the signal once one request is in flight; the service has begun to shut down when this returns."""
+    deadline = time.monotonic() + 30
+    while "convit_in_flight 1.0" not in service.ask("GET", "/metrics")[1]:
+        assert time.monotonic() < deadline
+    service.process.send_signal(signum)
+    while "Shutting down" not in "".join(service.log):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_sigterm_answers_what_is_in_flight(checkpoint):
     service = Service(checkpoint)
     data = image(7)
     with socket.create_connection(("127.0.0.1", service.port)) as client:
         client.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(data) + data[:100])
-        deadline = time.monotonic() + 30
-        while "convit_in_flight 1.0" not in service.ask("GET", "/metrics")[1]:
-            assert time.monotonic() < deadline
-        service.process.send_signal(signal.SIGTERM)
-        while "Shutting down" not in "".join(service.log):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        stop_in_flight(service, signal.SIGTERM)
         with pytest.raises(ConnectionError):
             service.ask("GET", "/healthz")
         client.sendall(data[100:])
@@ -286,13 +291,7 @@ def test_sigint_leaves_no_traceback(checkpoint, times):
     service = Service(checkpoint)
     with socket.create_connection(("127.0.0.1", service.port)) as client:
         client.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc")
-        deadline = time.monotonic() + 30
-        while "convit_in_flight 1.0" not in service.ask("GET", "/metrics")[1]:
-            assert time.monotonic() < deadline
-        service.process.send_signal(signal.SIGINT)
-        while "Shutting down" not in "".join(service.log):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        stop_in_flight(service, signal.SIGINT)
         if times == 2:
             service.process.send_signal(signal.SIGINT)
         assert service.process.wait(60) == 130

@@ -133,9 +133,16 @@ def whole(folder, tmp_path_factory):
     return output
 
 
+def contents(path):
+    """The parameters of a checkpoint of ours, and what it says beside them."""
+    state = ms.load_checkpoint(str(path))
+    facts = json.loads(str(state.pop("convit_run")))
+    return {name: value.asnumpy() for name, value in state.items()}, facts
+
+
 def saved(output):
-    state = {name: value.asnumpy() for name, value in ms.load_checkpoint(str(output / "last.ckpt")).items() if name != "convit_run"}
-    return state, json.loads(str(ms.load_checkpoint(str(output / "last.ckpt"))["convit_run"]))["progress"]
+    state, facts = contents(output / "last.ckpt")
+    return state, facts["progress"]
 
 
 def assert_same_run(one, other):
@@ -160,10 +167,9 @@ def assert_same_run(one, other):
 
 def best(output):
     """Every bit of best.ckpt, but for what only a command line says in its recipe."""
-    state = ms.load_checkpoint(str(output / "best.ckpt"))
-    facts = json.loads(str(state.pop("convit_run")))
+    state, facts = contents(output / "best.ckpt")
     del facts["recipe"]["ckpt_save_dir"], facts["recipe"]["framework"]
-    return {name: value.asnumpy().tobytes() for name, value in state.items()}, facts
+    return {name: value.tobytes() for name, value in state.items()}, facts
 
 
 class Killed(BaseException):
