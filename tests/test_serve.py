@@ -196,6 +196,44 @@ def bomb():
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
 
 
+def strip():
+    """A PNG of 400,000 x 1 pixels: scaled to the model's height it would be 14 million pixels wide."""
+    file = io.BytesIO()
+    Image.new("L", (400_000, 1), 85).save(file, "PNG")
+    return file.getvalue()
+
+
+def two_faces():
+    """A TIFF of one pixel, and in another of Pillow's formats, IM, another of 810,000."""
+    text = b"II*\0\0\2\0\0:x\nFile type: L image\nImage type: L image\nImage size (x*y): 900*900\n\0\0\x1a"
+    tags = ((256, 1), (257, 1), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 1))
+    return (
+        text.ljust(512, b"\0") + struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, n) for tag, n in tags) + b"\0" * 4
+    )
+
+
+@pytest.mark.filterwarnings("ignore:IM image format:DeprecationWarning")
+def test_only_the_formats_that_are_meant_are_read(service):
+    Image.init()
+    assert Image.open(io.BytesIO(two_faces()), formats=["TIFF"]).size == (1, 1)
+    assert "IM" not in Image.OPEN or Image.open(io.BytesIO(two_faces())).size == (900, 900)
+    assert service.ask("POST", "/predict", two_faces())[0] == 200
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_strip_is_answered_in_bounded_memory(service):
+    with open(f"/proc/{service.process.pid}/clear_refs", "w") as file:
+        file.write("5")  # the peak starts anew
+
+    def kilobytes(name):
+        with open(f"/proc/{service.process.pid}/status") as file:
+            return int(re.search(rf"{name}:\s+(\d+)", file.read())[1])
+
+    before = kilobytes("VmRSS")
+    assert service.ask("POST", "/predict", strip())[0] == 200
+    assert kilobytes("VmHWM") - before < 200_000
+
+
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [

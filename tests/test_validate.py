@@ -15,6 +15,7 @@ from PIL import Image  # noqa: E402
 
 import convit  # noqa: E402
 from convit import cli  # noqa: E402
+from convit.engine import preparation  # noqa: E402
 from convit.engine.images import BadImage, find_images, read_image, read_named  # noqa: E402
 from convit.engine.preparation import Preparation  # noqa: E402
 from convit.engine.pytorch.build import build_model  # noqa: E402
@@ -116,10 +117,14 @@ def test_scores_are_those_counted_by_hand():
 @pytest.mark.parametrize(
     "keys", [{}, {"crop_pct": 1.0, "interpolation": "bilinear"}, {"interpolation": "random", "image_resize": 24}], ids=str
 )
-def test_engines_and_exports_prepare_an_image_alike(keys):
+def test_a_recipe_prepares_an_image_as_timm_does(keys):
+    from timm.data import create_transform
+
     chosen = load_recipe(None, {"image_resize": 32, **keys})
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 71, 3), dtype=np.uint8))
-    assert np.array_equal(eval_transform(chosen)(image).numpy(), Preparation.of_recipe(chosen)(image))
+    interpolation = {"random": "bicubic"}.get(chosen.interpolation, chosen.interpolation)
+    theirs = create_transform(chosen.image_resize, crop_pct=chosen.crop_pct, interpolation=interpolation)
+    assert np.array_equal(eval_transform(chosen)(image).numpy(), theirs(image).numpy())
 
 
 def test_processes_add_up(folder, weights):
@@ -286,6 +291,22 @@ def test_a_preparation_is_timms_bit_for_bit(size, crop, interpolation):
     assert Preparation.of_recipe(load_recipe(None, {"interpolation": "random"})).interpolation == "bicubic"  # as the engines evaluate
     grey = prepare._replace(mean=(0.5,), std=(0.25,))(Image.new("L", (40, 20), 255))
     assert grey.shape == (1, *size) and np.unique(grey).tolist() == ([2.0] if crop <= 1 else [-2.0, 2.0])
+
+
+@pytest.mark.parametrize("crop", [0.8, 1.3])
+def test_a_strip_costs_what_its_crop_costs(monkeypatch, crop):
+    """Resized whole, a strip of a million pixels would take gigabytes; its crop is that of the whole, but for roundings."""
+    random = np.random.default_rng(0)
+    for high, wide in ((3, 700), (700, 3), (2, 301)):
+        image = Image.fromarray(random.integers(80, 176, (high, wide, 3), dtype=np.uint8))
+        for size in ((32, 32), (24, 40)):
+            prepare = Preparation(size, crop_pct=crop)
+            whole = np.asarray(prepare.crop(image)).astype(int)
+            with monkeypatch.context() as bounded:
+                bounded.setattr(preparation, "_WHOLE", 0)
+                assert np.abs(np.asarray(prepare.crop(image)).astype(int) - whole).max() <= 2
+    for shape in ((1, 1_000_000), (1_000_000, 1)):
+        assert np.ptp(np.asarray(Preparation((224, 224), crop_pct=0.875).crop(Image.new("L", shape[::-1], 85)))) == 0
 
 
 def test_what_is_no_image_is_named(tmp_path):

@@ -1,7 +1,7 @@
 """Image files: which there are, and how one is read, everywhere in the same way. Imports no framework."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -31,7 +31,7 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix.lower() for suffix, kind in known if kind in Image.OPEN and kind not in _OTHERS)
 
 
-def read_image(file: str | os.PathLike[str] | BinaryIO, channels: int = 3) -> Image.Image:
+def read_image(file: str | os.PathLike[str] | BinaryIO, channels: int = 3, formats: Sequence[str] | None = None) -> Image.Image:
     """Read an image in full: upright as its EXIF orientation says, 8 bit, "L" for one channel and "RGB" for more.
 
     16-bit grey is scaled to 8 bit; palettes and CMYK become colours; transparency is dropped, as timm and torchvision do.
@@ -39,6 +39,7 @@ def read_image(file: str | os.PathLike[str] | BinaryIO, channels: int = 3) -> Im
     Args:
         file: A path, or an open file.
         channels: 1 for grey, else colour.
+        formats: Those of Pillow that are tried; default all.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -47,7 +48,7 @@ def read_image(file: str | os.PathLike[str] | BinaryIO, channels: int = 3) -> Im
     try:
         if isinstance(file, (str, os.PathLike)):
             check_regular(file)
-        with Image.open(file) as opened:
+        with Image.open(file, formats=formats) as opened:
             image: Image.Image = opened
             image.load()
             with suppress(Exception):  # orientation that cannot be read is none

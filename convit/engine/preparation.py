@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # a model is loaded where there is no Pillow
 
 # Pillow's numbers
 _FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+_WHOLE = 1 << 24  # pixels of a resized image: beyond, only its crop is made: the same, but for Pillow's roundings between rows and columns
 
 
 class Preparation(NamedTuple):
@@ -70,9 +71,15 @@ class Preparation(NamedTuple):
         else:
             ratio = min(old_height / high, old_width / wide)
             resized = (round(old_width / ratio), round(old_height / ratio))
-        if resized != image.size:
-            image = image.resize(resized, _FILTERS[self.interpolation])
         top, left = _margin(resized[1] - height), _margin(resized[0] - width)
+        if resized[0] * resized[1] > _WHOLE:  # of a strip: resize no more of it than the crop takes
+            x, y, right, bottom = max(left, 0), max(top, 0), min(left + width, resized[0]), min(top + height, resized[1])
+            by_x, by_y = old_width / resized[0], old_height / resized[1]
+            box = (x * by_x, y * by_y, min(right * by_x, old_width), min(bottom * by_y, old_height))
+            image = image.resize((right - x, bottom - y), _FILTERS[self.interpolation], box)
+            left, top = left - x, top - y
+        elif resized != image.size:
+            image = image.resize(resized, _FILTERS[self.interpolation])
         return image.crop((left, top, left + width, top + height))
 
     def __call__(self, image: "Image.Image") -> np.ndarray:

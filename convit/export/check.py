@@ -73,7 +73,7 @@ def check_request(name: str, path: Path | None = None, opset: int = OPSETS[0], d
     if not OPSETS[0] <= opset <= OPSETS[1]:
         raise ValueError(f"opset must be in {OPSETS[0]}..{OPSETS[1]}, got {opset}")
     if name == "mindir" and dynamic_size:
-        raise ValueError("mindir files have a fixed image size: make one per size with --img-size")
+        raise ValueError("mindir files have a fixed image size: make one per size with --image_resize")
     for package in form.needs:
         try:
             importlib.import_module(package)

@@ -73,7 +73,7 @@ class Classifier:
             raise ValueError(f"this is no image of {', '.join(known)}") from error
         if width * height > self.max_pixels:
             raise ValueError(f"the image has {width} x {height} pixels, more than the {self.max_pixels} that are taken")
-        crop = self.preparation.crop(read_image(io.BytesIO(data), self.model.in_chans))
+        crop = self.preparation.crop(read_image(io.BytesIO(data), self.model.in_chans, known))
         return Prepared(crop, self.preparation.normalise(crop))
 
     async def probabilities(self, image: Prepared) -> np.ndarray:

@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from convit.engine.images import BadImage
 from convit.engine.order import Order, mix_seed
+from convit.engine.preparation import Preparation, unit_scale
 from convit.engine.recipe import Recipe
 from convit.engine.sources import DigitsSource, Source, choose_samples, match_imagenet, open_source, read_sample, read_some
 from convit.engine.world import World
@@ -57,18 +59,12 @@ def seeded(seed: int) -> Iterator[None]:
 # --- transforms ---
 
 
-def normalisation(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """``mean`` and ``std`` of images in 0 to 1; MindCV gives them for 0 to 255."""
-    by = 255.0 if max(recipe.mean) > 1 else 1.0
-    return tuple(value / by for value in recipe.mean), tuple(value / by for value in recipe.std)
-
-
 def train_transform(recipe: Recipe) -> Any:
     """timm's training transform, PIL image to [C, H, W]."""
     from timm.data import create_transform
     from timm.data.random_erasing import RandomErasing
 
-    mean, std = normalisation(recipe)
+    mean, std = unit_scale(recipe.mean, recipe.std)
     trivial = recipe.auto_augment == "trivialaugwide"  # MindCV's, and torchvision's
     jitter: Any = None if trivial else recipe.color_jitter
     area: Any = tuple(recipe.scale)
@@ -103,13 +99,13 @@ def train_transform(recipe: Recipe) -> Any:
     return transform
 
 
-def eval_transform(recipe: Recipe) -> Any:
-    """timm's evaluation transform: resize, centre crop, normalise."""
-    from timm.data import create_transform
+def eval_transform(recipe: Recipe) -> Callable[[Any], Tensor]:
+    """timm's evaluation transform, PIL image to [C, H, W]: resize, centre crop, normalise."""
+    return partial(_prepared, Preparation.of_recipe(recipe))
 
-    mean, std = normalisation(recipe)
-    interpolation = "bicubic" if recipe.interpolation == "random" else recipe.interpolation
-    return create_transform(recipe.image_resize, crop_pct=recipe.crop_pct, interpolation=interpolation, mean=mean, std=std)
+
+def _prepared(prepare: Preparation, image: Any) -> Tensor:
+    return torch.from_numpy(prepare(image))
 
 
 def timm_policy(policy: str | None) -> str | None:
@@ -122,7 +118,7 @@ def timm_policy(policy: str | None) -> str | None:
 
 def _digits(source: DigitsSource, recipe: Recipe) -> tuple[Tensor, Tensor, float]:
     """Normalised images [n, 1, s, s], targets [n], and what the edge of an image is filled with."""
-    (mean, *_), (std, *_) = normalisation(recipe)
+    (mean, *_), (std, *_) = unit_scale(recipe.mean, recipe.std)
     size = (recipe.image_resize, recipe.image_resize)
     large = torch.nn.functional.interpolate(torch.from_numpy(source.pixels)[:, None], size=size, mode="bilinear", align_corners=False)
     return (large - mean) / std, torch.tensor(source.targets), -mean / std
