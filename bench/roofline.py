@@ -18,10 +18,6 @@ class Roofline:
     flops: float  # per second, two per multiply-add
     bytes: float  # per second, read and written
 
-    def seconds(self, flops: float, moved: float) -> float:
-        """The least time that work of ``flops`` and ``moved`` bytes can take."""
-        return max(flops / self.flops, moved / self.bytes)
-
     def asdict(self) -> dict[str, float]:
         return asdict(self)
 

@@ -201,7 +201,7 @@ def test_arithmetic_and_bytes_of_a_problem(monkeypatch):
     """Counted by hand: 2 images, 15 patches of 3 x 5, 2 heads of 4 channels."""
     monkeypatch.syspath_prepend(BENCH)
     import peers
-    import roofline
+    import results
 
     product = 2 * (2 * 2) * 15 * 15 * 4  # one N x N product of every head
     position = 2 * (2 * 2) * 15 * (3 + 5) * 4
@@ -210,8 +210,21 @@ def test_arithmetic_and_bytes_of_a_problem(monkeypatch):
     assert infer.flops == 2 * product + position and train.flops == 7 * product + 3 * position
     assert infer.bytes == 4 * tensor and train.bytes == 12 * tensor
     assert peers.Core(2, (3, 5), 2, 4, dtype="bfloat16").bytes == 2 * tensor
-    machine = roofline.Roofline(flops=100.0, bytes=10.0)
-    assert machine.seconds(1000, 50) == 10 and machine.seconds(100, 50) == 5
+    problem, peaks = {"device": "cpu", "dtype": "float32", "threads": 2}, {"cpu float32 2": {"flops": 100.0, "bytes": 10.0}}
+    for flops, moved, least in ((1000, 50, 10), (100, 50, 5)):
+        assert results.least_seconds(results.Entry("g", {"problem": problem, "flops": flops, "bytes": moved}, (1.0,)), peaks) == least
+    assert results.least_seconds(results.Entry("g", {"problem": problem | {"threads": 1}}, (1.0,)), peaks) is None
+
+
+def test_ours_is_the_automatic_choice_in_whichever_order_it_was_measured(report):
+    import results
+
+    def entry(peer, ours=True):
+        return results.Entry("g", {"peer": peer, "ours": ours}, (1.0,))
+
+    found = [entry("plain SDPA", False), entry("convit reference"), entry("convit.optimize"), entry("convit cpp"), entry("convit sdpa")]
+    assert results.leader(found).peer == results.leader(found[::-1]).peer == "convit cpp"
+    assert results.leader(found[:1]) is None
 
 
 def test_memory_that_grows_is_a_regression(report):
