@@ -13,6 +13,9 @@ pytestmark = pytest.mark.benchmark(timer=REPLAY)
 SHAPES = [(8, (14, 14), 4, 48), (8, (14, 14), 9, 48), (2, (28, 28), 9, 48), (1, (56, 56), 4, 48)]
 FULL_SHAPES = [(8, (14, 14), 16, 48), (64, (14, 14), 4, 48), (4, (24, 24), 9, 48), (1, (96, 96), 4, 48), (2, (28, 28), 9, 64)]
 
+# further ones against plain attention alone, on CPU in bfloat16 too
+PLAIN_SHAPES = [(1, (14, 14), 4, 48), (8, (14, 14), 12, 64)]
+
 # the axes of the scaling tests: tokens, batch, threads
 SIDES = (14, 28, 42, 56)
 FULL_SIDES = (14, 20, 28, 42, 56, 84, 112, 128)
@@ -41,6 +44,18 @@ def scaling_cases(bench) -> list[Core]:
     return list(dict.fromkeys(tokens + batches))
 
 
+def plain_cases(bench) -> list[Core]:
+    if bench.device != "cpu":
+        return []
+    return [
+        Core(batch, grid, heads, dim, backward, threads, dtype)
+        for dtype in ("float32", "bfloat16")
+        for batch, grid, heads, dim in SHAPES + PLAIN_SHAPES
+        for backward in (False, True)
+        for threads in bench.threads
+    ]
+
+
 def pytest_generate_tests(metafunc) -> None:
     bench = metafunc.config.bench
     peers = core_peers(bench.device)
@@ -48,16 +63,15 @@ def pytest_generate_tests(metafunc) -> None:
     if metafunc.function is test_core:
         pairs = [(problem, peer) for problem in core for peer in peers]
     else:
-        # the kernel that the automatic choice takes, attention without position, and timm
+        # the kernel that the automatic choice takes, attention without position, and for the scaling timm
         first = next(p for p in peers if p.ours and not p.missing(core[0]))
-        few = [first, *(p for p in peers if p.name in ("plain SDPA", "timm eager"))]
-        pairs = [
-            (problem, peer)
-            for problem in scaling_cases(bench)
-            if problem not in core
-            for peer in few
-            if peer.name != "timm eager" or problem.grid[0] <= LARGEST_EAGER
-        ]
+        plain, timm = (next(p for p in peers if p.name == name) for name in ("plain SDPA", "timm eager"))
+        scaling = [case for case in scaling_cases(bench) if case not in core]
+        if metafunc.function is test_scaling:
+            few = {case: [first, plain, *([timm] if case.grid[0] <= LARGEST_EAGER else [])] for case in scaling}
+        else:
+            few = {case: [first, plain] for case in plain_cases(bench) if case not in core + scaling}
+        pairs = [(problem, peer) for problem, chosen in few.items() for peer in chosen]
     metafunc.parametrize("problem, peer", pairs, ids=[name(problem, peer) for problem, peer in pairs])
 
 
@@ -71,3 +85,7 @@ def test_core(bench, problem, peer):
 
 def test_scaling(bench, problem, peer):
     bench(problem, peer, with_memory=problem.batch == 1, series="scaling")
+
+
+def test_plain(bench, problem, peer):
+    bench(problem, peer, series="plain")

@@ -126,8 +126,8 @@ def find(entries: list[Entry], peer: str) -> Entry | None:
 
 
 def core_groups(run: Run) -> list[list[Entry]]:
-    """The groups where the whole field competed, not those of the scaling series."""
-    return [g for g in run.kind("core") if g[0].info.get("series") != "scaling"]
+    """The groups where the whole field competed, not those of a series against few."""
+    return [g for g in run.kind("core") if "series" not in g[0].info]
 
 
 def competitions(run: Run) -> list[list[Entry]]:

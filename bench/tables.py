@@ -176,6 +176,21 @@ def memory_table(run: Run) -> str:
     return _table(["peak MB of one call + held between calls", *peers], rows) if rows else ""
 
 
+def plain_table(run: Run) -> str:
+    """Plain attention's time over ours, a column a shape, a row a type, direction and thread count."""
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for entries in run.kind("core"):
+        mine, plain = leader(entries), find(entries, YARDSTICK["core"])
+        if mine and plain:
+            key = mine.problem["dtype"], "fwd+bwd" if mine.problem["backward"] else "fwd", _where(mine.problem)
+            rows.setdefault(key, {})[mine.shape] = _times(plain.over(mine)) + "×"
+    shapes = list(dict.fromkeys(g[0].shape for g in [*core_groups(run), *run.kind("core")]))
+    shapes = [shape for shape in shapes if sum(shape in row for row in rows.values()) > 1]
+    header = [f"plain SDPA over ours, {run.record['device']}", "", "threads", *shapes]
+    found = sorted(rows.items(), key=lambda item: (item[0][0] != "float32", item[0]))
+    return _table(header, [[*key, *(row.get(shape, "–") for shape in shapes)] for key, row in found]) if run.on_cpu and shapes else ""
+
+
 def scaling_table(run: Run) -> str:
     rows = []
     for peer, entries in series(run, "tokens").items():
@@ -238,6 +253,7 @@ TABLES: dict[str, Callable[[Run], str]] = {
     "models": model_table,
     "runtimes": runtime_table,
     "faster": faster_list,
+    "plain": plain_table,
     "memory": memory_table,
     "scaling": scaling_table,
     "machine": machine_table,
