@@ -266,6 +266,15 @@ def test_missing_runtime_is_said(tmp_path, monkeypatch, capsys, format, package,
     assert not list(tmp_path.iterdir())
 
 
+def test_the_file_is_called_as_the_model(tmp_path, monkeypatch):
+    from convit.cli.export import file_name
+
+    (tmp_path / "run 1.5").mkdir()
+    monkeypatch.chdir(tmp_path / "run 1.5")
+    given = {".": "run 1.5", "../run 1.5/": "run 1.5", "best.pth": "best", "a/w.ckpt": "w", "w.pt": "w.pt", "a_b": "a_b"}
+    assert {model: file_name(model, ".pt") for model in given} == {model: f"{name}.pt" for model, name in given.items()}
+
+
 def test_command(tmp_path, photographs, capsys):
     """A checkpoint with recorded settings, another image size, into TorchScript; an existing file stays without --force."""
     from convit.weights.load import save_checkpoint

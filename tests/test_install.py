@@ -98,3 +98,30 @@ def test_a_wheel_carries_kernels_types_and_recipes(checkout, tmp_path):
     )
     assert "gating: torch._tensor.Tensor, grid: tuple[int, int], *, scale:" in told.stdout, told.stdout
     assert "def (x: torch._tensor.Tensor, grid: tuple[int, int] | None =) -> torch._tensor.Tensor" in told.stdout
+
+
+HUB = """
+import sys, torch
+folder = sys.argv[1]
+given = {"source": "local", "num_classes": 3, "img_size": 32}
+print(torch.hub.load(folder, "convit_tiny", **given)(torch.zeros(1, 3, 32, 32)).shape[1], sys.modules["convit"].__file__)
+from importlib import util
+spec = util.spec_from_file_location("hubconf", folder + "/hubconf.py")
+module = util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(*(name for name in vars(module) if name[0] != "_" and callable(getattr(module, name))))
+"""
+
+
+def test_torch_hub_finds_the_variants(checkout, tmp_path):
+    """In what it unpacks of a repository's archive, where links are text files: the installed convit serves, and there must be one."""
+    pytest.importorskip("torch")
+    import convit
+
+    (checkout / "convit" / "kernels").unlink()
+    (checkout / "convit" / "kernels").write_text("../kernels")
+    told = subprocess.run([sys.executable, "-c", HUB, str(checkout)], cwd=tmp_path, capture_output=True, text=True)
+    assert told.stdout == f"3 {convit.__file__}\n{' '.join(convit.list_models())}\n", told.stderr
+    # -S: without site-packages
+    told = subprocess.run([sys.executable, "-S", str(checkout / "hubconf.py")], cwd=tmp_path, capture_output=True, text=True)
+    assert told.stderr.endswith("ModuleNotFoundError: torch.hub finds these models where convit is installed: pip install it first\n")

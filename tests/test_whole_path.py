@@ -55,6 +55,11 @@ def test_from_pictures_to_a_service(pictures, tmp_path, monkeypatch, capsys, cap
     assert main(["plot", str(run), "--image", str(pictures / "red" / "0.png")]) == 0
     assert (run / "plots" / "attention.png").stat().st_size > 5000
 
+    assert main(["plot", str(run / "best.pth")]) == 1
+    assert "best.pth has no log of a run: --image FILE draws where its heads look" in capsys.readouterr().err
+    assert main(["plot", str(run / "best.pth"), "--image", str(pictures / "red" / "0.png")]) == 0
+    assert Path("plots/attention.png").read_bytes() == (run / "plots" / "attention.png").read_bytes()
+
     for form, suffix in (("torchscript", ".pt"), ("torch-export", ".pt2")):
         assert main(["export", str(run), "--format", form]) == 0
         assert Path(f"pictures{suffix}").exists()

@@ -9,6 +9,7 @@ from convit.cli import spellings
 from convit.dispatch import nearest
 from convit.export.check import FORMATS, OPSETS, check_request
 from convit.export.int8 import check_int8
+from convit.weights.files import SUFFIXES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +21,7 @@ examples:
   convit export RUN --format openvino --int8 --data_dir PICS   eight bits, kept only where that is faster here"""
     parser.add_argument("model", metavar="MODEL", help="a run folder, any checkpoint, or a variant (convit_tiny)")
     parser.add_argument("--format", required=True, help=", ".join(FORMATS))
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="the file to write [MODEL with the suffix of the format]")
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="the file to write [MODEL's name with the suffix of the format]")
     parser.add_argument(*spellings("ckpt_path"), metavar="FILE", type=Path, help="weights for a variant: any checkpoint")
     parser.add_argument("--pretrained", action="store_true", help="published ImageNet-1K weights for a variant")
     parser.add_argument(*spellings("image_resize"), metavar="H[,W]", type=_size, help="image size the file is made for [the model's]")
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         check_int8(args.format, args.data_dir)
     elif args.data_dir:
         raise ValueError("--data_dir is of --int8; --images names files to check with")
-    output = args.output or Path(Path(args.model).name + form.suffix)
+    output = args.output or Path(file_name(args.model, form.suffix))
     if output.exists() and not args.force:
         raise ValueError(f"{output} exists; --force replaces it")
     if args.format == "mindir":
@@ -63,6 +64,14 @@ def run(args: argparse.Namespace) -> None:
     )
     if report.int8:
         print(report.int8)
+
+
+def file_name(model: str, suffix: str) -> str:
+    """By the name of the model's folder, of its variant, or of its file without a checkpoint's suffix; never the model's own."""
+    path = Path(model)
+    if path.is_dir():
+        return path.resolve().name + suffix
+    return (path.stem if path.suffix in SUFFIXES and path.suffix != suffix else path.name) + suffix
 
 
 def _place(args: argparse.Namespace) -> str | Path:

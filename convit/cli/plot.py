@@ -1,4 +1,4 @@
-"""``convit plot RUN``: the pictures of a training run; of several runs, one that compares them.
+"""``convit plot RUN``: the pictures of a training run; of several runs, one that compares them; of any checkpoint, where its heads look.
 
 history     loss and accuracy per epoch
 gates       every gate over the epochs, and before and after
@@ -16,14 +16,17 @@ from convit import figures
 from convit.engine.images import read_named
 from convit.engine.preparation import Preparation
 from convit.engine.recipe import load_recipe
+from convit.engine.trained import WEIGHTS
+from convit.weights.files import SUFFIXES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = """examples:
   convit plot RUN --image cat.jpg                              losses, gates, distances, and where the heads look on a picture
-  convit plot RUN RUN2                                         two runs in one picture, and which keys of their recipes differ"""
-    parser.add_argument("folders", metavar="RUN", type=Path, nargs="+", help="the folder of a training run; several are compared")
-    parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="folder for the pictures [RUN/plots; ./plots for several runs]")
+  convit plot RUN RUN2                                         two runs in one picture, and which keys of their recipes differ
+  convit plot weights.safetensors --image cat.jpg              where the heads of any checkpoint look"""
+    parser.add_argument("folders", metavar="RUN", type=Path, nargs="+", help="a run's folder; several are compared; or a checkpoint")
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="folder for the pictures [RUN/plots; else ./plots]")
     parser.add_argument("--image", metavar="FILE", type=Path, help="draw where heads look on this image")
     parser.add_argument("--query", metavar="Y,X", type=_point, help="the patch they look from, row and column [the middle]")
     parser.add_argument("--format", default="png", choices=("png", "pdf", "svg"), help="file type [png]")
@@ -32,10 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if len(args.folders) > 1:
         return compare(args)
-    (folder,) = args.folders
-    records = figures.read_log(folder)
-    output = args.output or folder / "plots"
-    output.mkdir(parents=True, exist_ok=True)
+    (place,) = args.folders
+    if place.exists() and _without_log(place):
+        if args.image is None:
+            raise ValueError(f"{place} has no log of a run: --image FILE draws where its heads look")
+        print(attention(args, place, (args.output or Path("plots")) / f"attention.{args.format}"))
+        return
+    records = figures.read_log(place)
+    output = args.output or place / "plots"
 
     def path(name: str) -> Path:
         return Path(output, f"{name}.{args.format}")
@@ -48,17 +55,29 @@ def run(args: argparse.Namespace) -> None:
     if any(record.get("distance") for record in records):
         drawn.append(figures.plot_locality(records, path("locality")))
     if args.image is not None:
-        import torch
-
-        from convit.engine.pytorch.trained import trained_model
-
-        model = trained_model(folder)
-        preparation = Preparation.of(model)
-        crop = preparation.crop(read_named(args.image, model.in_chans))
-        image = torch.from_numpy(preparation.normalise(crop))
-        drawn.append(figures.plot_attention(model, image, path("attention"), query=args.query, picture=np.asarray(crop)))
+        drawn.append(attention(args, place, path("attention")))
     for one in drawn:
         print(one)
+
+
+def attention(args: argparse.Namespace, place: Path, path: Path) -> Path:
+    """Where the heads of the model at ``place`` look on the image."""
+    import torch
+
+    from convit.engine.pytorch.trained import trained_model
+
+    model = trained_model(place)
+    preparation = Preparation.of(model)
+    crop = preparation.crop(read_named(args.image, model.in_chans))
+    image = torch.from_numpy(preparation.normalise(crop))
+    return figures.plot_attention(model, image, path, query=args.query, picture=np.asarray(crop))
+
+
+def _without_log(place: Path) -> bool:
+    """Whether it is a checkpoint, or a folder of the Hub: they have no log."""
+    if place.is_dir():
+        return not (place / "log.jsonl").exists() and any((place / name).exists() for name in WEIGHTS)
+    return place.suffix in SUFFIXES
 
 
 def compare(args: argparse.Namespace) -> None:
