@@ -5,6 +5,7 @@ import math
 import shutil
 
 import pytest
+import yaml
 
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
@@ -182,6 +183,13 @@ def test_a_run_validates_without_its_recipe(digits, capsys, name):
     assert cli.main([*words, "bfloat16"]) == 0
     narrow = json.loads(capsys.readouterr().out)
     assert narrow["precision"] == "bfloat16" and abs(narrow["top1"] - result["top1"]) <= 0.3
+
+
+def test_a_file_without_a_recipe_takes_no_more_workers_than_cores(weights, capsys, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    for words, count in (((), 3), (("--num_parallel_workers", "5"), 5)):
+        assert cli.main(["validate", str(weights[1] / "ours.safetensors"), "--print-config", *words]) == 0
+        assert yaml.safe_load(capsys.readouterr().out)["num_parallel_workers"] == count
 
 
 def test_precision_where_it_has_no_say(digits, capsys):

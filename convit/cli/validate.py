@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,7 +89,8 @@ def evaluation_recipe(args: argparse.Namespace) -> Recipe:
     if args.config is not None:
         return load_recipe(args.config, overrides)
     found = find_trained(place, engine(overrides.get("framework", "pytorch"), "checkpoint").facts_of)
-    return recipe_from({**found.recipe(), "pretrained": False, **overrides}, source=str(place))
+    own = {"num_parallel_workers": min(Recipe().num_parallel_workers, os.cpu_count() or 1), **found.recipe()}
+    return recipe_from({**own, "pretrained": False, **overrides}, source=str(place))
 
 
 def as_published(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
