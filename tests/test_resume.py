@@ -156,6 +156,12 @@ def test_checkpoints_load_without_running_code(tmp_path):
         load(tmp_path / "last.pth")
 
 
+def test_a_checkpoint_takes_no_more_memory_than_its_file(tmp_path):
+    save(tmp_path / "last.pth", {"optimizer": {"state": {0: [torch.zeros(1).expand(1 << 31)]}}}, {"progress": {}})
+    with pytest.raises(ValueError, match="damaged or no checkpoint"):
+        load(tmp_path / "last.pth")
+
+
 def test_checkpoints_record_the_settings_of_the_model(whole, tmp_path):
     """So that a model of MindCV's kind (tanh GELU, another epsilon), fine-tuned here, is read back as what it is."""
     from convit.weights.load import read as read_checkpoint

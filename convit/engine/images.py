@@ -1,7 +1,7 @@
 """Image files: which there are, and how one is read, everywhere in the same way. Imports no framework."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -31,7 +31,7 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix.lower() for suffix, kind in known if kind in Image.OPEN and kind not in _OTHERS)
 
 
-def read_image(file: str | os.PathLike[str] | BinaryIO, channels: int = 3, formats: Sequence[str] | None = None) -> Image.Image:
+def read_image(file: str | os.PathLike[str] | BinaryIO, channels: int = 3, formats: list[str] | None = None) -> Image.Image:
     """Read an image in full: upright as its EXIF orientation says, 8 bit, "L" for one channel and "RGB" for more.
 
     16-bit grey is scaled to 8 bit; palettes and CMYK become colours; transparency is dropped, as timm and torchvision do.

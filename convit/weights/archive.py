@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from convit.weights.files import MAX_TENSORS, BadFile, mapped, shown
+from convit.weights.files import MAX_TENSORS, BadFile, shown
 
 MAGIC = b"PK\x03\x04"
 
@@ -22,19 +22,6 @@ class Record(NamedTuple):
         if self.crc and zlib.crc32(self.data) != self.crc:
             raise BadFile(path, f"is damaged: its CRC-32 is not the stated {self.crc:08x}", name)
         return self.data
-
-
-def check_records(path: Path) -> None:
-    """Compare every record of an archive with its CRC-32, which ``torch.load`` does not; a file of another kind is left alone.
-
-    Raises:
-        OSError: The file cannot be opened.
-        BadFile: It is truncated or damaged.
-    """
-    data = mapped(path)
-    if bytes(data[:4]) == MAGIC:
-        for name, record in records(path, data):
-            record.check(path, shown(name))
 
 
 def records(path: Path, data: memoryview) -> Iterator[tuple[str, Record]]:

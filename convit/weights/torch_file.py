@@ -133,9 +133,13 @@ def read(path: Path, data: memoryview, key: str | None) -> tuple[Tensors, Settin
             raise BadFile(path, f"must be a dense tensor, got {kind}", shown(name))
         tensors[name] = _array(path, shown(name), value)
         total += tensors[name].nbytes
-        if total > 2 * len(data):  # a few tied weights are fine
-            raise BadFile(path, f"has tensors that share their storage many times over: more than {total:,} bytes out of {len(data):,}")
+        _check_shared(path, total, data)
     return tensors, settings
+
+
+def _check_shared(path: Path, total: int, data: memoryview) -> None:
+    if total > 2 * len(data):  # a few tied weights are fine
+        raise BadFile(path, f"has tensors that share their storage many times over: more than {total:,} bytes out of {len(data):,}")
 
 
 def facts(path: Path) -> dict[str, Any]:
@@ -147,6 +151,27 @@ def facts(path: Path) -> dict[str, Any]:
     """
     loaded = _loaded(path, mapped(path))
     return {name: value for name, value in loaded.items() if isinstance(name, str) and _plain(value, 2)}
+
+
+def check(path: Path) -> None:
+    """Hold a whole file, whatever its dictionary holds, against the bounds of ``read``: then ``torch.load`` takes no more than its size.
+
+    Raises:
+        OSError: The file cannot be opened.
+        BadFile: See ``read``.
+    """
+    data = mapped(path)
+    left, seen, total = [_loaded(path, data)], set(), 0
+    while left:
+        value: Any = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, _Tensor):
+            total += _array(path, "a tensor", value).nbytes
+            _check_shared(path, total, data)
+        elif isinstance(value, (dict, list, tuple, set)):
+            left.extend(value.values() if isinstance(value, dict) else value)
 
 
 def _plain(value: Any, depth: int) -> bool:

@@ -8,7 +8,6 @@ from torch import nn
 
 from convit.engine.folder import writing
 from convit.weights import torch_file
-from convit.weights.archive import check_records
 from convit.weights.files import BadFile
 
 
@@ -25,7 +24,7 @@ def load(path: Path) -> dict[str, Any]:
         ValueError: The file is no such checkpoint.
     """
     try:
-        check_records(path)
+        torch_file.check(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError):
         raise
