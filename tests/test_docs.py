@@ -1,4 +1,4 @@
-"""The snippets of the pages run, one after the other: docs/serve.md's Python agrees with the model, docs/guide.md is a whole path."""
+"""The snippets of the pages run: docs/serve.md's Python agrees with the model, README.md and docs/guide.md are whole paths."""
 
 import re
 import shlex
@@ -52,31 +52,88 @@ def test_serving_snippets(tmp_path, monkeypatch, capsys):
 SMALL = ["--epoch_size", "1", "--num_samples", "4", "--batch_size", "2", "--num_parallel_workers", "0"]
 
 
-def test_guide(tmp_path, monkeypatch, capsys):
-    """Every command and every line of Python; training is cut short, published weights are a file, the service is not waited for."""
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """A folder with pictures of two classes; published weights are a file, a service is not waited for."""
     for package in ("timm", "matplotlib", "uvicorn", "fastapi", "multipart", "prometheus_client"):
         pytest.importorskip(package)
     import uvicorn
     from PIL import Image
 
-    from convit.cli import main
     from convit.weights import load
 
-    page = (Path(__file__).parents[1] / "docs" / "guide.md").read_text(encoding="utf-8")
+    def published(name, source=None):
+        path = tmp_path / f"{name}.pth"
+        if not path.exists():
+            torch.save(convit.create_model(name).state_dict(), path)
+        return path
+
     monkeypatch.chdir(tmp_path)
     for number, name in enumerate(("cat", "dog") * 5):
         Path("PICS", name).mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(number).integers(0, 255, (40, 60, 3), np.uint8)
         Image.fromarray(pixels).save(Path("PICS", name, f"{number}.png"))
-    torch.save(convit.create_model("convit_tiny").state_dict(), "tiny.pth")
-    monkeypatch.setattr(load, "fetch", lambda name, source=None: Path("tiny.pth").resolve())
+    monkeypatch.setattr(load, "fetch", published)
     monkeypatch.setattr(uvicorn.Server, "run", lambda server: setattr(server, "started", True))
-    monkeypatch.setattr(
-        uvicorn.Config, "configure_logging", lambda config: None
-    )  # it would close what pytest captures, through absl's handler
+    # it would close what pytest captures, through absl's handler
+    monkeypatch.setattr(uvicorn.Config, "configure_logging", lambda config: None)
+
+
+def snippets_of(page):
+    text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
+    return re.findall(r"```(sh|python)\n(.*?)```", text, re.S)
+
+
+def test_readme(desk, monkeypatch):
+    """The quick start and the swap, on small pictures; installing and making is not done again."""
+    import timm
+
+    from convit.cli import main
+
+    make = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: make(name))  # its weights are not fetched
+    names = dict(zip("qkv", torch.randn(3, 1, 2, 196, 16), strict=True), timm=timm, images=torch.randn(1, 3, 192, 256))
+    names |= {"pos_weight": torch.randn(2, 3), "gating": torch.randn(2)}
+    ran = []
+    for kind, snippet in snippets_of("README.md"):
+        if kind == "python":
+            exec(snippet, names)
+            continue
+        for line in snippet.splitlines():
+            program, command, *words = shlex.split(line, comments=True)
+            if program != "convit":
+                assert program in ("pip", "make")
+                continue
+            words = ["PICS/cat/0.png" if word == "IMAGE..." else word for word in words]
+            assert main([command, *words, *(SMALL if command == "train" else [])]) == 0, line
+            ran.append(command)
+            if command == "train":
+                Path("RUN").symlink_to("runs/PICS")
+    assert ran == ["env", "train", "validate", "infer", "export", "serve"] and Path("RUN.onnx").exists()
+    assert names["logits"].shape == (1, 1000) and names["out"].shape == (1, 2, 196, 16) and len(convit.accelerated(names["model"])) > 0
+
+
+def test_every_command_of_the_training_page_is_understood(desk, capsys):
+    """With ``--print-config``: the recipe and the data are found, and nothing trains."""
+    from convit.cli import main
+
+    assert main(["train", "--data_dir", "PICS", "--output", "RUN", *SMALL]) == 0
+    Path("DIR").symlink_to("PICS")
+    lines = [line for kind, snippet in snippets_of("docs/training.md") if kind == "sh" for line in snippet.splitlines()]
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        words = words[1:] if words[0] == "convit" else words[words.index("convit") + 1 :]
+        assert main([*words, "--print-config"]) == 0, line
+    assert len(lines) == 9 and capsys.readouterr().out.count("framework: mindspore") == 1
+
+
+def test_guide(desk, capsys):
+    """Every command and every line of Python; training is cut short."""
+    from convit.cli import main
+
     ran = 0
     names: dict[str, object] = {}
-    for kind, snippet in re.findall(r"```(sh|python)\n(.*?)```", page, re.S):
+    for kind, snippet in snippets_of("docs/guide.md"):
         if kind == "python":
             exec(snippet, names)
             continue

@@ -271,7 +271,15 @@ def test_the_file_is_called_as_the_model(tmp_path, monkeypatch):
 
     (tmp_path / "run 1.5").mkdir()
     monkeypatch.chdir(tmp_path / "run 1.5")
-    given = {".": "run 1.5", "../run 1.5/": "run 1.5", "best.pth": "best", "a/w.ckpt": "w", "w.pt": "w.pt", "a_b": "a_b"}
+    given = {
+        ".": "run 1.5",
+        "..": tmp_path.name,
+        "../run 1.5/": "run 1.5",
+        "best.pth": "best",
+        "a/w.ckpt": "w",
+        "w.pt": "w.pt",
+        "a_b": "a_b",
+    }
     assert {model: file_name(model, ".pt") for model in given} == {model: f"{name}.pt" for model, name in given.items()}
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,6 +138,20 @@ def test_a_picture_is_turned_as_its_exif_says(service):
     turned = io.BytesIO()
     Image.open(io.BytesIO(data)).transpose(Image.Transpose.ROTATE_90).save(turned, "PNG", exif=exif)
     assert service.ask("POST", "/predict", turned.getvalue()) == service.ask("POST", "/predict", data)
+
+
+def test_the_pages_commands(service, tmp_path):
+    """docs/serve.md's, with curl."""
+    curl = shutil.which("curl")
+    if curl is None:
+        pytest.skip("no curl here")
+    (tmp_path / "cat.jpg").write_bytes(image(9, kind="JPEG"))
+    page = (Path(__file__).parents[1] / "docs" / "serve.md").read_text(encoding="utf-8")
+    told = []
+    for line in re.findall("^curl .*", page, re.M):
+        words = [word.replace(":8000", f":{service.port}") for word in shlex.split(line)]
+        told.append(json.loads(subprocess.run([curl, "-s", *words[1:]], cwd=tmp_path, capture_output=True, check=True).stdout)["classes"])
+    assert [len(classes) for classes in told] == [4, 3] and told[0][:3] == told[1]
 
 
 def test_attention(service, model):

@@ -1,6 +1,7 @@
 """``convit export``: a model for another runtime."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def file_name(model: str, suffix: str) -> str:
     """By the name of the model's folder, of its variant, or of its file without a checkpoint's suffix; never the model's own."""
     path = Path(model)
     if path.is_dir():
-        return path.resolve().name + suffix
+        return os.path.basename(os.path.abspath(path)) + suffix
     return (path.stem if path.suffix in SUFFIXES and path.suffix != suffix else path.name) + suffix
 
 
