@@ -94,14 +94,19 @@ def _panels(run: Run) -> list[tuple[str, list[tuple[str, list[Entry]]]]]:
 
 
 def speed(run: Run):
-    """Bars of each competitor's time over ours, one panel for each pass and one for whole models."""
+    """Bars of each competitor's time over ours, a panel for each pass, two beside each other: a page shows them half as wide as drawn."""
     panels = _panels(run)
     clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}  # numbers stand clear of the line at 1
     heights = [sum(len(g) + 0.9 for _, g in rows) for _, rows in panels]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.1 * len(panels), 0.6 + 0.155 * max(heights)), squeeze=False)
+    columns = min(2, len(panels))
+    ratios = [max(heights[i : i + columns]) for i in range(0, len(panels), columns)]  # bars are equally thick in all panels
+    size = (4.2 * columns, 0.3 + 0.75 * len(ratios) + 0.16 * sum(ratios))
+    figure, axes = plt.subplots(len(ratios), columns, figsize=size, squeeze=False, gridspec_kw={"height_ratios": ratios})
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
     seen: dict[str, str] = {}
     log = max(e.over(leader(g)) for _, rows in panels for _, g in rows for e in g) > 4  # one kind of axis for all
-    for ax, (title, rows) in zip(axes[0], panels, strict=True):
+    for number, (ax, (title, rows)) in enumerate(zip(axes.flat, panels, strict=False)):
         y, ticks = 0.0, []
         widest = 1.0
         for label, entries in rows:
@@ -112,7 +117,7 @@ def speed(run: Run):
                 value, is_ours = e.over(mine), e.peer == mine.peer
                 seen[e.peer] = _colour(e.peer, mine.peer)
                 ax.barh(y, value, height=0.82, color=seen[e.peer], linewidth=0)
-                ax.text(value, y, f" {value:.2f}" if value < 10 else f" {value:.1f}", va="center", fontsize=6.5, color="#222222",
+                ax.text(value, y, f" {value:.2f}" if value < 10 else f" {value:.1f}", va="center", fontsize=7.5, color="#222222",
                         fontweight="bold" if is_ours else "normal", bbox=clear)  # fmt: skip
                 widest = max(widest, value)
                 y += 1
@@ -126,9 +131,12 @@ def speed(run: Run):
             ax.xaxis.set_minor_locator(NullLocator())
         ax.set_yticks([t for t, _ in ticks], [label for _, label in ticks])
         ax.tick_params(axis="y", length=0)
-        ax.invert_yaxis()
+        ax.set_ylim(ratios[number // columns] - 0.9, -0.9)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in seen.values()]
-    figure.legend(handles, list(seen), loc="upper center", ncols=min(len(seen), 6), bbox_to_anchor=(0.5, 0.0), fontsize=8)
+    if ratios[-1] - heights[-1] > 1.4 * len(seen):  # the last panel has room for the legend
+        ax.legend(handles, list(seen), loc="lower center", fontsize=8, frameon=True, framealpha=1, edgecolor="none")
+    else:
+        figure.legend(handles, list(seen), loc="upper center", ncols=min(len(seen), 4), bbox_to_anchor=(0.5, 0.0), fontsize=8)
     figure.suptitle(run.record["device"], x=0.01, ha="left", fontsize=9, color="#666666")
     figure.tight_layout()
     return figure
