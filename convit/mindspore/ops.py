@@ -13,6 +13,7 @@ from mindspore import Tensor, ops
 
 from convit.dispatch import Problem, choose, forced_backend, order, why_not
 from convit.kernels.gpsa import any_blocks, ascend_flash, cpu_aot
+from convit.kernels.gpsa.any_mindspore import softmax
 
 Kernel: TypeAlias = Callable[..., Tensor]
 
@@ -72,7 +73,7 @@ def _attention_kernel(shape: tuple[Any, ...], dtype: ms.Type, dropout_p: float) 
 def _plain_attention(qkv: Tensor, scale: float, dropout_p: float) -> Tensor:
     q, k, v = ops.unstack(ops.transpose(qkv, (2, 0, 3, 1, 4)))
     scores = ops.cast(ops.BatchMatMul(transpose_b=True)(q * scale, k), ms.float32)
-    attn = ops.cast(ops.softmax(scores, -1), v.dtype)
+    attn = ops.cast(softmax(scores), v.dtype)
     if dropout_p > 0:
         attn = ops.dropout(attn, dropout_p)
     return ops.transpose(ops.BatchMatMul()(attn, v), (0, 2, 1, 3))
@@ -109,6 +110,11 @@ def check(shapes: tuple[Any, ...], dtypes: tuple[Any, ...], grid: tuple[Any, ...
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     return batch, heads, tokens, head_dim
+
+
+@ms.constexpr
+def _scale(scale: float | None, head_dim: int) -> float:
+    return float(head_dim**-0.5 if scale is None else scale)  # operators take no integer, and no number of NumPy's
 
 
 def gpsa(
@@ -148,9 +154,7 @@ def gpsa(
     shapes = (q.shape, k.shape, v.shape, pos_weight.shape, gating.shape)
     dtypes = (q.dtype, k.dtype, v.dtype, pos_weight.dtype, gating.dtype)
     kernel = _kernel(shapes, dtypes, grid, dropout_p, backend)
-    if scale is None:
-        scale = q.shape[3] ** -0.5
-    return kernel(q, k, v, pos_weight, gating, grid, scale, dropout_p)
+    return kernel(q, k, v, pos_weight, gating, grid, _scale(scale, q.shape[3]), dropout_p)
 
 
 def gpsa_packed(qkv: Tensor, pos_weight: Tensor, gating: Tensor, grid: tuple[int, int], scale: float, dropout_p: float) -> Tensor:

@@ -15,6 +15,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from convit.kernels.gpsa.any_mindspore import softmax
+
 # Rows of a block, and the most blocks: they are unrolled in a graph
 _ROWS = 128
 _MOST_BLOCKS = 32
@@ -80,7 +82,7 @@ def _axis(size: int, dtype: ms.Type) -> Tensor:
 def _table(size: int, linear: Tensor, square: Tensor) -> Tensor:
     """One factor of the position softmax, [H, size, size], from the weights of d and d^2 [H]."""
     d = _axis(size, linear.dtype)
-    return ops.softmax(ops.reshape(linear, (-1, 1, 1)) * d + ops.reshape(square, (-1, 1, 1)) * (d * d), -1)
+    return softmax(ops.reshape(linear, (-1, 1, 1)) * d + ops.reshape(square, (-1, 1, 1)) * (d * d))
 
 
 def positional(v: Tensor, pos_weight: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -88,13 +90,13 @@ def positional(v: Tensor, pos_weight: Tensor, grid: tuple[int, int]) -> Tensor:
     (gh, gw), (batch, heads, tokens, dim) = grid, v.shape
     out = v
     # Along y, then along x: the second product then reads what the first wrote, without a copy. The table of an axis of one place is
-    # one: leaving it out is not only shorter, for MindSpore 2.10's gradients of ``pos_weight`` are wrong with it in pynative mode.
+    # one, and left out. A table needs all axes of what it multiplies: with fewer, MindSpore's gradient fails where there is one head.
     if gh > 1:
         py = _table(gh, pos_weight[:, 1], pos_weight[:, 2])
         out = ops.matmul(py, ops.reshape(out, (batch, heads, gh, gw * dim)))
     if gw > 1:
         px = _table(gw, pos_weight[:, 0], pos_weight[:, 2])
-        out = ops.matmul(ops.expand_dims(px, 1), ops.reshape(out, (batch, heads, gh, gw, dim)))
+        out = ops.matmul(ops.reshape(px, (1, heads, 1, gw, gw)), ops.reshape(out, (batch, heads, gh, gw, dim)))
     return ops.reshape(out, (batch, heads, tokens, dim))
 
 
@@ -112,7 +114,7 @@ def why_not(problem: Any) -> str | None:
         return "the tensors are not MindSpore tensors"
     if problem.dropout_p > 0:
         return "attention dropout is not supported: one mask must cover both softmaxes"
-    if problem.batch * problem.tokens == 0:
+    if 0 in (problem.batch, problem.tokens):
         return "empty tensors are not supported"
     return None
 

@@ -14,6 +14,9 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
+# Why a custom operator cannot serve a graph that was compiled for any batch
+UNKNOWN_BATCH = "the batch is not known when the graph is compiled, and MindSpore's custom operators need it: leave out set_inputs"
+
 
 @ms.constexpr
 def relative_positions(grid: tuple[int, int], dtype: ms.Type) -> Tensor:
@@ -31,6 +34,12 @@ def number(x: float, dtype: ms.Type) -> Tensor:
     return Tensor(x, dtype)
 
 
+def softmax(x: Tensor, axis: int = -1) -> Tensor:
+    """``ops.softmax``, but for one key, which has all the weight: in pynative mode MindSpore (2.7 to 2.10) takes wrong gradients of every
+    softmax that comes after the gradient of such a one."""
+    return ops.ones_like(x) if x.shape[axis] == 1 else ops.softmax(x, axis)
+
+
 def why_not(problem: Any) -> str | None:
     if problem.framework != "mindspore":
         return "the tensors are not MindSpore tensors"
@@ -40,12 +49,13 @@ def why_not(problem: Any) -> str | None:
 def attention_map(q: Tensor, k: Tensor, pos_weight: Tensor, gating: Tensor, grid: tuple[int, int], scale: float) -> Tensor:
     """The gated mix of the two softmaxes, [B, H, N, N], in the type it is computed in."""
     dtype = ms.float64 if q.dtype == ms.float64 else ms.float32
-    scores = ops.matmul(ops.cast(q, dtype), ops.swapaxes(ops.cast(k, dtype), -2, -1)) * number(scale, dtype)
-    content = ops.softmax(scores, -1)
+    # ops.matmul has no gradient where all axes but one are 1
+    scores = ops.BatchMatMul(transpose_b=True)(ops.cast(q, dtype), ops.cast(k, dtype)) * number(scale, dtype)
+    content = softmax(scores)
     heads, tokens = q.shape[1], q.shape[2]
     rel = ops.reshape(relative_positions(grid, dtype), (tokens * tokens, 3))
     logits = ops.matmul(ops.cast(pos_weight, dtype), ops.swapaxes(rel, 0, 1))
-    position = ops.softmax(ops.reshape(logits, (1, heads, tokens, tokens)), -1)
+    position = softmax(ops.reshape(logits, (1, heads, tokens, tokens)))
     gate = ops.reshape(ops.sigmoid(ops.cast(gating, dtype)), (1, heads, 1, 1))
     return (1 - gate) * content + gate * position
 
@@ -57,4 +67,4 @@ def gpsa(
     attn = attention_map(q, k, pos_weight, gating, grid, scale)
     if dropout_p > 0:
         attn = ops.dropout(attn, dropout_p)
-    return ops.cast(ops.matmul(attn, ops.cast(v, attn.dtype)), v.dtype)
+    return ops.cast(ops.BatchMatMul()(attn, ops.cast(v, attn.dtype)), v.dtype)

@@ -35,6 +35,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
+from convit.kernels.gpsa.any_mindspore import UNKNOWN_BATCH, softmax
+
 # Ascend's unified buffer holds a tile of whole key columns. The code that AKG emits takes about 40 bytes a score (float32 copy,
 # exponential, products, double-buffered input and output); 910B has 192 KB of buffer, 910 has 256. Tiles of 16 queries are the least
 # a vector takes; with them AKG gives up double buffering as it must, up to 24 x 24 keys in 256 KB.
@@ -346,7 +348,7 @@ def _axes(grid: tuple[int, int], lanes: int) -> tuple[Tensor, Tensor]:
 def _rows(offsets: Tensor, linear: Tensor, square: Tensor) -> Tensor:
     """Rows of a position table for every query: softmax over the keys of linear * d + square * d^2, [H, keys, lanes]."""
     logits = ops.reshape(linear, (-1, 1, 1)) * offsets + ops.reshape(square, (-1, 1, 1)) * offsets * offsets
-    return ops.softmax(logits, 1)
+    return softmax(logits, 1)
 
 
 def not_taken(kind: str) -> str | None:
@@ -377,6 +379,8 @@ def why_not(problem: Any) -> str | None:
         return f"{problem.dtype} is not supported on {problem.device} ({'float32 or float16' if narrow else 'float32 only'})"
     if importlib.util.find_spec("decorator") is None:
         return "AKG's compiler needs the package decorator: pip install decorator"
+    if problem.batch is None:
+        return UNKNOWN_BATCH
     if problem.tokens * problem.batch == 0:
         return "empty tensors are not supported"
     if problem.device == "ascend":

@@ -42,7 +42,8 @@ def why_not(problem: Any) -> str | None:
         return "attention dropout is not supported: one mask must cover both softmaxes"
     if problem.head_dim % 16 or problem.head_dim > _MOST_DIM:
         return f"D = {problem.head_dim} is no multiple of 16 up to {_MOST_DIM}"
-    if not (0 < problem.batch <= _MOST_BATCH and problem.heads <= _MOST_HEADS and problem.tokens > 0):
+    batch = 1 if problem.batch is None else problem.batch  # not known when a graph is compiled for any
+    if not (0 < batch <= _MOST_BATCH and problem.heads <= _MOST_HEADS and problem.tokens > 0):
         return f"B is to be 1 to {_MOST_BATCH} and H 1 to {_MOST_HEADS}, with at least one token"
     name = chip()
     if name in ("ascend910", "ascend910a") or name.startswith("ascend310"):

@@ -163,6 +163,8 @@ def why_not(problem: Any) -> str | None:
         return f"TBE operators run on Ascend only, the device target is {problem.device}"
     if problem.dtype not in _DTYPES:
         return f"{problem.dtype} is not supported ({' or '.join(_DTYPES)})"
+    if problem.batch is None:
+        return ascend_akg.UNKNOWN_BATCH
     if problem.tokens * problem.batch == 0:
         return "empty tensors are not supported"
     if (reason := ascend_akg.not_taken("tbe")) is not None:

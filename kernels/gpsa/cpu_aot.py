@@ -18,6 +18,7 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from convit.kernels import aot
+from convit.kernels.gpsa.any_mindspore import UNKNOWN_BATCH
 
 
 @lru_cache(None)
@@ -99,7 +100,7 @@ def why_not(problem: Any) -> str | None:
     if problem.dtype not in ("float32", "bfloat16"):
         return f"{problem.dtype} is not supported (float32 and bfloat16 are)"
     if problem.batch is None:
-        return "the batch is not known when the graph is compiled, and MindSpore's custom operators need it: leave out set_inputs"
+        return UNKNOWN_BATCH
     if problem.dropout_p > 0:
         return "attention dropout is not supported: no N x N mask is formed"
     path, reason = aot.library()

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import sys
 import time
+from pathlib import Path
 from unittest.mock import patch
 
 import mindspore as ms
@@ -18,7 +19,9 @@ from convit.dispatch import Problem, choose, use_backend, why_not
 from convit.kernels.gpsa import ascend_akg, ascend_tbe
 from convit.kernels.gpsa.definition import relative_error as error
 from convit.kernels.gpsa.definition import softmax
-from convit.mindspore.ops import gpsa
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
+from ascend_mindspore import Attend, Weighted
 
 ms.set_device("CPU")
 
@@ -142,24 +145,6 @@ def plain() -> None:
     row("TBE", "1: the same with float16 scores, float32 inside", text, "the compilers")
 
 
-class Attend(nn.Cell):
-    def __init__(self, grid: tuple[int, int], backend: str) -> None:
-        super().__init__()
-        self.grid, self.backend = grid, backend
-
-    def construct(self, q, k, v, pos_weight, gating):
-        return gpsa(q, k, v, pos_weight, gating, self.grid, backend=self.backend)
-
-
-class Loss(nn.Cell):
-    def __init__(self, grid: tuple[int, int], backend: str) -> None:
-        super().__init__()
-        self.attend = Attend(grid, backend)
-
-    def construct(self, q, k, v, pos_weight, gating, weights):
-        return (self.attend(q, k, v, pos_weight, gating) * weights).sum()
-
-
 def compiled(mode: str) -> None:
     ms.set_context(mode=ms.GRAPH_MODE if mode == "graph" else ms.PYNATIVE_MODE)
     names = ("out", "dq", "dk", "dv", "dpos_weight", "dgating")
@@ -178,7 +163,7 @@ def compiled(mode: str) -> None:
         def outcome(backend: str, dtype: str, arrays=arrays, weights=weights, grid=(gh, gw)) -> list[np.ndarray]:
             tensors = [Tensor(a.astype(dtype)) for a in arrays]
             out = Attend(grid, backend)(*tensors)
-            gradients = ms.grad(Loss(grid, backend), grad_position=(0, 1, 2, 3, 4))(*tensors, Tensor(weights.astype(dtype)))
+            gradients = ms.grad(Weighted(Attend(grid, backend)), grad_position=(0, 1, 2, 3, 4))(*tensors, Tensor(weights.astype(dtype)))
             return [out.asnumpy(), *(g.asnumpy() for g in gradients)]
 
         want = outcome("reference", "float64")
