@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -111,6 +112,25 @@ def test_completion(shell, tmp_path):
 def test_every_command_has_help(command):
     result = convit_command(command, "--help")
     assert result.returncode == 0 and "usage: convit" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("missing", ["PIL", "torch"])
+def test_what_a_base_install_lacks_is_named(missing, tmp_path):
+    """Commands without a package of the extras, or without PyTorch: a message with the way, never a traceback."""
+    code = f"""
+import sys
+sys.modules[{missing!r}] = None
+from convit.cli import main
+(open("x.pth", "wb").close(), open("x.png", "wb").close())
+for line in ("train --data_dir .", "validate --model convit_tiny --data_dir .", "infer x.png --pretrained", "plot x.pth --image x.png",
+             "export convit_tiny --format torchscript", "serve x.pth", "completion bash"):
+    if {missing!r} == "PIL" or line.split()[0] in ("export", "serve"):
+        assert main(line.split()) == 1, line
+"""
+    told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    lines = told.stderr.splitlines()
+    assert lines and all(re.search(rf"needs {missing}: pip install '\.\[\w+\]' in the source folder", line) for line in lines), told.stderr
 
 
 def test_wrong_usage_exits_with_2():

@@ -68,10 +68,21 @@ def build_parser(called: Collection[str]) -> tuple[argparse.ArgumentParser, dict
     return parser, parsers
 
 
+def _needs(command: str, error: Exception) -> str:
+    extra = command if command in ("export", "serve") else "all" if command == "completion" else "train"
+    return f"convit {command} needs {getattr(error, 'name', error)}: pip install '.[{extra}]' in the source folder"
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     called = next((word for word in argv if not word.startswith("-")), "")
-    parser, parsers = build_parser([called])
+    try:
+        parser, parsers = build_parser([called])
+    except ModuleNotFoundError as error:  # of an extra; convit's own are there
+        if os.environ.get("CONVIT_TRACEBACK"):
+            raise
+        print(_needs(called, error), file=sys.stderr)
+        return 1
     chosen = parsers.get(called, parser)
     args, unknown = parser.parse_known_args(_spelt_out(argv, chosen))
     if unknown:
@@ -90,7 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
         if os.environ.get("CONVIT_TRACEBACK"):
             raise
-        print(f"convit {args.command}: {error}", file=sys.stderr)
+        bare = isinstance(error, ModuleNotFoundError) and "pip install" not in str(error)
+        print(_needs(args.command, error) if bare else f"convit {args.command}: {error}", file=sys.stderr)
         return 1
     except Exception as error:  # what a reader of ours, or of a library, did not foresee
         if os.environ.get("CONVIT_TRACEBACK"):
