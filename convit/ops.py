@@ -102,8 +102,10 @@ def linear(layer: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     operators.
     """
     if type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling() and bare(layer, nn.Linear):
-        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-        if weight is not None and cpu_onednn.why_not(x, weight, bias) is None and forced_backend(None) in (None, "cpp"):
+        held = layer._parameters
+        weight, bias = held.get("weight"), held.get("bias")
+        # a weight or bias that is no parameter (a buffer, somebody's tensor) is the layer's to find
+        if weight is not None and "bias" in held and cpu_onednn.why_not(x, weight, bias) is None and forced_backend(None) in (None, "cpp"):
             gelu = act.approximate if isinstance(act, nn.GELU) and bare(act, nn.GELU) else None
             y = cpu_onednn.linear(x, weight, bias, gelu)
             return y if act is None or gelu else cast(Tensor, act(y))

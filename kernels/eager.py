@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -24,7 +25,12 @@ def _named(path: str) -> Any:
 
 _dispatch_modes = _named("_C._len_torch_dispatch_stack")
 _function_modes = _named("_C._len_torch_function_stack")
+_function_mode_stack = _named("overrides._get_current_function_mode_stack")
+_device_context = _named("utils._device.DeviceContext")
+_functions = {name: _named(f"_C._nn.{name}") for name in ("linear", "gelu")}
 _transforms = _named("_C._are_functorch_transforms_active")
+_transform_stack = _named("_C._functorch.get_interpreter_stack")
+_functionalize = _named("_C._functorch.TransformType.Functionalize")
 _tracing_state = _named("_C._get_tracing_state")
 _profiler = _named("_C._autograd._profiler_enabled")
 _legacy_batched = _named("_C._functorch.is_legacy_batchedtensor")
@@ -39,7 +45,7 @@ def eager(*tensors: Tensor | None) -> bool:
         torch.compiler.is_compiling()
         or not _complete
         or _dispatch_modes()
-        or _function_modes()
+        or (_function_modes() and _watched())
         or _transforms()
         or _tracing_state() is not None
         or forward_ad._current_level >= 0
@@ -49,6 +55,25 @@ def eager(*tensors: Tensor | None) -> bool:
         if x is not None and (type(x) not in _PLAIN or x.is_neg()):
             return False
     return True
+
+
+def _watched() -> bool:
+    """Whether one of the function modes at work is more than the default device's."""
+    if _function_mode_stack is None or _device_context is None:
+        return True
+    return any(type(mode) is not _device_context for mode in _function_mode_stack())
+
+
+def replaced_functions() -> bool:
+    """Whether somebody has put a function of theirs in the place of one that the layers call, as profilers do."""
+    return F.linear is not _functions["linear"] or F.gelu is not _functions["gelu"]
+
+
+def intercepted() -> bool:
+    """Whether somebody stands between the layers and torch's functions: a function mode, or a function in the place of one."""
+    if torch.compiler.is_compiling():  # which looks through both
+        return False
+    return replaced_functions() or _function_modes is None or bool(_function_modes() and _watched())
 
 
 # what a tracer puts in a tensor's place: it means what the tensor meant
@@ -87,6 +112,16 @@ def exporting_to_onnx() -> bool:
 def transformed() -> bool:
     """Whether the call stands inside ``torch.func``: grad, vjp, jvp, vmap and what is made of them."""
     return bool(_transforms()) if _transforms is not None else False
+
+
+@torch.compiler.assume_constant_result
+def functionalized() -> bool:
+    """Whether one of those transforms is ``torch.func.functionalize``, which takes no ``autograd.Function``."""
+    if not transformed():
+        return False
+    if _transform_stack is None or _functionalize is None:
+        return True
+    return any(each.key() == _functionalize for each in _transform_stack() or ())
 
 
 @torch.compiler.assume_constant_result
@@ -138,6 +173,7 @@ def unhooked(module: nn.Module) -> bool:
             or module._backward_pre_hooks
             or module._backward_hooks
             or module._compiled_call_impl
+            or (type(module).__call__ is not nn.Module._wrapped_call_impl and not torch.compiler.is_compiling())  # torch.export's own
         )
     except AttributeError:  # of another version of torch: nobody can tell
         return False

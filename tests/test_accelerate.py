@@ -1,6 +1,7 @@
 """convit.accelerate on timm's models and on FAIR-like ones."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -99,6 +100,7 @@ def test_the_images_own_grid(image, layout):
     ours.set_input_size((image[1], image[0]))
     ours.pos_embed = moved.pos_embed
     close(moved(x.mT), ours(x.mT))
+    close(torch.jit.script(moved)(x.mT), ours(x.mT))
 
 
 def _own_method(model):
@@ -140,6 +142,13 @@ def _lookalike(model):
     model.blocks[0].mlp.__class__ = Mlp
 
 
+def _patched(model):
+    """As instrumentation does it: a wrapper that bears the name and the module of what it wraps."""
+    forward = timm.models.convit.MHSA.forward
+    timm.models.convit.MHSA.forward = functools.wraps(forward)(lambda self, x: forward(self, x) * 1.0)
+    return lambda: setattr(timm.models.convit.MHSA, "forward", forward)
+
+
 @pytest.mark.parametrize(
     "change, reason",
     [
@@ -149,16 +158,20 @@ def _lookalike(model):
         (_further_parameter, "holds more than ours: temperature"),
         (_further_indices, "has rel_indices of its own"),
         (_lookalike, "computes something else"),
+        (_patched, "has been patched: forward"),
     ],
 )
 def test_what_is_not_exactly_theirs_is_left_and_said(change, reason, caplog):
     model = timm_model().eval()
     model(X)
-    change(model)
-    expected = model(X)
-    convit.accelerate(model)
-    close(model(X), expected)
-    done = convit.accelerated(model)
+    restore = change(model) or (lambda: None)
+    try:
+        expected = model(X)
+        convit.accelerate(model)
+        close(model(X), expected)
+        done = convit.accelerated(model)
+    finally:
+        restore()
     assert len(done.swapped) == 7 and [reason in why for why in done.left.values()] == [True]
     assert reason in caplog.records[-1].getMessage() and caplog.records[-1].levelname == "WARNING"
 
@@ -175,6 +188,31 @@ def test_undo():
     assert torch.equal(model(X), expected)
     with pytest.raises(ValueError, match="'square' or 'image', got 'wide'"):
         convit.accelerate(model, grid="wide")
+
+
+def test_undo_is_refused_where_a_class_would_be_lost():
+    model = convit.accelerate(timm_model().eval())
+    torch.nn.utils.parametrize.register_parametrization(model.blocks[0].attn, "gating_param", torch.nn.Tanh())
+    expected = model(X)
+    with pytest.raises(RuntimeError, match="blocks.0.attn has become a ParametrizedGPSA since"):
+        convit.accelerated(model).undo()
+    assert torch.equal(model(X), expected) and len(convit.accelerated(model).swapped) == 8 and not convit.accelerated(model).left
+    torch.nn.utils.parametrize.remove_parametrizations(model.blocks[0].attn, "gating_param")
+    convit.accelerated(model).undo()
+    close(model(X), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_set_around_it_changes_no_verdict(dtype):
+    model = timm_model()
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            done = convit.accelerated(convit.accelerate(model))
+    finally:
+        torch.set_default_dtype(default)
+    assert len(done.swapped) == 8 and not done.left
 
 
 def test_norms_and_hooks_inside_an_mlp_act():

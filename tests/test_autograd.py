@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.autograd.functional as functional
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.func import functional_call, functionalize, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import convit
 
@@ -74,6 +74,13 @@ def of_a_batch_of_gradients(large, each):
     return torch.autograd.grad(out, inputs, grads, is_grads_batched=True)
 
 
+def of_a_batch_of_gradients_and_again(large):
+    inputs = leaves()
+    out = large(*inputs)
+    gradients = torch.autograd.grad(out, inputs, torch.stack([LARGE[0], LARGE[1]]), is_grads_batched=True, create_graph=True)
+    return torch.autograd.grad(sum(x.square().sum() for x in gradients), inputs)
+
+
 DERIVATIVES = {
     "jvp": lambda large, small, loss, cube: jvp(large, LARGE, TANGENTS)[1],
     "forward_ad": lambda large, small, loss, cube: in_forward_mode(large),
@@ -95,6 +102,10 @@ DERIVATIVES = {
     "third order": lambda large, small, loss, cube: of_order(loss, 2),
     "batched gradients": lambda large, small, loss, cube: of_a_batch_of_gradients(large, False),
     "vmap of autograd.grad": lambda large, small, loss, cube: of_a_batch_of_gradients(large, True),
+    "gradient of batched gradients": lambda large, small, loss, cube: of_a_batch_of_gradients_and_again(large),
+    "functionalize": lambda large, small, loss, cube: functionalize(large)(*LARGE),
+    "grad of functionalize": lambda large, small, loss, cube: grad(functionalize(loss), tuple(range(5)))(*LARGE),
+    "functionalize of grad": lambda large, small, loss, cube: functionalize(grad(loss, tuple(range(5))))(*LARGE),
     "functional.hessian": lambda large, small, loss, cube: functional.hessian(cube, SMALL, vectorize=True),
     "functional.jacobian": lambda large, small, loss, cube: functional.jacobian(small, SMALL, vectorize=True, strategy="forward-mode"),
     "functional.jvp": lambda large, small, loss, cube: functional.jvp(large, LARGE, TANGENTS)[1],
@@ -131,6 +142,42 @@ def test_gradients_of_each_sample():
         model(x[i : i + 1]).square().sum().backward()
         for name, parameter in parameters.items():
             torch.testing.assert_close(together[name][i], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def in_a_batch(out, inputs, grads, **options):
+    return torch.autograd.grad(out, inputs, grads, is_grads_batched=True, **options)
+
+
+def mapped(out, inputs, grads, **options):
+    return vmap(lambda g: torch.autograd.grad(out, inputs, g, retain_graph=True, **options))(grads)
+
+
+def tangents_of(out, inputs, grads, **options):
+    with forward_ad.dual_level():
+        found = torch.autograd.grad(out, inputs, forward_ad.make_dual(grads[0], grads[1]), **options)
+        return [forward_ad.unpack_dual(x).tangent for x in found]
+
+
+@pytest.mark.parametrize("gradients", [in_a_batch, mapped, tangents_of])
+@pytest.mark.parametrize("module", [lambda: convit.GPSA(32, 4), lambda: convit.MHSA(32, 4)], ids=["GPSA", "MHSA"])
+def test_gradients_of_modules_by_every_way(module, gradients):
+    """Of a graph that was made plainly, with what its linear layers do; and, but for tangents, their gradients again."""
+    torch.manual_seed(0)
+    module, x = module(), torch.randn(2, 16, 32)
+    found = []
+    for backend, dtype in ((None, torch.float32), ("reference", torch.float64)):
+        y = x.to(dtype).requires_grad_()
+        inputs = [y, *(p for name, p in module.to(dtype).named_parameters() if name != "pos_proj.bias")]
+        with convit.use_backend(backend):
+            out = module(y)
+            grads = torch.stack([out.detach().sin(), out.detach().cos()])
+            again = gradients is not tangents_of
+            found.append(list(gradients(out, inputs, grads, create_graph=again)))
+            if again:
+                loss = sum(g.square().sum() for g in found[-1])
+                found[-1] += torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+    for ours, exact in zip(*found, strict=True):
+        assert (ours - exact).norm() <= 2e-5 * exact.norm()
 
 
 @pytest.mark.parametrize("backend", [None, "sdpa", "reference"])

@@ -25,6 +25,8 @@ m, x = convit.GPSA(48, 4), torch.randn(2, 16, 48)
 compiled = lambda m: torch.compile(m, fullgraph=True, backend="aot_eager")
 f = compiled(m)
 assert torch.allclose(f(x), m(x), atol=1e-5)
+for y in (torch.randn(3, 25, 48), torch.randn(1, 9, 48)):  # of other grids
+    assert torch.allclose(f(y), m(y), atol=1e-5)
 with convit.use_backend("sdpa"):
     assert torch.allclose(f(x), m(x), atol=1e-5)
 with convit.use_backend("akg"):

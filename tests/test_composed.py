@@ -82,6 +82,13 @@ class Lora(nn.Module):
         return self.base(x) + x @ self.a.T @ self.b.T
 
 
+class DroppingLora(Lora):
+    """As they are trained: with dropout, so that the order in which layers are called decides over the numbers."""
+
+    def forward(self, x):
+        return self.base(x) + nn.functional.dropout(x, 0.2, self.training) @ self.a.T @ self.b.T
+
+
 class LoraLinear(nn.Linear):
     """As adapters were: a subclass."""
 
@@ -115,6 +122,17 @@ class Reentrant(nn.Module):
 
     def forward(self, *args):
         return checkpoint(self.module, *args, use_reentrant=self.reentrant)
+
+
+class OneArgument(nn.Module):
+    """A user's own wrapper, as it is written for timm's blocks and attention."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x) * 1.25
 
 
 class Compiled(nn.Module):
@@ -152,6 +170,16 @@ def own_forward(parent, name, module):
     module.forward = loaded
 
 
+def as_buffer(parent, name, module):
+    if isinstance(bias := module.bias, nn.Parameter):
+        del module.bias
+        module.register_buffer("bias", bias.detach())
+
+
+def writing(module):
+    return nn.Sequential(nn.ReLU(inplace=True), module)
+
+
 def scale_gradient(module, grads, _):
     return tuple(None if g is None else g * 1.5 for g in grads)
 
@@ -170,7 +198,9 @@ LAYER = {
     "weight norm by hook": lambda parent, name, module: nn.utils.weight_norm(module),
     "spectral norm": lambda parent, name, module: parametrizations.spectral_norm(module),
     "adapter": replaced(Lora),
+    "adapter with dropout": replaced(DroppingLora),
     "adapter by class": by_class,
+    "bias as a buffer": as_buffer,
     "weight of a subclass": scaled_weight,
     "transposed weight": lambda parent, name, module: setattr(module, "weight", nn.Parameter(module.weight.detach().t().contiguous().t())),
     "frozen": lambda parent, name, module: module.requires_grad_(False),
@@ -179,7 +209,7 @@ LAYER = {
 }
 ANY = {
     "hook": lambda parent, name, module: module.register_forward_hook(lambda module, args, out: out * 1.25),
-    "pre-hook": lambda parent, name, module: module.register_forward_pre_hook(lambda module, args: (args[0] * 1.25, *args[1:])),
+    "pre-hook": lambda parent, name, module: module.register_forward_pre_hook(lambda module, args: (args[0] * 1.25,)),
     "hook with kwargs": lambda parent, name, module: module.register_forward_hook(lambda m, a, k, out: out + 0.1, with_kwargs=True),
     "backward hook": lambda parent, name, module: module.register_full_backward_hook(scale_gradient),
     "checkpoint": replaced(checkpoint_wrapper),
@@ -188,6 +218,8 @@ ANY = {
     "offload": replaced(offload_wrapper),
     "compiled inside": replaced(lambda module: Compiled(module, "eager")),
     "compiled in place": lambda parent, name, module: module.compile(backend="eager"),
+    "in place before": replaced(writing),
+    "wrapper of one argument": replaced(OneArgument),
     "in place of dropout": lambda parent, name, module: [
         setattr(m, "inplace", True) for m in module.modules() if isinstance(m, nn.Dropout)
     ],

@@ -123,6 +123,31 @@ def test_frozen_parts_get_no_gradient(products):
     assert len(products) == 2 and fc.weight.grad is None and x.grad is not None
 
 
+def test_what_no_gradient_needs_may_be_written_to(products):
+    """As with torch's own layer: ``x`` under a frozen weight, the weight under an input without gradient."""
+    fc, x = layer(), torch.randn(5, 24, requires_grad=True)
+    y, h = ops.linear(fc, x.detach()), x * 1.0
+    with torch.no_grad():
+        fc.weight.mul_(2)
+    y.sum().backward()
+    fc.requires_grad_(False)
+    y = ops.linear(fc, h)
+    h.add_(1)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, fc.weight.sum(0).expand(5, -1))
+    assert len(products) == 4
+
+
+@pytest.mark.parametrize("buffer", [True, False])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_weight_or_bias_that_is_no_parameter_counts(name, buffer):
+    fc, x = layer(), torch.randn(5, 24)
+    value = getattr(fc, name).detach() + 1
+    delattr(fc, name)
+    fc.register_buffer(name, value) if buffer else setattr(fc, name, value)
+    torch.testing.assert_close(ops.linear(fc, x), fc(x))
+
+
 def test_a_changed_weight_is_seen(products):
     fc, x = layer(), torch.randn(5, 24)
     with torch.no_grad():
@@ -156,9 +181,11 @@ def test_hooks_and_replacements_are_called(products, monkeypatch):
     torch.testing.assert_close(ops.linear(lora, x), lora(x))
     pruned = torch.nn.utils.prune.l1_unstructured(layer(), "weight", 0.5)
     torch.testing.assert_close(ops.linear(pruned, x), pruned(x))
-    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: seen.append("class"))
-    ops.linear(layer(), x)
-    assert seen == ["layer", "act", "global", "replaced", "compiled", "class"] and len(products) == 1
+    for owner, name in ((nn.Module, "__call__"), (nn.functional, "linear"), (nn.Linear, "forward")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, lambda *args, name=name: seen.append(name))
+            ops.linear(layer(), x)
+    assert seen == ["layer", "act", "global", "replaced", "compiled", "__call__", "linear", "forward"] and len(products) == 1
 
 
 def test_who_watches_the_operators_sees_them(products):
@@ -166,6 +193,11 @@ def test_who_watches_the_operators_sees_them(products):
     with FlopCounterMode(display=False) as counter:
         ops.linear(fc, x)
     assert counter.get_total_flops() == 2 * 5 * 24 * 40
+    y = ops.linear(fc, x.clone().requires_grad_())
+    products.clear()
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * 5 * 24 * 40
     mapped = torch.func.vmap(lambda x: ops.linear(fc, x))(x[:, None])
     torch.testing.assert_close(mapped[:, 0], fc(x))
     with torch.autocast("cpu", torch.bfloat16):

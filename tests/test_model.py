@@ -329,6 +329,38 @@ def test_every_parameter_gets_a_gradient():
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_hooks_and_wrappers_written_for_timms_keep_the_grid(dynamic):
+    """They know one argument; the patches of 16 x 64 pixels, 2 x 8, would also lie on a square."""
+    model = small(img_size=(16, 64), dynamic_img_size=dynamic)
+    x = images(16, 64)
+    expected = model(x)
+    hooked, wrapped, left_out = copy.deepcopy(model), copy.deepcopy(model), copy.deepcopy(model)
+    for module in (hooked.blocks[0], hooked.blocks[0].attn, hooked.blocks[2], hooked.blocks[2].attn):
+        module.register_forward_pre_hook(lambda module, args: (args[0] * 1.0,))
+    wrapped.blocks[0], wrapped.blocks[1].attn = torch.nn.Sequential(wrapped.blocks[0]), torch.nn.Sequential(wrapped.blocks[1].attn)
+    for other in (hooked, wrapped):
+        torch.testing.assert_close(other(x), expected)
+    wrapped.set_grad_checkpointing()
+    torch.testing.assert_close(wrapped(x), expected)
+    left_out.blocks[0].attn, left_out.blocks[1] = torch.nn.Identity(), torch.nn.Identity()
+    assert left_out(x).shape == expected.shape
+
+
+def test_attention_is_traced_symbolically_as_timms_is():
+    attention, x = convit.MHSA(24, 4), torch.randn(2, 10, 24)
+    torch.testing.assert_close(torch.fx.symbolic_trace(attention)(x), attention(x))
+
+
+def test_a_method_replaced_on_the_class_is_called(monkeypatch):
+    model, x = small(), images()
+    expected = model(x)
+    features = convit.ConViT.forward_features
+    monkeypatch.setattr(convit.ConViT, "forward_features", lambda self, x: features(self, x) * 0.0)
+    with torch.no_grad():
+        assert torch.equal(model(x), model.head.bias.expand(2, -1)) and not torch.equal(model(x), expected)
+
+
 @pytest.mark.parametrize("rate", ["drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"])
 def test_dropouts_act_while_training_only(rate):
     model = small(**{rate: 0.5})

@@ -81,7 +81,16 @@ class Accelerated(NamedTuple):
     left: dict[str, str]
 
     def undo(self) -> None:
-        """Give every swapped module its own class back."""
+        """Give every swapped module its own class back.
+
+        Raises:
+            RuntimeError: One has been given another class since (parametrised, sharded): undo that first. Nothing is changed.
+        """
+        for name in self.swapped:
+            if (cls := type(self.model.get_submodule(name))) not in _OURS:
+                raise RuntimeError(
+                    f"{name} has become a {cls.__name__} since: first remove what made it that (a parametrization, sharding)"
+                )
         for name in self.swapped:
             _restore(self.model.get_submodule(name))
 
@@ -219,7 +228,7 @@ def _counterpart(module: nn.Module) -> type[nn.Module] | str | None:
     cls = type(module)
     if cls in _OURS:
         return cls if module.__dict__.get(_THEIRS) is not None or cls in (GPSA, MHSA) else None
-    if not (cls.__name__ in _TIMM or hasattr(module, "gating_param")):
+    if not (cls.__name__ in _TIMM or isinstance(getattr(module, "gating_param", None), Tensor)):
         return None
     named = [entry for entry in _COUNTERPARTS if entry[0] == cls.__name__]
     if not named:
@@ -251,7 +260,8 @@ def _why_not_class(cls: type[nn.Module], ours: type[nn.Module]) -> str | None:
     if original is not None and issubclass(cls, original):
         if own_methods := methods - {"__init__", "__annotate__"}:
             return f"overrides {', '.join(sorted(own_methods))} of timm's"
-        touched = [name for name, value in vars(original).items() if inspect.isfunction(value) and value.__module__ != original.__module__]
+        home = vars(sys.modules[original.__module__])  # where its own functions look up names: a wrapper may have taken their __module__
+        touched = [name for name, value in vars(original).items() if inspect.isfunction(value) and value.__globals__ is not home]
         if touched:
             return f"has been patched: {', '.join(touched)}"
     return None if _same_numbers(cls, ours) else "computes something else"
@@ -261,12 +271,18 @@ def _same_numbers(cls: type[nn.Module], ours: type[nn.Module]) -> bool:
     """Whether a small module of class ``cls`` gives our numbers, in training with dropout and in evaluation."""
     options: dict[str, Any] = {"drop": 0.2} if ours not in (GPSA, MHSA) else {"num_heads": 2, "attn_drop": 0.2, "proj_drop": 0.2}
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad(), use_backend("reference"):
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.device("cpu"),
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+            use_backend("reference"),
+        ):
             torch.manual_seed(0)
-            theirs = cls(8, **options)
+            theirs = cls(8, **options).float()
             for parameter in theirs.parameters():
                 nn.init.normal_(parameter)
-            x = torch.randn(2, 9, 8)
+            x = torch.randn(2, 9, 8, dtype=torch.float32)
             for mode in (True, False):
                 theirs.train(mode)
                 results = []

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from convit import ops
-from convit.kernels.eager import bare, know, plain
+from convit.kernels.eager import bare, intercepted, know, plain
 from convit.kernels.gpsa import reference
 
 
 def square_grid(tokens: int) -> tuple[int, int]:
     """The square grid of ``tokens`` patches; ``ValueError`` if there is none."""
-    side = math.isqrt(tokens)
+    side = int(tokens**0.5)  # exact for a square; math.isqrt is none of what torch.compile knows
     if side * side != tokens:
         raise ValueError(f"N = {tokens} patches form no square grid: pass grid=(gh, gw) with gh * gw == {tokens}")
     return side, side
@@ -49,9 +49,10 @@ class GPSA(nn.Module):
         ValueError: ``num_heads`` does not divide ``dim``.
     """
 
-    # Set by ``accelerate``, for models that give no grid: who knows the image's, and whether that comes before the square.
+    # Set by a model, or ``accelerate``, for calls that give no grid: who knows the image's, and whether that comes before the square.
     patch_embed: tuple[nn.Module, ...] = ()
     image_grid: bool = False
+    scripted_grid = (0, 0)  # that grid when TorchScript compiled the module, which cannot ask
     __jit_ignored_attributes__ = ["patch_embed"]
 
     def __init__(
@@ -102,15 +103,16 @@ class GPSA(nn.Module):
 
     def _forward(self, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
         batch, tokens, dim = _sizes(x)
-        v = ops.linear(self.v, x).view(batch, tokens, self.num_heads, dim // self.num_heads).transpose(1, 2)
         dropout_p = _dropout(self.attn_drop)
         if dropout_p is None or not self._position_is_bare() or _own(self, GPSA, "get_attention"):
-            out = self.get_attention(x, grid) @ v
+            attn = self.get_attention(x, grid)
+            out = attn @ self._value(x)
         else:
             q, k = self._query_key(x)
+            v = self._value(x)  # after them, as in timm: who draws numbers inside the layers draws the same
             grid = self._grid(tokens, grid)
             out = ops.gpsa(q, k, v, self._position_weight(), self.gating_param, grid, scale=self.scale, dropout_p=dropout_p)
-        return cast(Tensor, self.proj_drop(ops.linear(self.proj, out.transpose(1, 2).reshape(batch, tokens, dim))))
+        return cast(Tensor, self.proj_drop(ops.linear(self.proj, _join_heads(out, self.proj))))
 
     def _scripted(self, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """The formula in what TorchScript compiles, for a square grid where none is given."""
@@ -120,6 +122,8 @@ class GPSA(nn.Module):
         content = ((qk[0] @ qk[1].transpose(-2, -1)) * self.scale).softmax(dim=-1)
         side = int(tokens**0.5)
         gh, gw = grid if grid is not None else (side, side)
+        if grid is None and self.scripted_grid[0] * self.scripted_grid[1] == tokens:
+            gh, gw = self.scripted_grid
         assert gh * gw == tokens, "the patches form no such grid: pass grid=(gh, gw)"
         index = torch.arange(tokens, device=x.device)
         dx = (index % gw)[None, :] - (index % gw)[:, None]
@@ -138,7 +142,7 @@ class GPSA(nn.Module):
             attn = reference.attention_map(q, k, self._position_weight(), self.gating_param, grid, self.scale)
         else:  # somebody's own: asked for its output, as in timm
             rel = reference.relative_positions(grid, x.device).to(self.gating_param.dtype)
-            position = self.pos_proj(rel.expand(len(x), -1, -1, -1)).permute(0, 3, 1, 2).softmax(dim=-1)
+            position = self.pos_proj(rel.expand(x.shape[0], -1, -1, -1)).permute(0, 3, 1, 2).softmax(dim=-1)
             attn = reference.gated_mix(q, k, position, self.gating_param, self.scale)
         return cast(Tensor, self.attn_drop(attn.to(q.dtype)))
 
@@ -164,8 +168,12 @@ class GPSA(nn.Module):
         q, k = ops.linear(self.qk, x).view(batch, tokens, 2, self.num_heads, dim // self.num_heads).unbind(2)
         return q.transpose(1, 2), k.transpose(1, 2)
 
+    def _value(self, x: Tensor) -> Tensor:
+        batch, tokens, dim = x.shape
+        return ops.linear(self.v, x).view(batch, tokens, self.num_heads, dim // self.num_heads).transpose(1, 2)
+
     def _position_is_bare(self) -> bool:
-        return bare(self.pos_proj, nn.Linear) and plain(self.pos_proj.weight, self.pos_proj.bias)
+        return not intercepted() and bare(self.pos_proj, nn.Linear) and plain(self.pos_proj.weight, self.pos_proj.bias)
 
     def _position_weight(self) -> Tensor:
         weight, bias = self.pos_proj.weight, self.pos_proj.bias
@@ -177,11 +185,19 @@ class GPSA(nn.Module):
     def _grid(self, tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
         if grid is not None:
             return grid
-        if self.patch_embed:
-            gh, gw = self.patch_embed[0].grid_size  # type: ignore[misc]
-            if gh * gw == tokens and (self.image_grid or math.isqrt(tokens) ** 2 != tokens):
-                return gh, gw
-        return square_grid(tokens)
+        gh, gw = self._image_grid()
+        return (gh, gw) if gh * gw == tokens and tokens else square_grid(tokens)
+
+    def _image_grid(self) -> tuple[int, int]:
+        """The grid that holds for as many patches as it has, where none is given; (0, 0) if it is the square."""
+        if not self.patch_embed:
+            return 0, 0
+        gh, gw = self.patch_embed[0].grid_size  # type: ignore[misc]
+        return (gh, gw) if self.image_grid or int((gh * gw) ** 0.5) ** 2 != gh * gw else (0, 0)
+
+    def __prepare_scriptable__(self) -> "GPSA":
+        self.scripted_grid = self._image_grid()
+        return self
 
 
 class MHSA(nn.Module):
@@ -233,7 +249,9 @@ class MHSA(nn.Module):
         return out[:, :first]
 
     def _forward(self, x: Tensor, first: int | None) -> Tensor:
-        batch, _, dim = _sizes(x)
+        if not isinstance(x, Tensor):  # what torch.fx puts in a tensor's place
+            return self._scripted(x, first)
+        _sizes(x)
         q, k, v = self._query_key_value(x)
         q = q[:, :, :first]
         dropout_p = _dropout(self.attn_drop)
@@ -241,7 +259,7 @@ class MHSA(nn.Module):
             out = self.attn_drop(((q @ k.transpose(-2, -1)) * self.scale).softmax(dim=-1)) @ v
         else:
             out = ops.attention(q, k, v, scale=self.scale, dropout_p=dropout_p)
-        return cast(Tensor, self.proj_drop(ops.linear(self.proj, out.transpose(1, 2).reshape(batch, q.shape[2], dim))))
+        return cast(Tensor, self.proj_drop(ops.linear(self.proj, _join_heads(out, self.proj))))
 
     def get_attention_map(self, x: Tensor, return_map: bool = False, grid: tuple[int, int] | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Mean attention distance in patches per head, [H]; with ``return_map`` also the map averaged over the batch, [H, N, N].
@@ -276,6 +294,13 @@ def _dropout(module: nn.Module) -> float | None:
         return None
     p = module.p if isinstance(module, nn.Dropout) and module.training else 0.0
     return p if p < 1 else None
+
+
+def _join_heads(out: Tensor, proj: nn.Module) -> Tensor:
+    """[B, H, N, D] to [B, N, C] for ``proj``: in memory of its own where that is no bare layer, and may write to it."""
+    batch, heads, tokens, head_dim = out.shape
+    joined = out.transpose(1, 2).reshape(batch, tokens, heads * head_dim)
+    return joined if bare(proj, nn.Linear) else joined.clone()
 
 
 def _own(module: nn.Module, cls: type[nn.Module], name: str) -> bool:

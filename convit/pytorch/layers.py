@@ -1,5 +1,6 @@
 """The layers of ConViT beside the attention: patch embedding, MLP, drop path and block, with timm's names."""
 
+import inspect
 import operator
 from collections.abc import Callable
 from functools import partial
@@ -182,15 +183,40 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim, **where)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer, proj_drop, **where)
 
-    def forward(self, x: Tensor, grid: tuple[int, int], first: int | None = None) -> Tensor:
-        """[B, N, C] to the same, or in an MHSA block to the ``first`` tokens of it."""
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None, first: int | None = None) -> Tensor:
+        """[B, N, C] to the same, or in an MHSA block to the ``first`` tokens of it; ``grid`` as for ``GPSA``."""
         y = self.norm1(x)
-        if self.use_gpsa:  # noqa: SIM108 (TorchScript compiles one branch of a statement, both of an expression)
-            y = self.attn(y, grid)
+        if torch.jit.is_scripting():
+            if self.use_gpsa:  # noqa: SIM108 (TorchScript compiles one branch of a statement, both of an expression)
+                y = self.attn(y, grid)
+            else:
+                y = self.attn(y, first)
         else:
-            y = self.attn(y, first)
+            y = _call(self.attn, y, grid) if first is None else self.attn(y, first)
         x = x[:, :first] + self.drop_path(y)
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def arguments(module: nn.Module, x: Tensor, grid: tuple[int, int] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How a block, an attention or what somebody has put in its place is called.
+
+    Ours take the grid by name: then a hook that gives a new x, as it would for timm's, does not lose it. Others get it where they take a
+    second argument; what is called with x alone, as in timm, finds its way to a GPSA that asks the model's ``patch_embed``.
+    """
+    if isinstance(module, (Block, GPSA)):
+        return (x,), {"grid": grid}
+    if isinstance(module, MHSA):
+        return (x,), {}
+    try:
+        inspect.signature(module.forward).bind(x, grid)
+    except TypeError:
+        return (x,), {}
+    return (x, grid), {}
+
+
+def _call(module: nn.Module, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    args, named = arguments(module, x, grid)
+    return cast(Tensor, module(*args, **named))
 
 
 # timm's names for the layers that need no timm

@@ -17,7 +17,7 @@ from convit.architecture import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
 from convit.dispatch import forced_backend, nearest, use_backend
 from convit.kernels.eager import bare, eager
 from convit.pytorch.gpsa import GPSA, MHSA
-from convit.pytorch.layers import Block, DropPath, Mlp, PatchEmbed, Size, named_layer, pair, resample_position_embedding
+from convit.pytorch.layers import Block, DropPath, Mlp, PatchEmbed, Size, arguments, named_layer, pair, resample_position_embedding
 
 
 class ConViT(nn.Module):
@@ -111,6 +111,7 @@ class ConViT(nn.Module):
             options: dict[str, Any] = {"qkv_bias": qkv_bias, "attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate, **where}
             if i < local_up_to_layer:
                 attn: GPSA | MHSA = GPSA(embed_dim, num_heads, locality_strength=locality_strength, **options)
+                attn.patch_embed, attn.image_grid = (self.patch_embed,), True
             else:
                 attn = MHSA(embed_dim, num_heads, **options)
             drop_path = drop_path_rate * i / max(depth - 1, 1)
@@ -333,7 +334,9 @@ class ConViT(nn.Module):
             or self.local_up_to_layer >= len(self.blocks)
         ):
             return False
-        if type(self) is not ConViT or not _METHODS.isdisjoint(self.__dict__) or not eager(x):
+        if type(self) is not ConViT or not _METHODS.keys().isdisjoint(self.__dict__) or not eager(x):
+            return False
+        if any(getattr(ConViT, name) is not method for name, method in _METHODS.items()):
             return False
         block: Any = self.blocks[-1]
         if not (bare(block, Block) and bare(block.attn, MHSA) and bare(block.mlp, Mlp) and "_query_key_value" not in block.attn.__dict__):
@@ -361,13 +364,14 @@ class ConViT(nn.Module):
     def _block(self, i: int, block: nn.Module, x: Tensor, grid: tuple[int, int], first: int | None = None) -> Tensor:
         if i == self.local_up_to_layer:
             x = self._join_prefix(x)
+        args, named = arguments(block, x, grid)
         if self.grad_checkpointing and torch.is_grad_enabled():
             forced = forced_backend(None, torch.compiler.is_compiling())
             if forced is None:
-                return checkpoint(block, x, grid, use_reentrant=False)
+                return checkpoint(block, *args, use_reentrant=False, **named)
             # what ``use_backend`` says now holds for the second run too, wherever that happens
-            return checkpoint(block, x, grid, use_reentrant=False, context_fn=lambda: (nullcontext(), use_backend(forced)))
-        return block(x, grid) if first is None else block(x, grid, first)
+            return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), use_backend(forced)), **named)
+        return block(*args, **named) if first is None else block(x, grid, first)
 
     def _join_prefix(self, x: Tensor) -> Tensor:
         tokens = [x]
@@ -388,7 +392,7 @@ class ConViT(nn.Module):
 
 
 # what ``forward`` runs between the images and the logits
-_METHODS = {"forward_features", "forward_head", "_features", "_embed", "_block", "_join_prefix"}
+_METHODS = {name: getattr(ConViT, name) for name in ("forward_features", "forward_head", "_embed", "_block", "_join_prefix")}
 
 
 def _check_pool(global_pool: str, no_class_token: bool) -> str:

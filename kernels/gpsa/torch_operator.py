@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from convit.kernels.eager import batched_gradient, eager, profiled, tangents, transformed
+from convit.kernels.eager import batched_gradient, eager, functionalized, profiled, tangents, transformed
 from convit.kernels.gpsa import reference
 
 _library = torch.library.Library("convit", "DEF")
@@ -115,7 +115,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None = None
     sizes = ctx.grid_h, ctx.grid_w, ctx.scale
     if torch.compiler.is_compiling():
         gradients = torch.ops.convit.gpsa_backward(*tensors, *sizes)
-    elif tangents():
+    elif tangents() or functionalized() or (torch.is_grad_enabled() and batched_gradient(grad_out)):
         gradients = _definition_gradients(*tensors[:6], grid=(ctx.grid_h, ctx.grid_w), scale=ctx.scale)
     elif torch.is_grad_enabled() or transformed():  # a graph is made of the gradient
         gradients = _Gradient.apply(*tensors, *sizes)
@@ -204,7 +204,7 @@ def gpsa(
     inputs = q, k, v, pos_weight.float().contiguous(), gating.float().contiguous()
     out: Tensor
     compiling = torch.compiler.is_compiling()
-    if tangents() or (compiling and transformed()):
+    if tangents() or (compiling and transformed()) or functionalized():
         out = _definition(q, k, v, pos_weight, gating, grid, scale)
     elif not compiling and transformed():
         out = _Transformed.apply(*inputs, *grid, scale)[0]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convit.kernels.eager import eager
+from convit.kernels.eager import batched_gradient, eager, replaced_functions
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None = None) -> Tensor:
@@ -21,11 +21,16 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None = 
 
 
 class _Linear(torch.autograd.Function):
-    """The product and, by the same product, its gradients; these can be differentiated again."""
+    """The product and its gradients: by the same product, or PyTorch's own where a mode, a transform or a tangent is to see it.
+
+    As PyTorch's own it saves ``x`` for the weight's gradient only and the weight for that of ``x``: what is not saved may be written to.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+        ctx.shape = x.shape
         return _product(x.flatten(0, -2), weight, bias)  # of rows: of more dimensions it is a view, which nobody may write to
 
     @staticmethod
@@ -33,22 +38,27 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         rows = grads[0].contiguous()
-        dx = _Linear.apply(rows, weight.t(), None).view(x.shape) if needs_x else None
-        dweight = _Linear.apply(rows.t(), x.flatten(0, -2).t(), None) if needs_weight else None
+        product = _Linear.apply if eager(rows, x, weight) and not batched_gradient(rows) else _plain
+        dx = product(rows, weight.t(), None).view(ctx.shape) if needs_x else None
+        dweight = product(rows.t(), x.flatten(0, -2).t(), None) if needs_weight else None
         return dx, dweight, rows.sum(0) if needs_bias else None
+
+
+def _plain(x: Tensor, weight: Tensor, _: None) -> Tensor:
+    return x @ weight.t()
 
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
     """Why ``linear`` cannot take these tensors, or should not; ``None`` if it can."""
-    if not x.is_cpu or x.dtype != torch.float32 or weight.dtype != torch.float32:
-        return f"{x.dtype} on {x.device}: float32 on CPU only"
+    if not x.is_cpu or x.layout != torch.strided or x.dtype != torch.float32 or weight.dtype != torch.float32:
+        return f"{x.layout} {x.dtype} on {x.device}: dense float32 on CPU only"
     dense = weight.layout == torch.strided and weight.is_cpu and weight.ndim == 2 and weight.is_contiguous()
     if not dense or x.ndim < 2 or x.shape[-1] != weight.shape[1]:
         return f"the weight must be contiguous [O, I] on CPU, x [..., I]; got {list(weight.shape)} and {list(x.shape)}"
     if bias is not None and not (bias.dtype == torch.float32 and bias.is_cpu and bias.shape == weight.shape[:1] and bias.is_contiguous()):
         return f"the bias must be contiguous float32 [{len(weight)}]"
-    if not eager(x, weight, bias):
-        return "a compiler, mode, transform or tensor subclass chooses its own product"
+    if not eager(x, weight, bias) or replaced_functions():
+        return "a compiler, mode, transform, tensor subclass or somebody's own function chooses the product"
     if x.numel() == 0 or weight.numel() == 0:
         return f"nothing to gain for shape {list(x.shape)}"
     if not (torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
