@@ -106,6 +106,7 @@ def test_completion(shell, tmp_path):
         assert complete("convit", "plot", "--que") == ["--query"]
         assert complete("convit", "plot", "R") == ["RUN"]
         assert complete("convit", "train", "--framework", "") == ["pytorch", "mindspore"]
+        assert complete("convit", "train", "--warmup_e") == ["--warmup_epochs"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -21,6 +21,7 @@ def run(args: argparse.Namespace) -> None:
     parser, parsers = build_parser(COMMANDS)
     for command in parsers.values():
         for action in command._actions:
+            action.help = getattr(action, "full_help", action.help)  # what --help leaves out is completed too
             key = FIELDS.get(action.dest.removeprefix("key_")) if action.dest.startswith("key_") else None
             if action.nargs == 0 or action.choices:
                 continue

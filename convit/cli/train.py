@@ -28,6 +28,14 @@ OF_THE_WEIGHTS = (
 )
 
 
+# recipe keys that --help shows: what a run is about; how it is done comes with --help-all
+COMMON = {
+    *("framework", "device", "seed", "num_parallel_workers", "data_dir", "val_share", "batch_size", "image_resize"),
+    *("model", "num_classes", "local_up_to_layer", "locality_strength", "pretrained", "ckpt_path"),
+    *("epoch_size", "lr", "opt", "weight_decay", "amp_level", "mixup", "ema"),
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = """examples:
   convit train --data_dir PICS                                 your own pictures, a folder per class
@@ -42,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--overwrite", action="store_true", help="start over in a folder that holds a run")
     run.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no messages")
-    add_recipe_arguments(parser)
+    add_recipe_arguments(parser, COMMON)
 
 
 def run(args: argparse.Namespace) -> int | None:

@@ -67,7 +67,7 @@ class Recipe:
         "imagenet", "imagenet: whatever data_dir holds (image folders, tar shards, Hugging Face files), or one of these by name",
         choices=("imagenet", "folder", "wds", "hfds", "digits"),
     )  # fmt: skip
-    data_dir: str = key("", "folder of the data set, with one folder or file group per split")
+    data_dir: str = key("", "folder of the data set: a folder per class, or a folder or file group per split")
     train_split: str = key("train", "name of the training split")
     val_split: str = key("val", "name of the validation split")
     class_map: str = key("", "text file with the names of the classes in order, one a line (timm's option); empty: the data's own order")
@@ -320,16 +320,15 @@ class _HelpAll(argparse.Action):
         parser.exit()
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser, own: Collection[str] | None = None) -> None:
+def add_recipe_arguments(parser: argparse.ArgumentParser, own: Collection[str]) -> None:
     """``-c/--config``, ``--print-config`` and one ``--key`` per recipe key (dashes work as well as underscores).
 
-    ``own`` are the keys that ``--help`` shows; the others come with ``--help-all``. ``None`` shows them all.
+    ``own`` are the keys that ``--help`` shows; the others come with ``--help-all``.
     """
     parser.add_argument("-c", "--config", metavar="RECIPE", help=f"packaged recipe or yaml file ({', '.join(packaged_recipes())})")
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe as yaml and stop")
-    if own is not None:
-        parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="show the recipe's other keys too, and exit")
-    group = parser.add_argument_group("recipe keys, overriding the recipe")
+    parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="show all keys of the recipe, and exit")
+    group = parser.add_argument_group("recipe keys, overriding the recipe [value where a recipe sets none]")
     for name, f in FIELDS.items():
         flags = list(dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]))
         more: dict[str, Any] = {"nargs": "?", "const": "true"} if _kinds(_TYPES[name])[0] is bool else {}
@@ -337,7 +336,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, own: Collection[str] |
         choices = f" ({', '.join(map(str, f.metadata['choices']))})" if f.metadata["choices"] else ""
         help = (f.metadata["help"] + choices + default).replace("%", "%%")
         action = group.add_argument(*flags, dest=f"key_{name}", metavar="X", default=None, help=help, **more)
-        if own is not None and name not in own:
+        if name not in own:
             action.full_help, action.help = help, argparse.SUPPRESS  # type: ignore[attr-defined]
     for name in ALIASES:
         group.add_argument(f"--{name}", dest=f"key_{name}", default=None, help=argparse.SUPPRESS)
