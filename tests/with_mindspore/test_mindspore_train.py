@@ -20,8 +20,8 @@ from convit.engine.mindspore.train import MindSporeRun, train  # noqa: E402
 from convit.engine.recipe import load_recipe  # noqa: E402
 from convit.engine.run import Interrupted  # noqa: E402
 
-# MindCV's recipe for convit_tiny, made small
-SMALL = {"image_resize": 32, "embed_dim": 16, "num_heads": 4, "depth": 2, "local_up_to_layer": 1, "batch_size": 4, "num_classes": 2}
+# MindCV's recipe for convit_tiny, made small: epochs of two steps
+SMALL = {"image_resize": 32, "embed_dim": 16, "num_heads": 4, "depth": 2, "local_up_to_layer": 1, "batch_size": 8, "num_classes": 2}
 SMALL |= {"num_parallel_workers": 1, "epoch_size": 2, "warmup_epochs": 0, "decay_epochs": 2, "lr": 0.01, "loss_scale": 1, "log_interval": 1}
 
 
@@ -48,17 +48,20 @@ def records(output, kind):
     return [r for line in (output / "log.jsonl").read_text().splitlines() if (r := json.loads(line))["kind"] == kind]
 
 
+GRAPH = {"ema": True, "clip_grad": True, "ckpt_save_steps": 1}
+
+
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
-    return train(recipe(folder), tmp_path_factory.mktemp("run") / "run", progress=False)
+    return train(recipe(folder, **GRAPH), tmp_path_factory.mktemp("run") / "run", progress=False)
 
 
 def test_mindcvs_recipe_trains(finished):
-    """Two epochs under graph mode and O2 with mixup, cutmix and random erasing; every file of a run is there."""
+    """Two epochs under graph mode and O2 with mixup, cutmix, random erasing and a moving average; every file of a run is there."""
     names = {path.name for path in finished.output.iterdir()}
     assert names == {"best.ckpt", "last.ckpt", "epoch_1.ckpt", "epoch_2.ckpt", "log.jsonl", "recipe.yaml", "run.json"}
     epochs = records(finished.output, "epoch")
-    assert [record["epoch"] for record in epochs] == [0, 1] and len(records(finished.output, "step")) == 8
+    assert [record["epoch"] for record in epochs] == [0, 1] and len(records(finished.output, "step")) == 4
     assert all(np.isfinite(record["train_loss"]) for record in epochs)
     assert len(epochs[0]["gate"]) == 1 and finished.best_top1 >= 50
 
@@ -121,13 +124,13 @@ def test_what_infer_refuses(folder, capsys, words, message):
 
 
 # everything on that could go astray: stochastic depth, mixing, a policy, erasing, a moving average, saves inside the epoch
-WHOLE = {"epoch_size": 3, "decay_epochs": 3, "ema": True, "clip_grad": True, "ckpt_save_steps": 3, "keep_checkpoint_max": 2}
+WHOLE = {"epoch_size": 3, "decay_epochs": 3, "ema": True, "clip_grad": True, "ckpt_save_steps": 1, "keep_checkpoint_max": 2}
 WHOLE |= {"drop_path_rate": 0.3, "auto_augment": "autoaug-mstd0.5", "re_value": "random", "mode": 1}  # pynative: nothing to compile
 
 
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
-    """A run of 3 epochs of 4 steps that nothing interrupts."""
+    """A run of 3 epochs of 2 steps that nothing interrupts."""
     output = tmp_path_factory.mktemp("whole") / "run"
     train(recipe(folder, **WHOLE), output, progress=False)
     return output
@@ -176,78 +179,83 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("moment", ["step", "after step", "best", "epoch", "last", "mid-epoch save"])
-def test_resume_is_bit_exact_wherever_it_stops(whole, folder, tmp_path, monkeypatch, moment):
+# where a run is stopped, one after the other, each time resumed: (before or after a step, or before a file is written; epoch; step)
+MOMENTS = [
+    ("last", 0, 1),
+    ("before", 0, 1),
+    ("after", 0, 2),
+    ("best", 0, None),
+    ("epoch", 0, None),
+    ("last", 1, 0),
+    ("last", 1, 1),
+    ("after", 1, 2),
+]
+
+
+def test_resume_is_bit_exact_wherever_it_stops(whole, folder, tmp_path, monkeypatch):
     """Stop the loop without any clean-up between any two of its writes; the resumed run equals the whole one in every bit."""
-    count, step, write = [], MindSporeRun._step, MindSporeRun.save
+    step, write, moments = MindSporeRun._step, MindSporeRun.save, list(MOMENTS)
+
+    def at(what, progress):
+        if (what, progress["epoch"], progress.get("step")) == moments[0]:
+            raise Killed
 
     def dying_step(self, batches):
-        count.append(1)
-        if moment == "step" and len(count) == 6:
-            raise Killed
+        at("before", vars(self.progress))
         done = step(self, batches)
-        if moment == "after step" and len(count) == 6:
-            raise Killed
+        at("after", {"epoch": self.progress.epoch, "step": self.progress.step + 1})
         return done
 
     def dying_save(path, tensors, facts):
-        kind = path.stem.split("_")[0]
-        inside = kind == "last" and facts["progress"]["step"] > 0
-        if moment == ("mid-epoch save" if inside else kind) and len(count) >= (7 if inside else 4):
-            raise Killed
+        at(path.stem.split("_")[0], facts.get("progress", facts))
         write(path, tensors, facts)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(MindSporeRun, "_step", dying_step)
-        patch.setattr(MindSporeRun, "save", staticmethod(dying_save))
-        with pytest.raises(Killed):
-            train(recipe(folder, **WHOLE), tmp_path / "run", progress=False)
+    while moments:
+        with monkeypatch.context() as patch:
+            patch.setattr(MindSporeRun, "_step", dying_step)
+            patch.setattr(MindSporeRun, "save", staticmethod(dying_save))
+            with pytest.raises(Killed):
+                train(recipe(folder, **WHOLE), tmp_path / "run", resume=True, progress=False)
+        del moments[0]
     train(recipe(folder, **WHOLE), tmp_path / "run", resume=True, progress=False)
     assert_same_run(whole, tmp_path / "run")
 
 
-def test_resume_after_sigkill_is_bit_exact(folder, tmp_path):
-    """The real thing, in graph mode and in processes of its own: the command is killed twice, in its first and second epoch."""
-    keys = WHOLE | {"mode": 0}
-    words = [word for name, value in {**SMALL, **keys, "data_dir": folder}.items() for word in (f"--{name}", str(value))]
-    output = tmp_path / "run"  # the same for both runs: a checkpoint names the folder that its command named
-    command = [sys.executable, "-m", "convit", "train", "--framework", "mindspore", "-c", "convit_tiny", "-q"]
-    command += [*words, "--output", str(output)]
-    subprocess.run(command, check=True)
-    output.rename(tmp_path / "whole")
-    for wanted in (2, 7):
-        child = subprocess.Popen([*command, "--resume"])
-        log, deadline = output / "log.jsonl", time.monotonic() + 300
-        while time.monotonic() < deadline and child.poll() is None:
-            if log.exists() and log.read_bytes().count(b'"step"') >= wanted:
-                break
-            time.sleep(0.002)
-        child.kill()
-        assert child.wait() == -signal.SIGKILL
-    subprocess.run([*command, "--resume"], check=True)
-    assert_same_run(tmp_path / "whole", output)
+def test_resume_after_sigkill_is_bit_exact(finished, folder, tmp_path):
+    """The real thing, in graph mode: the command is killed in a process of its own, once it has taken a step."""
+    words = [word for name, value in {**SMALL, **GRAPH, "data_dir": folder}.items() for word in (f"--{name}", str(value))]
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "convit", "train", "--framework", "mindspore", "-c", "convit_tiny", "-q", "--output", str(output)]
+    child = subprocess.Popen([*command, *words])
+    log, deadline = output / "log.jsonl", time.monotonic() + 300
+    while time.monotonic() < deadline and child.poll() is None and not (log.exists() and b'"step"' in log.read_bytes()):
+        time.sleep(0.002)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    train(recipe(folder, **GRAPH), output, resume=True, progress=False)
+    assert_same_run(finished.output, output)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_signals_save_and_exit(whole, folder, tmp_path, signum, monkeypatch):
-    step, seen = MindSporeRun._step, []
+def test_signals_save_and_exit(whole, folder, tmp_path, monkeypatch):
+    """One run, stopped by either signal and resumed after each."""
+    step = MindSporeRun._step
+    words = [word for name, value in {**SMALL, **WHOLE, "data_dir": folder}.items() for word in (f"--{name}", str(value))]
+    command = ["train", "--framework", "mindspore", "-c", "convit_tiny", "-q", "--resume", "--output", str(tmp_path / "run"), *words]
+    for signum, place in ((signal.SIGTERM, (0, 0)), (signal.SIGINT, (1, 0))):
 
-    def signalling_step(self, batches):
-        done = step(self, batches)
-        seen.append(1)
-        if len(seen) == 6:
-            signal.raise_signal(signum)
-        return done
+        def signalling_step(self, batches, signum=signum, place=place):
+            done = step(self, batches)
+            if (self.progress.epoch, self.progress.step) == place:
+                signal.raise_signal(signum)
+            return done
 
-    before = signal.getsignal(signum)
-    with monkeypatch.context() as patch:
-        patch.setattr(MindSporeRun, "_step", signalling_step)
-        words = [word for name, value in {**SMALL, **WHOLE, "data_dir": folder}.items() for word in (f"--{name}", str(value))]
-        command = ["train", "--framework", "mindspore", "-c", "convit_tiny", "-q", "--output", str(tmp_path / "run"), *words]
-        assert cli.main(command) == 128 + signal.SIGTERM  # MindSpore's pipelines catch SIGINT themselves, and send SIGTERM
-    assert signal.getsignal(signum) is before
-    _, at = saved(tmp_path / "run")
-    assert (at["epoch"], at["step"]) == (1, 2)
+        before = signal.getsignal(signum)
+        with monkeypatch.context() as patch:
+            patch.setattr(MindSporeRun, "_step", signalling_step)
+            assert cli.main(command) in (128 + signum, 128 + signal.SIGTERM)  # MindSpore's pipelines catch SIGINT, and send SIGTERM
+        assert signal.getsignal(signum) is before
+        _, at = saved(tmp_path / "run")
+        assert (at["epoch"], at["step"]) == (place[0], 1)
     train(recipe(folder, **WHOLE), tmp_path / "run", resume=True, progress=False)
     assert_same_run(whole, tmp_path / "run")
 
@@ -260,17 +268,18 @@ def test_a_nan_loss_skips_the_step_and_stops_after_too_many(folder, tmp_path, mo
         return gradients(self, ((images * float("nan"), *rest) for images, *rest in batches) if len(calls) in bad else batches)
 
     monkeypatch.setattr(MindSporeRun, "gradients", poisoned)
-    bad = {2, 3, 6}
-    result = train(recipe(folder, max_skipped_steps=2, mode=1), tmp_path / "some", progress=False)
-    assert [record["skipped_steps"] for record in result.history] == [2, 1]
+    bad = {1, 3}
+    keys = {"max_skipped_steps": 2, "mode": 1, "val_while_train": False}
+    result = train(recipe(folder, **keys), tmp_path / "some", progress=False)
+    assert [record["skipped_steps"] for record in result.history] == [1, 1]
     assert all(np.isfinite(p.asnumpy()).all() for p in result.model.get_parameters())
     state, at = saved(tmp_path / "some")
-    assert int(state["global_step"].item()) == at["updates"] == 8  # the schedule goes on
+    assert int(state["global_step"].item()) == at["updates"] == 4  # the schedule goes on
 
     calls.clear()
-    bad = set(range(6, 100))
+    bad = set(range(3, 100))
     with pytest.raises(FloatingPointError, match="not finite in 3 steps in a row"):
-        train(recipe(folder, epoch_size=4, max_skipped_steps=2, mode=1), tmp_path / "all", progress=False)
+        train(recipe(folder, epoch_size=4, **keys), tmp_path / "all", progress=False)
     state, at = saved(tmp_path / "all")
     assert at["epoch"] == 1 and all(np.isfinite(value).all() for value in state.values() if value.dtype.kind == "f")
 
@@ -356,14 +365,14 @@ def test_unreadable_images_are_replaced_counted_and_named(folder, tmp_path, capl
     for name in ("train/red/05.jpg", "val/red/01.jpg"):
         (tmp_path / "data" / name).write_bytes(b"not an image")
     result = train(recipe(tmp_path / "data", mode=1, epoch_size=1), tmp_path / "run", progress=False)
-    assert result.history[0]["bad_images"] == 1 and result.history[0]["update"] == 4
+    assert result.history[0]["bad_images"] == 1 and result.history[0]["update"] == 2
     assert "replaced the unreadable image" in caplog.text and "red/05.jpg" in caplog.text and "red/01.jpg" in caplog.text
     with pytest.raises(ValueError, match="1 unreadable images in epoch 0; max_bad_images allows 0"):
         train(recipe(tmp_path / "data", mode=1, max_bad_images=0), tmp_path / "none", progress=False)
 
 
 def test_resuming_inside_an_epoch_needs_the_same_batch(folder, tmp_path, monkeypatch, caplog):
-    step = MindSporeRun._step
+    step, keys = MindSporeRun._step, {"mode": 1, "epoch_size": 1, "val_while_train": False}
 
     def signalling_step(self, batches):
         done = step(self, batches)
@@ -373,25 +382,25 @@ def test_resuming_inside_an_epoch_needs_the_same_batch(folder, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(MindSporeRun, "_step", signalling_step)
         with pytest.raises(Interrupted, match="stopped by SIGTERM; saved"):
-            train(recipe(folder, mode=1), tmp_path / "run", progress=False)
-    with pytest.raises(ValueError, match="stands inside an epoch with a global batch of 4, and this run has 2"):
-        train(recipe(folder, batch_size=2, mode=1), tmp_path / "run", resume=True, progress=False)
+            train(recipe(folder, **keys), tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match="stands inside an epoch with a global batch of 8, and this run has 2"):
+        train(recipe(folder, **keys, batch_size=2), tmp_path / "run", resume=True, progress=False)
     caplog.set_level("INFO", "convit")
-    train(recipe(folder, lr=0.02, mode=1), tmp_path / "run", resume=True, progress=False)
+    train(recipe(folder, **keys, lr=0.02), tmp_path / "run", resume=True, progress=False)
     assert "resuming with other keys: lr 0.01 -> 0.02" in caplog.text
 
 
 @pytest.mark.parametrize(
     "keys",
     [
-        {"gradient_accumulation_steps": 2, "mode": 1},
+        {"gradient_accumulation_steps": 2, "batch_size": 4, "mode": 1},
         {"loss": "BCE", "opt": "sgd", "loss_scale": 1024, "clip_grad": True, "mode": 1},
         {"amp_level": "O0", "mode": 1},
     ],
     ids=lambda keys: next(iter(keys)),
 )
 def test_options_train(folder, tmp_path, keys):
-    result = train(recipe(folder, epoch_size=4, decay_epochs=4, mixup=0, cutmix=0, re_prob=0, **keys), tmp_path / "run", progress=False)
+    result = train(recipe(folder, epoch_size=3, decay_epochs=3, mixup=0, cutmix=0, re_prob=0, **keys), tmp_path / "run", progress=False)
     assert result.train_loss < result.history[0]["train_loss"] and result.history[-1]["skipped_steps"] == 0
 
 

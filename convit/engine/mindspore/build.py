@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import types
 from typing import Any
 
 import mindspore as ms
@@ -130,6 +131,10 @@ def build_step(recipe: Recipe, model: nn.Cell, schedule: list[float]) -> Any:
         weight_decay_filter="auto",  # the groups say
         eps=recipe.eps,
     )
+    plain = getattr(type(optimizer).construct, "__wrapped__", None)
+    if plain and ms.get_context("mode") == ms.PYNATIVE_MODE and ms.get_context("device_target") == "CPU":
+        # compiled, as some of MindCV's are, it would leave every operator after it to MindSpore's threads: see start()
+        optimizer.construct = types.MethodType(plain, optimizer)
     loss = create_loss(recipe.loss, label_smoothing=recipe.label_smoothing)
     return create_trainer(model, loss, optimizer, None, recipe.amp_level, recipe.amp_cast_list, "fixed").train_network
 
