@@ -10,6 +10,8 @@ pytest.importorskip("sklearn")
 np = pytest.importorskip("numpy")
 torch = pytest.importorskip("torch")
 
+import ten_steps  # noqa: E402
+
 from convit.engine.pytorch.build import build_loss, build_model, build_optimizer  # noqa: E402
 from convit.engine.pytorch.checkpoint import load  # noqa: E402
 from convit.engine.pytorch.train import TorchRun, train  # noqa: E402
@@ -291,3 +293,14 @@ def test_the_scores_are_left_out_where_nothing_validated(tmp_path, capsys):
 def test_mixing_has_one_loss_per_kind():
     mixup, loss = build_loss(small(mixup=0.2), 10)
     assert mixup is not None and type(loss).__name__ == "SoftTargetCrossEntropy"
+
+
+# --- the other engine ---
+
+
+@pytest.mark.parametrize("case", ten_steps.CASES)
+def test_ten_steps_are_those_of_mindspore(tmp_path, case):
+    """The same recipe, weights and images give the losses of MindSpore: order, optimiser, decay and rate of each parameter, clipping."""
+    found = ten_steps.taken(train, ten_steps.paint(tmp_path / "images"), tmp_path / "run", case, "pytorch")
+    assert len(found) == 11
+    np.testing.assert_allclose(found, ten_steps.recorded(case), rtol=1e-3)

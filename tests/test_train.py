@@ -18,7 +18,7 @@ from convit.engine import run as run_module  # noqa: E402
 from convit.engine.pytorch.build import build_model  # noqa: E402
 from convit.engine.pytorch.checkpoint import load  # noqa: E402
 from convit.engine.pytorch.train import train  # noqa: E402
-from convit.engine.recipe import load_recipe  # noqa: E402
+from convit.engine.recipe import load_recipe, packaged_recipes  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,6 +31,19 @@ def test_digits_learn(tmp_path):
     epoch = result.history[-1]
     assert 0 < epoch["data_seconds"] < epoch["seconds"]
     assert len(epoch["gate"]) == 1 and all(0 < gate < 1 for gate in epoch["gate"][0])
+
+
+MINDCV = [name for name in packaged_recipes() if name.startswith("convit_") and not name.endswith("_fair")]
+
+
+@pytest.mark.parametrize("name", MINDCV)
+def test_every_recipe_of_mindcvs_trains_an_epoch(folder, tmp_path, name):
+    """As it is, but for the sizes of model and data: its policy, mixing, erasing, mixed precision, loss scale and schedule."""
+    keys = {"embed_dim": 16, "num_heads": 4, "depth": 2, "local_up_to_layer": 1, "image_resize": 16, "patch_size": 4, "num_classes": 2}
+    keys |= {"data_dir": str(folder), "epoch_size": 1, "batch_size": 8, "warmup_epochs": 0, "num_parallel_workers": 0, "device": "cpu"}
+    result = train(load_recipe(name, keys), tmp_path / "run", progress=False)
+    assert np.isfinite([result.train_loss, result.val_loss]).all() and result.history[0]["skipped_steps"] == 0
+    assert result.history[0]["update"] == 3 and all(torch.isfinite(p).all() for p in result.model.parameters())
 
 
 def test_accumulation_gives_the_curve_of_the_whole_batch(alone, tmp_path):
