@@ -85,6 +85,17 @@ def plain(*tensors: Tensor | None) -> bool:
     return all(x is None or type(x) in _PLAIN or type(x) in _STAND_INS for x in tensors)
 
 
+def placed_like(like: Tensor, x: Tensor) -> Tensor:
+    """``x``, whole on every device of the mesh of ``like`` where that is a DTensor, which takes no others beside it."""
+    mesh = getattr(like, "device_mesh", None)
+    if mesh is None:
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    placed: Tensor = distribute_tensor(x, mesh)
+    return placed
+
+
 def traced() -> bool:
     """Whether a compiler, or ``torch.jit.trace``, records the call."""
     return torch.compiler.is_compiling() or _tracing_state is None or _tracing_state() is not None

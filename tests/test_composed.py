@@ -416,3 +416,21 @@ def test_each_treatment_is_one_that_timm_takes(treatment):
     role = "" if treatment in WHOLE else "pos_proj" if treatment in LAYER else "attn"
     way = "no_grad" if treatment in ("dynamic quantisation", "weight in a forward of its own") else "train"
     assert compare("model" if treatment == "checkpointed blocks" else "accelerated", [(treatment, role, 0)], 0, way, 0.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_distributed_over_a_mesh(kind):
+    """Parameters on every device, the batch divided among them: DTensors throughout."""
+    from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+
+    theirs, ours, x = pair(kind, 0.0)
+    ours = accelerated(ours) if kind == "accelerated" else ours
+    mesh, found = dist.init_device_mesh("cpu", (1,)), []
+    for module in (theirs, ours):
+        distribute_module(module, mesh)
+        out = module(distribute_tensor(x, mesh, [Shard(0)]))
+        out.square().sum().backward()
+        gradients = [whole(p.grad) for name, p in module.named_parameters() if not name.endswith("pos_proj.bias")]
+        found.append([whole(out), *gradients])
+    for expected, value in zip(*found, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))

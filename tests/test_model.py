@@ -339,6 +339,12 @@ def test_hooks_and_wrappers_written_for_timms_keep_the_grid(dynamic):
     for module in (hooked.blocks[0], hooked.blocks[0].attn, hooked.blocks[2], hooked.blocks[2].attn):
         module.register_forward_pre_hook(lambda module, args: (args[0] * 1.0,))
     wrapped.blocks[0], wrapped.blocks[1].attn = torch.nn.Sequential(wrapped.blocks[0]), torch.nn.Sequential(wrapped.blocks[1].attn)
+
+    class Any(torch.nn.Sequential):
+        def forward(self, *args):
+            return self[0](*args)
+
+    wrapped.blocks[2].attn = Any(wrapped.blocks[2].attn)
     for other in (hooked, wrapped):
         torch.testing.assert_close(other(x), expected)
     wrapped.set_grad_checkpointing()

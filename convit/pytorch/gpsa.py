@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from convit import ops
-from convit.kernels.eager import bare, intercepted, know, plain
+from convit.kernels.eager import bare, intercepted, know, placed_like, plain
 from convit.kernels.gpsa import reference
 
 
@@ -141,7 +141,7 @@ class GPSA(nn.Module):
         if self._position_is_bare():
             attn = reference.attention_map(q, k, self._position_weight(), self.gating_param, grid, self.scale)
         else:  # somebody's own: asked for its output, as in timm
-            rel = reference.relative_positions(grid, x.device).to(self.gating_param.dtype)
+            rel = placed_like(self.gating_param, reference.relative_positions(grid, x.device).to(self.gating_param.dtype))
             position = self.pos_proj(rel.expand(x.shape[0], -1, -1, -1)).permute(0, 3, 1, 2).softmax(dim=-1)
             attn = reference.gated_mix(q, k, position, self.gating_param, self.scale)
         return cast(Tensor, self.attn_drop(attn.to(q.dtype)))

@@ -191,8 +191,10 @@ class Block(nn.Module):
                 y = self.attn(y, grid)
             else:
                 y = self.attn(y, first)
+        elif self.use_gpsa:
+            y = _call(self.attn, y, grid)
         else:
-            y = _call(self.attn, y, grid) if first is None else self.attn(y, first)
+            y = self.attn(y) if first is None else self.attn(y, first)
         x = x[:, :first] + self.drop_path(y)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -205,8 +207,6 @@ def arguments(module: nn.Module, x: Tensor, grid: tuple[int, int] | None) -> tup
     """
     if isinstance(module, (Block, GPSA)):
         return (x,), {"grid": grid}
-    if isinstance(module, MHSA):
-        return (x,), {}
     try:
         inspect.signature(module.forward).bind(x, grid)
     except TypeError:

@@ -7,7 +7,8 @@ The content half is the framework's fused attention. The positional half contrac
 Deviation from ``reference.py``: the halves are mixed after their products with v, not before, so attention dropout (one mask
 over the mix) cannot be expressed.
 
-The framework's fused attention has a first derivative in reverse mode and no other: for those the content half is formed in full.
+The framework's fused attention has a first derivative in reverse mode and no other: for those the content half is formed in full, and
+for tensors of a subclass (DTensor), which often knows no fused attention.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from convit.kernels.eager import eager, tangents, transformed, without_autocast
+from convit.kernels.eager import eager, plain, tangents, transformed, without_autocast
 from convit.kernels.gpsa.reference import plain_attention, position_tables
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class _SecondDerivative(torch.autograd.Function):
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0) -> Tensor:
     """The framework's ``scaled_dot_product_attention``, with every derivative."""
-    if tangents() or transformed():
+    if tangents() or transformed() or not plain(q, k, v):
         return plain_attention(q, k, v, scale, dropout_p)
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     if not out.requires_grad or dropout_p > 0 or not eager(q, k, v):
