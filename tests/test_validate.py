@@ -301,6 +301,20 @@ def test_a_preparation_is_timms_bit_for_bit(size, crop, interpolation):
     assert grey.shape == (1, *size) and np.unique(grey).tolist() == ([2.0] if crop <= 1 else [-2.0, 2.0])
 
 
+@pytest.mark.parametrize(
+    ("mean", "std", "unit"),
+    [
+        ([127.5], [51.0], ((0.5,), (0.2,))),
+        ([0.0], [255.0], ((0.0,), (1.0,))),
+        ([127.5], [1.0], ((0.5,), (1 / 255,))),
+        ([0.5], [0.25], ((0.5,), (0.25,))),
+        ([0.0], [1.0], ((0.0,), (1.0,))),
+    ],
+)
+def test_mean_and_std_of_either_scale(mean, std, unit):
+    assert preparation.unit_scale(mean, std) == unit
+
+
 @pytest.mark.parametrize("crop", [0.8, 1.3])
 def test_a_strip_costs_what_its_crop_costs(monkeypatch, crop):
     """Resized whole, a strip of a million pixels would take gigabytes; its crop is that of the whole, but for roundings."""

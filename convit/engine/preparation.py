@@ -98,7 +98,12 @@ def _margin(spare: int) -> int:
     return round(spare / 2.0) if spare >= 0 else -(-spare // 2)
 
 
+def full_scale(mean: Sequence[float], std: Sequence[float]) -> float:
+    """The value of a white pixel that ``mean`` and ``std`` are meant for: 1, or 255 where one of them has a value above 1."""
+    return 255.0 if max(*mean, *std) > 1 else 1.0
+
+
 def unit_scale(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """``mean`` and ``std`` for pixels in 0 to 1; values above 1 are of 0 to 255, as MindCV writes them."""
-    by = 255.0 if max(mean) > 1 else 1.0
+    by = full_scale(mean, std)
     return tuple(float(value) / by for value in mean), tuple(float(value) / by for value in std)

@@ -21,6 +21,7 @@ from PIL import Image
 
 from convit.engine.images import BadImage
 from convit.engine.order import Order, mix_seed
+from convit.engine.preparation import full_scale
 from convit.engine.recipe import Recipe
 from convit.engine.sources import DigitsSource, choose_samples, match_imagenet, open_source, read_sample, read_some
 from convit.engine.world import World
@@ -273,7 +274,7 @@ def _size_and_scale(recipe: Recipe) -> dict[str, Any]:
 
 def normalisation(recipe: Recipe) -> tuple[list[float], list[float]]:
     """``mean`` and ``std`` of images in 0 to 255, as MindCV takes them."""
-    by = 1.0 if max(recipe.mean) > 1 else 255.0
+    by = 255.0 / full_scale(recipe.mean, recipe.std)
     return [value * by for value in recipe.mean], [value * by for value in recipe.std]
 
 
