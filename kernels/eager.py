@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+try:
+    from torch.utils._device import DeviceContext as _DeviceContext
+except ImportError:
+    _DeviceContext = None  # type: ignore[assignment, misc]
+
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -26,7 +31,6 @@ def _named(path: str) -> Any:
 _dispatch_modes = _named("_C._len_torch_dispatch_stack")
 _function_modes = _named("_C._len_torch_function_stack")
 _function_mode_stack = _named("overrides._get_current_function_mode_stack")
-_device_context = _named("utils._device.DeviceContext")
 _functions = {name: _named(f"_C._nn.{name}") for name in ("linear", "gelu")}
 _transforms = _named("_C._are_functorch_transforms_active")
 _transform_stack = _named("_C._functorch.get_interpreter_stack")
@@ -59,9 +63,9 @@ def eager(*tensors: Tensor | None) -> bool:
 
 def _watched() -> bool:
     """Whether one of the function modes at work is more than the default device's."""
-    if _function_mode_stack is None or _device_context is None:
+    if _function_mode_stack is None or _DeviceContext is None:
         return True
-    return any(type(mode) is not _device_context for mode in _function_mode_stack())
+    return any(type(mode) is not _DeviceContext for mode in _function_mode_stack())
 
 
 def replaced_functions() -> bool:

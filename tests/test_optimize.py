@@ -301,6 +301,13 @@ def test_what_is_not_exactly_known_is_refused(change):
         convit.optimize(model)
 
 
+def test_the_default_device_does_not_matter():
+    model, x = convit.ConViT(img_size=32, embed_dim=32, depth=2, num_heads=4, local_up_to_layer=1).eval(), torch.randn(1, 3, 32, 32)
+    with torch.device("meta"):
+        found = convit.optimize(model, torch.float32)(x)
+    torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_class_changed_underneath_is_refused(monkeypatch):
     """Whatever is not seen in the parts is seen in the output."""
     model = theirs()

@@ -34,7 +34,12 @@ def test_kernels_are_never_imported_by_a_wrong_name(tmp_path):
     from convit import kernels
 
     (tmp_path / "kernels").symlink_to(kernels.__path__[0])
-    result = subprocess.run([sys.executable, "-c", "import kernels"], cwd=tmp_path, capture_output=True, text=True)
+    for code in ("from kernels import get_kernel", "import kernels; kernels.get_kernel", "import kernels.gpsa"):
+        result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert "this folder is" in result.stderr or "No module named 'kernels.gpsa'" in result.stderr, code
+    look = "import kernels; assert not hasattr(kernels, '__version__')"  # as libraries do that ask whether another package is there
+    subprocess.run([sys.executable, "-c", look], cwd=tmp_path, check=True)
+    result = subprocess.run([sys.executable, "-c", "from kernels import gpsa"], cwd=tmp_path, capture_output=True, text=True)
     assert "this folder is the package convit.kernels and was imported as 'kernels'" in result.stderr
 
 

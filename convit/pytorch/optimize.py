@@ -18,6 +18,10 @@ from convit.pytorch.model import ConViT
 from convit.pytorch.network import Network, Plain, Shape, forward
 
 _TYPES = (torch.float32, torch.bfloat16)
+_EAGER = (
+    "a snapshot of convit.optimize runs plain tensors, eagerly: trace, script, export or transform the model that it was made from, "
+    "or take the exports of `convit export`"
+)
 _WAY_OUT = "run the model itself, or convit.accelerate(model), which leaves alone what it does not know"
 
 
@@ -43,7 +47,8 @@ def optimize(model: nn.Module, dtype: torch.dtype | str | None = None) -> "Optim
     dtype = _dtype(dtype)
     shape = _read(model)
     tensors = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
-    _compare(model, shape, tensors)
+    with torch.device("cpu"):  # whatever the default device is
+        _compare(model, shape, tensors)
     return Optimized(shape, tensors, dtype, getattr(model, "pretrained_cfg", None))
 
 
@@ -60,8 +65,9 @@ class Optimized(nn.Module):
         self.pretrained_cfg = pretrained_cfg
         self.num_classes, self.in_chans = shape.classes, shape.channels
         own = cpu_infer.why_not(dtype) is None and forced_backend(None) in (None, "cpp")
-        self._network = _pack(shape, tensors, dtype, cpu_infer.Product if own else cpu_packed.Packed)
-        self._inference = cpu_infer.Inference(self._network, dtype) if own else None
+        with torch.device("cpu"):
+            self._network = _pack(shape, tensors, dtype, cpu_infer.Product if own else cpu_packed.Packed)
+            self._inference = cpu_infer.Inference(self._network, dtype) if own else None
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] to logits [B, num_classes], float32."""
@@ -75,16 +81,16 @@ class Optimized(nn.Module):
             raise RuntimeError("a snapshot of convit.optimize has no gradient: differentiate the model that it was made from")
         images = images.resolve_neg()
         if not eager(images):
-            raise RuntimeError(
-                "a snapshot of convit.optimize runs plain tensors, eagerly: trace, export or transform the model that it was made from, "
-                "or take the exports of `convit export`"
-            )
+            raise RuntimeError(_EAGER)
         if images.numel() and images.untyped_storage().nbytes() == 0:
             raise ValueError("the storage of images has been freed")
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             if self._inference is not None:
                 return self._inference(self._network, images)
             return forward(self._network, images, self.dtype)
+
+    def __prepare_scriptable__(self) -> "Optimized":
+        raise RuntimeError(_EAGER)
 
     def train(self, mode: bool = True) -> "Optimized":
         """Evaluation mode is the only one."""
