@@ -46,8 +46,9 @@ def check_recipe(recipe: Recipe) -> None:
 def start(recipe: Recipe) -> World:
     """Choose the device and mode, and join the other processes if a launcher (msrun, mpirun) started several."""
     ms.set_context(mode=recipe.mode)
-    if recipe.device != "auto":
-        ms.set_device({"cpu": "CPU", "cuda": "GPU", "npu": "Ascend"}[recipe.device])
+    target = {"cpu": "CPU", "cuda": "GPU", "npu": "Ascend"}.get(recipe.device)
+    if target not in (None, ms.get_context("device_target")):
+        ms.set_device(target)  # MindSpore refuses it once it has computed, even if nothing changes
     if recipe.mode == ms.PYNATIVE_MODE and ms.get_context("device_target") == "CPU":
         ms.runtime.launch_blocking()  # otherwise MindSpore's dispatching threads wait for one another on few cores
     world = find_world()
