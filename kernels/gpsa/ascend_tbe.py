@@ -17,6 +17,7 @@ from mindspore import Tensor, ops
 from mindspore.ops import CustomRegOp, DataType
 
 from convit.kernels.gpsa import ascend_akg
+from convit.kernels.gpsa.any_mindspore import UNKNOWN_BATCH
 
 KEYS = [1, 2]  # the axes of the keys
 _DTYPES = {"float16": DataType.F16_Default, "float32": DataType.F32_Default}
@@ -164,7 +165,7 @@ def why_not(problem: Any) -> str | None:
     if problem.dtype not in _DTYPES:
         return f"{problem.dtype} is not supported ({' or '.join(_DTYPES)})"
     if problem.batch is None:
-        return ascend_akg.UNKNOWN_BATCH
+        return UNKNOWN_BATCH
     if problem.tokens * problem.batch == 0:
         return "empty tensors are not supported"
     if (reason := ascend_akg.not_taken("tbe")) is not None:
