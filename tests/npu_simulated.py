@@ -165,3 +165,13 @@ def test_a_batch_of_too_many_programs_takes_sdpa(launched):
     assert convit.why_not("triton", small) is None
     assert convit.why_not("triton", large) == "65632 programs in a launch, and npu takes 65535: use smaller batches"
     assert choose(large, None).__name__.endswith("any_sdpa")
+
+
+def test_wide_heads_take_sdpa(launched):
+    case = Case(1, 2, 80, (3, 4))
+    reason = convit.why_not("triton", Problem("torch", "npu", "float16", 1, 2, 12, 80, case.grid))
+    assert reason == "head dimension 80 is larger than 64 in float16: 'sdpa' serves it"
+    inputs, grad = make_inputs(case, dtype=torch.float16)
+    ours = run(convit.gpsa, Inputs(*(x.to("npu:1") for x in inputs)), grad.to("npu:1"), case.grid)
+    assert not launched
+    check({name: x.cpu() for name, x in ours.items()}, inputs, grad, case.grid)
