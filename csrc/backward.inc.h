@@ -49,7 +49,7 @@ CONVIT_INLINE void clear(float* p, i64 count) {
     for (i64 i = 0; i < count; i += W) store(p + i, vec{});
 }
 
-// dk = 0 and dv = g P^T grad, or 0 if the position joins the content's weights; the tables' gradients, not scaled by the gate.
+// dk = 0 and dv = g P^T grad with the tables' gradients; or all zero where the position joins the content's weights.
 static void backward_position(const BackwardJob& job) {
     const Shape& s = *job.shape;
     const BackwardScratch x(s, job.px != nullptr, job.scratch);
@@ -57,7 +57,7 @@ static void backward_position(const BackwardJob& job) {
     float *dk = job.sums, *dv = job.sums + n * padded, *v = x.k_left, *grad = x.v_left, *lines = dk;
     double* dw = job.partial;
     for (i64 i = 0; i < 4; ++i) dw[i] = 0;
-    if (job.px == nullptr) return clear(job.sums, 2 * n * padded);
+    if (job.px == nullptr || job.folded_x != nullptr) return clear(job.sums, 2 * n * padded);
     load_rows(s.dtype, job.v, job.b, job.h, 0, n, s.dim, padded, v);
     load_rows(s.dtype, job.grad_out, job.b, job.h, 0, n, s.dim, padded, grad);
     // along y first: lines[s][x] = sum_t py[s][t] v[t][x]; then dpx[x][z] = sum_s grad[s][x] . lines[s][z]
@@ -68,14 +68,39 @@ static void backward_position(const BackwardJob& job) {
     for (i64 y = 0; y < gh; ++y) multiply<Floats, true>(gw, padded, gw, job.px, gw, v + y * line, padded, Store{lines + y * line, padded});
     multiply_transposed(gh, grad, lines, line, 1, 0, line, x.dpy);
     table_gradient(job.py, x.dpy, gh, dw[1], dw[2]);
-    if (job.folded_x == nullptr) {
-        for (i64 y = 0; y < gh; ++y) multiply<Floats, false>(gw, padded, gw, job.px, gw, grad + y * line, padded, Store{lines + y * line, padded});
-        multiply<Floats, false>(gh, line, gh, job.py, gh, lines, line, Store{dv, line});
-        for (i64 i = 0; i < gh * line; i += W) store(dv + i, load(dv + i) * job.gate);
-    } else {
-        clear(dv, n * padded);
-    }
+    for (i64 i = 0; i < 3; ++i) dw[i] *= job.gate;
+    for (i64 y = 0; y < gh; ++y) multiply<Floats, false>(gw, padded, gw, job.px, gw, grad + y * line, padded, Store{lines + y * line, padded});
+    multiply<Floats, false>(gh, line, gh, job.py, gh, lines, line, Store{dv, line});
+    for (i64 i = 0; i < gh * line; i += W) store(dv + i, load(dv + i) * job.gate);
     clear(dk, n * padded);
+}
+
+// Where the position is folded, N^2 multiply-adds a table take the place of contractions over D: with dA_ij = grad_i . v_j, along the
+// queries, the sums over the keys' rows t, g py[y_i][t] dA_ij, for each column z of keys, and over the columns, px[x_i][z] dA_ij, for each t.
+// What is left is to add up the queries of a column, or of a row: the gradients of px, scaled by the gate, and of py.
+static void backward_tables(const BackwardJob& job) {
+    const i64 gh = job.shape->grid_h, gw = job.shape->grid_w, ld = job.folded_stride;
+    const float *by_column = job.table_sums, *by_row = by_column + gw * ld;
+    float *dpx = job.table_sums + (gw + gh) * ld, *dpy = dpx + gw * gw;
+    for (i64 x = 0; x < gw; ++x)
+        for (i64 z = 0; z < gw; ++z) {
+            float sum = 0;
+            for (i64 y = 0; y < gh; ++y) sum += by_column[z * ld + y * gw + x];
+            dpx[x * gw + z] = sum;
+        }
+    for (i64 y = 0; y < gh; ++y)
+        for (i64 t = 0; t < gh; ++t) {
+            float sum = 0;
+            for (i64 x = 0; x < gw; ++x) sum += by_row[t * ld + y * gw + x];
+            dpy[y * gh + t] = sum;
+        }
+    double* dw = job.partial;
+    double square = 0;
+    dw[0] = dw[1] = dw[2] = 0;
+    table_gradient(job.px, dpx, gw, dw[0], dw[2]);
+    dw[3] = table_gradient(job.py, dpy, gh, dw[1], square);
+    dw[1] *= job.gate;
+    dw[2] += job.gate * square;
 }
 
 // One column of vectors of a block: from p, not yet normalised, and dp to the left factors of dv (the weights, with the position where it
@@ -84,18 +109,24 @@ template <class Unit>
 CONVIT_INLINE void weights_and_slopes(const BackwardJob& job, const BackwardScratch& x, i64 i, i64 c, i64 rows, i64 cols, vec weight, vec delta) {
     const i64 gw = job.shape->grid_w, ld = job.folded_stride;
     const float *px = job.folded_x == nullptr ? nullptr : job.folded_x + i + c, *py = px == nullptr ? nullptr : job.folded_y + i + c;
+    float *by_column = px == nullptr ? nullptr : job.table_sums + i + c, *by_row = px == nullptr ? nullptr : by_column + gw * ld;
     i64 at_x = 0;
-    vec along_y = px == nullptr ? vec{} : load(py);
+    for (i64 z = 0; px != nullptr && z < gw; ++z) store(by_column + z * ld, vec{});
+    vec along_y = px == nullptr ? vec{} : load(py), row_sum{};
     [[maybe_unused]] vec slopes[2] = {};
     for (i64 j = 0; j < rows; ++j) {
         const i64 at = j * cols + c;
         vec w = load(x.p + at) * weight;
-        const vec slope = w * (load(x.dp + at) - delta);
+        const vec product = load(x.dp + at), slope = w * (product - delta);
         if (px != nullptr) {
-            w += along_y * load(px + at_x * ld);
+            const vec along_x = load(px + at_x * ld);
+            w += along_y * along_x;
+            row_sum += product * along_x;
+            store(by_column + at_x * ld, load(by_column + at_x * ld) + product * along_y);
             if (++at_x == gw) {
-                at_x = 0;
-                py += ld;
+                store(by_row, row_sum);
+                at_x = 0, row_sum = vec{};
+                py += ld, by_row += ld;
                 along_y = load(py);
             }
         }
@@ -195,6 +226,7 @@ static void backward_queries(const BackwardJob& job) {
 
 static void backward_keys(const BackwardJob& job, i64 count, bool last) {
     const Shape& s = *job.shape;
+    if (last && job.begin == 0 && job.end > 0 && job.folded_x != nullptr) backward_tables(job);
     const i64 n = s.tokens(), dim = s.dim, padded = round_up(dim, W), size = n * padded;
     for (i64 j = job.begin; j < job.end; ++j) {
         float *dk = job.sums + j * padded, *dv = dk + size;

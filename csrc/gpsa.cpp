@@ -134,7 +134,9 @@ void gpsa_backward(const Shape& s, Heads grad_out, Heads q, Heads k, Heads v, co
     }
     if (nothing(s)) return;
     const Gates gates(s, pos_weight, gating, false);
-    const i64 per_worker = lines(kern.backward_scratch(s, gates.any())), per_head = lines(kern.backward_sums(s));
+    const i64 folded = gates.folded_stride();
+    const i64 tables = folded == 0 ? 0 : lines((s.grid_w + s.grid_h) * folded + s.grid_w * s.grid_w + s.grid_h * s.grid_h);
+    const i64 per_worker = lines(kern.backward_scratch(s, gates.any())), per_share = kern.backward_sums(s), per_head = per_share + tables;
     const i64 block = kern.backward_block, blocks = (n + block - 1) / block;
     std::vector<double> partial(std::size_t(heads) * 4), content(std::size_t(heads * blocks));
     const auto job = [&](i64 index, i64 next_index, i64 begin, i64 end, float* sums, float* left, float* work) {
@@ -142,7 +144,7 @@ void gpsa_backward(const Shape& s, Heads grad_out, Heads q, Heads k, Heads v, co
         const i64 h = head.h;
         return BackwardJob{&s, grad_out, q, k, v, dq, dk, dv, lse + index * n, gates.px(h), gates.py(h), gates.folded_x(h),
                            gates.folded_y(h, s.grid_w), gates.folded_stride(), gates.position(h), gates.content(h), head.b, h, next.b, next.h,
-                           begin, end, partial.data() + 4 * index, content.data() + index * blocks, sums, left, work};
+                           begin, end, partial.data() + 4 * index, content.data() + index * blocks, sums, left, sums + per_share, work};
     };
     if (heads % threads == 0 || heads >= 4 * threads || blocks == 1) {
         const int workers = int(std::min<i64>(threads, heads));
@@ -157,13 +159,13 @@ void gpsa_backward(const Shape& s, Heads grad_out, Heads q, Heads k, Heads v, co
     } else {
         // Too few heads for the threads: some blocks of queries of every head at a time, whose shares are then added in the same order.
         const i64 runs = (2 * threads + heads - 1) / heads, wave = std::min(blocks, runs);
-        const Buffer memory = allocate(per_worker * threads + heads * (1 + wave) * per_head);
-        const auto sums = [&](i64 head) { return memory.get() + threads * per_worker + head * (1 + wave) * per_head; };
+        const Buffer memory = allocate(per_worker * threads + heads * (per_head + wave * per_share));
+        const auto sums = [&](i64 head) { return memory.get() + threads * per_worker + head * (per_head + wave * per_share); };
         for (i64 first = 0; first < blocks; first += wave) {
             const i64 count = std::min(wave, blocks - first), parts = count + (first == 0);
             for_parts(heads * parts, threads, [&](i64 part, int worker) {
                 const i64 head = part / parts, at = part % parts, begin = std::min((first + at) * block, n);
-                const BackwardJob some = job(head, head, begin, std::min(begin + block, n), sums(head), sums(head) + (1 + at) * per_head,
+                const BackwardJob some = job(head, head, begin, std::min(begin + block, n), sums(head), sums(head) + per_head + at * per_share,
                                              memory.get() + worker * per_worker);
                 (at < count ? kern.backward_queries : kern.backward_position)(some);
             });
@@ -181,7 +183,7 @@ void gpsa_backward(const Shape& s, Heads grad_out, Heads q, Heads k, Heads v, co
             for (i64 t = 0; t < blocks; ++t) sum[3] -= content[std::size_t(head * blocks + t)];
         }
         const double gate = 1.0 / (1.0 + std::exp(-double(gating[h]))), closed = 1.0 / (1.0 + std::exp(double(gating[h])));
-        for (int i = 0; i < 3; ++i) dpos_weight[3 * h + i] = float(gate * sum[i]);
+        for (int i = 0; i < 3; ++i) dpos_weight[3 * h + i] = float(sum[i]);
         dgating[h] = float(gate * closed * sum[3]);
     }
 }

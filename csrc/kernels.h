@@ -35,10 +35,11 @@ struct BackwardJob {
     float gate, content_gate;  // g, 1 - g
     std::int64_t b, h, next_b, next_h;
     std::int64_t begin, end;   // queries of backward_queries, begin a multiple of backward_block; keys of backward_keys
-    double* partial;           // [4]: dpos_weight / g of this head and batch, then the sum of grad_out * P v
+    double* partial;           // [4]: dpos_weight of this head and batch, then the sum of grad_out * P v
     double* content;           // [blocks]: the sum of grad_out * Pc v over each block of queries
     float* sums;               // dk (without the scale) and dv of this head, [2][N][Dp]
     float* blocks;             // null: backward_queries adds to `sums`; else each of its blocks is left here, [end - begin][2][N][Dp]
+    float* table_sums;         // [gw + gh][folded_stride] and a table each: where the position is folded, see backward_tables
     float* scratch;
 };
 
@@ -51,9 +52,10 @@ struct Kernels {
     void (*tables)(const float* pos_weight, std::int64_t gh, std::int64_t gw, float* px, float* py, float* row);
     void (*forward)(const ForwardJob&);
     // One head backward: the three in this order. How its queries and keys are divided among calls does not show in the bits.
-    void (*backward_position)(const BackwardJob&);  // begins the sums with the positional half, and its gradients in `partial`
+    void (*backward_position)(const BackwardJob&);  // begins the sums; the positional half, where it is not folded
     void (*backward_queries)(const BackwardJob&);   // dq, and these queries' share of dk and dv
-    void (*backward_keys)(const BackwardJob&, std::int64_t count, bool last);  // adds `count` blocks to the sums; at last writes dk and dv
+    // Adds `count` blocks to the sums; at last writes dk and dv, and with the first key `partial` where the position is folded.
+    void (*backward_keys)(const BackwardJob&, std::int64_t count, bool last);
     void (*gelu)(const float* x, std::int64_t size, bool tanh_form, float* y);
     void (*gelu_gradient)(const float* grad, const float* x, std::int64_t size, bool tanh_form, float* dx);
     void (*norm_rows)(const float* x, const float* gamma, const float* beta, std::int64_t rows, std::int64_t width, float eps, float* y,
