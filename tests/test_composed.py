@@ -418,6 +418,7 @@ def test_each_treatment_is_one_that_timm_takes(treatment):
     assert compare("model" if treatment == "checkpointed blocks" else "accelerated", [(treatment, role, 0)], 0, way, 0.0)
 
 
+@pytest.mark.skipif("FSDP2" in OLD, reason="torch 2.6's DTensor lacks operators that timm's own modules call")
 @pytest.mark.parametrize("kind", KINDS)
 def test_tensors_distributed_over_a_mesh(kind):
     """Parameters on every device, the batch divided among them: DTensors throughout."""
