@@ -112,7 +112,10 @@ class GPSA(nn.Module):
             v = self._value(x)  # after them, as in timm: who draws numbers inside the layers draws the same
             grid = self._grid(tokens, grid)
             out = ops.gpsa(q, k, v, self._position_weight(), self.gating_param, grid, scale=self.scale, dropout_p=dropout_p)
-        return cast(Tensor, self.proj_drop(ops.linear(self.proj, _join_heads(out, self.proj))))
+        out = out.transpose(1, 2).reshape(batch, tokens, dim)
+        if not bare(self.proj, nn.Linear):
+            out = out.clone()  # in memory of its own for who may write to it
+        return cast(Tensor, self.proj_drop(ops.linear(self.proj, out)))
 
     def _scripted(self, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """The formula in what TorchScript compiles, for a square grid where none is given."""
@@ -251,7 +254,7 @@ class MHSA(nn.Module):
     def _forward(self, x: Tensor, first: int | None) -> Tensor:
         if not isinstance(x, Tensor):  # what torch.fx puts in a tensor's place
             return self._scripted(x, first)
-        _sizes(x)
+        batch, _, dim = _sizes(x)
         q, k, v = self._query_key_value(x)
         q = q[:, :, :first]
         dropout_p = _dropout(self.attn_drop)
@@ -259,7 +262,10 @@ class MHSA(nn.Module):
             out = self.attn_drop(((q @ k.transpose(-2, -1)) * self.scale).softmax(dim=-1)) @ v
         else:
             out = ops.attention(q, k, v, scale=self.scale, dropout_p=dropout_p)
-        return cast(Tensor, self.proj_drop(ops.linear(self.proj, _join_heads(out, self.proj))))
+        out = out.transpose(1, 2).reshape(batch, q.shape[2], dim)
+        if not bare(self.proj, nn.Linear):
+            out = out.clone()  # in memory of its own for who may write to it
+        return cast(Tensor, self.proj_drop(ops.linear(self.proj, out)))
 
     def get_attention_map(self, x: Tensor, return_map: bool = False, grid: tuple[int, int] | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Mean attention distance in patches per head, [H]; with ``return_map`` also the map averaged over the batch, [H, N, N].
@@ -294,13 +300,6 @@ def _dropout(module: nn.Module) -> float | None:
         return None
     p = module.p if isinstance(module, nn.Dropout) and module.training else 0.0
     return p if p < 1 else None
-
-
-def _join_heads(out: Tensor, proj: nn.Module) -> Tensor:
-    """[B, H, N, D] to [B, N, C] for ``proj``: in memory of its own where that is no bare layer, and may write to it."""
-    batch, heads, tokens, head_dim = out.shape
-    joined = out.transpose(1, 2).reshape(batch, tokens, heads * head_dim)
-    return joined if bare(proj, nn.Linear) else joined.clone()
 
 
 def _own(module: nn.Module, cls: type[nn.Module], name: str) -> bool:
