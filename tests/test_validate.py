@@ -194,10 +194,20 @@ def test_a_file_without_a_recipe_takes_no_more_workers_than_cores(weights, capsy
 
 def test_precision_where_it_has_no_say(digits, capsys):
     words = ["validate", "--precision", "bfloat16"]
-    recorded = ["--ckpt_path", str(digits.output / "best.pth"), "--amp_level", "O2"]
-    for more, reason in ((recorded, "it sets amp_level"), (["--framework", "mindspore"], "is of PyTorch on CPU")):
+    mixed = digits.output.parent / "mixed.yaml"
+    mixed.write_text((digits.output / "recipe.yaml").read_text() + "amp_level: O2\namp_dtype: bfloat16\n")
+    recorded = ["-c", str(mixed), "--ckpt_path", str(digits.output / "best.pth")]
+    for more, reason in ((recorded, "it sets amp_dtype"), (["--framework", "mindspore"], "is of PyTorch on CPU")):
         assert cli.main([*words, *more]) != 0
         assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_recipe_of_mixed_precision_is_served_in_the_precision_asked_for(digits, capsys, precision):
+    """O1 to O3 are of training: they choose no type on a CPU."""
+    words = ["--ckpt_path", str(digits.output / "best.pth"), "--amp_level", "O2", "--json", "-q"]
+    assert cli.main(["validate", *words, "--precision", precision]) == 0
+    assert json.loads(capsys.readouterr().out)["precision"] == precision
 
 
 def test_infer_names_the_digits(digits, tmp_path, capsys):

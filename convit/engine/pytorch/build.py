@@ -53,14 +53,14 @@ def amp_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
 
 def fastest(model: nn.Module, recipe: Recipe, device: torch.device, precision: str) -> nn.Module:
     """On CPU the model's ``convit.optimize`` in ``precision`` ("auto", "float32" or "bfloat16"); ``model`` itself on another device, or
-    where the recipe's ``amp_level`` or ``compile`` say how it is to run.
+    where the recipe's ``amp_dtype`` or ``compile`` say how it is to run. An ``amp_level`` alone chooses no type on CPU.
 
     Raises:
         ValueError: A precision is asked for where it has no say.
     """
     import convit
 
-    said = "device" if device.type != "cpu" else "amp_level" if recipe.amp_level != "O0" else "compile" if recipe.compile else None
+    said = "device" if device.type != "cpu" else "amp_dtype" if amp_dtype(recipe, device) else "compile" if recipe.compile else None
     if said is None:
         return convit.optimize(model, None if precision == "auto" else precision)
     if precision != "auto":
