@@ -68,7 +68,6 @@ static void backward_position(const BackwardJob& job) {
     for (i64 y = 0; y < gh; ++y) multiply<Floats, true>(gw, padded, gw, job.px, gw, v + y * line, padded, Store{lines + y * line, padded});
     multiply_transposed(gh, grad, lines, line, 1, 0, line, x.dpy);
     table_gradient(job.py, x.dpy, gh, dw[1], dw[2]);
-    for (i64 i = 0; i < 3; ++i) dw[i] *= job.gate;
     for (i64 y = 0; y < gh; ++y) multiply<Floats, false>(gw, padded, gw, job.px, gw, grad + y * line, padded, Store{lines + y * line, padded});
     multiply<Floats, false>(gh, line, gh, job.py, gh, lines, line, Store{dv, line});
     for (i64 i = 0; i < gh * line; i += W) store(dv + i, load(dv + i) * job.gate);
@@ -76,8 +75,8 @@ static void backward_position(const BackwardJob& job) {
 }
 
 // Where the position is folded, N^2 multiply-adds a table take the place of contractions over D: with dA_ij = grad_i . v_j, along the
-// queries, the sums over the keys' rows t, g py[y_i][t] dA_ij, for each column z of keys, and over the columns, px[x_i][z] dA_ij, for each t.
-// What is left is to add up the queries of a column, or of a row: the gradients of px, scaled by the gate, and of py.
+// queries, the sums over the keys' rows t, py[y_i][t] dA_ij, for each column z of keys, and over the columns, px[x_i][z] dA_ij, for each t.
+// What is left is to add up the queries of a column, or of a row.
 static void backward_tables(const BackwardJob& job) {
     const i64 gh = job.shape->grid_h, gw = job.shape->grid_w, ld = job.folded_stride;
     const float *by_column = job.table_sums, *by_row = by_column + gw * ld;
@@ -95,12 +94,8 @@ static void backward_tables(const BackwardJob& job) {
             dpy[y * gh + t] = sum;
         }
     double* dw = job.partial;
-    double square = 0;
-    dw[0] = dw[1] = dw[2] = 0;
-    table_gradient(job.px, dpx, gw, dw[0], dw[2]);
-    dw[3] = table_gradient(job.py, dpy, gh, dw[1], square);
-    dw[1] *= job.gate;
-    dw[2] += job.gate * square;
+    dw[3] = table_gradient(job.px, dpx, gw, dw[0], dw[2]);
+    table_gradient(job.py, dpy, gh, dw[1], dw[2]);
 }
 
 // One column of vectors of a block: from p, not yet normalised, and dp to the left factors of dv (the weights, with the position where it
@@ -112,7 +107,7 @@ CONVIT_INLINE void weights_and_slopes(const BackwardJob& job, const BackwardScra
     float *by_column = px == nullptr ? nullptr : job.table_sums + i + c, *by_row = px == nullptr ? nullptr : by_column + gw * ld;
     i64 at_x = 0;
     for (i64 z = 0; px != nullptr && z < gw; ++z) store(by_column + z * ld, vec{});
-    vec along_y = px == nullptr ? vec{} : load(py), row_sum{};
+    vec along_y = px == nullptr ? vec{} : load(py), gated = along_y * job.gate, row_sum{};
     [[maybe_unused]] vec slopes[2] = {};
     for (i64 j = 0; j < rows; ++j) {
         const i64 at = j * cols + c;
@@ -120,14 +115,14 @@ CONVIT_INLINE void weights_and_slopes(const BackwardJob& job, const BackwardScra
         const vec product = load(x.dp + at), slope = w * (product - delta);
         if (px != nullptr) {
             const vec along_x = load(px + at_x * ld);
-            w += along_y * along_x;
+            w += gated * along_x;
             row_sum += product * along_x;
             store(by_column + at_x * ld, load(by_column + at_x * ld) + product * along_y);
             if (++at_x == gw) {
                 store(by_row, row_sum);
                 at_x = 0, row_sum = vec{};
                 py += ld, by_row += ld;
-                along_y = load(py);
+                along_y = load(py), gated = along_y * job.gate;
             }
         }
         if constexpr (Unit::per_unit == 1) {

@@ -78,14 +78,14 @@ Gates::Gates(const Shape& s, const float* pos_weight, const float* gating, bool 
         const float gate = position(h);
         if (gate == 0.f) continue;
         kern.tables(pos_weight + 3 * h, s.grid_h, s.grid_w, px, px + size_x_, row);
-        if (folded_size_ > 0) fold(s, px, px + size_x_, gate, px + size);
+        if (folded_size_ > 0) fold(s, px, px + size_x_, gated ? gate : 1.f, px + size);
         for (i64 i = size_x_; gated && i < size_x_ + size_y_; ++i) px[i] *= gate;
         px_[std::size_t(h)] = px;
         px += size + folded_size_;
     }
 }
 
-// Both tables with the queries along the rows, as the lanes of the kernels have them; py scaled by the gate.
+// Both tables with the queries along the rows, as the lanes of the kernels have them; py times `gate`.
 void Gates::fold(const Shape& s, const float* px, const float* py, float gate, float* to) const {
     std::fill(to, to + folded_size_, 0.f);
     for (i64 z = 0; z < s.grid_w; ++z, to += folded_stride_)
@@ -183,7 +183,7 @@ void gpsa_backward(const Shape& s, Heads grad_out, Heads q, Heads k, Heads v, co
             for (i64 t = 0; t < blocks; ++t) sum[3] -= content[std::size_t(head * blocks + t)];
         }
         const double gate = 1.0 / (1.0 + std::exp(-double(gating[h]))), closed = 1.0 / (1.0 + std::exp(double(gating[h])));
-        for (int i = 0; i < 3; ++i) dpos_weight[3 * h + i] = float(sum[i]);
+        for (int i = 0; i < 3; ++i) dpos_weight[3 * h + i] = float(gate * sum[i]);
         dgating[h] = float(gate * closed * sum[3]);
     }
 }

@@ -30,12 +30,12 @@ struct BackwardJob {
     MutableHeads dq, dk, dv;
     const float* lse;
     const float *px, *py;      // py is not scaled. Null without position
-    const float *folded_x, *folded_y;  // as forward
+    const float *folded_x, *folded_y;  // as forward, but py is not scaled
     std::int64_t folded_stride;
     float gate, content_gate;  // g, 1 - g
     std::int64_t b, h, next_b, next_h;
     std::int64_t begin, end;   // queries of backward_queries, begin a multiple of backward_block; keys of backward_keys
-    double* partial;           // [4]: dpos_weight of this head and batch, then the sum of grad_out * P v
+    double* partial;           // [4]: dpos_weight / g of this head and batch, then the sum of grad_out * P v
     double* content;           // [blocks]: the sum of grad_out * Pc v over each block of queries
     float* sums;               // dk (without the scale) and dv of this head, [2][N][Dp]
     float* blocks;             // null: backward_queries adds to `sums`; else each of its blocks is left here, [end - begin][2][N][Dp]

@@ -462,3 +462,20 @@ def test_describe_names_what_is_in_use():
     assert about["available"] == "yes"
     assert about["instruction set"] in about["instruction sets"].split(", ")
     assert about["instruction sets"].endswith("portable")
+
+
+@pytest.mark.parametrize("grid", [(16, 16), (16, 17)])
+@pytest.mark.parametrize("gate", [-95.0, -102.0])
+def test_position_gradients_keep_their_digits_behind_a_gate_that_is_hardly_a_number(grid, gate):
+    """A float32 gate is denormal there: it may not stand as a factor inside a sum."""
+    torch.manual_seed(0)
+    q, k, v, grad = torch.randn(4, 1, 1, grid[0] * grid[1], 16)
+    weight, gating = torch.tensor([[0.1, 0.2, -0.01]]), torch.tensor([gate])
+
+    def gradient(dtype, backend):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, 1e8 * v, weight, gating)]
+        out = convit.gpsa(*inputs, grid, backend=backend)
+        return torch.autograd.grad(out, inputs[3], 1e8 * grad.to(dtype))[0].double()
+
+    truth = gradient(torch.float64, "reference")
+    assert (gradient(torch.float32, "cpp") - truth).norm() <= 2e-6 * truth.norm()
