@@ -108,8 +108,8 @@ def speed(run: Run):
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
     seen: dict[str, str] = {}
-    ratios_seen = [e.over(leader(g)) for _, rows in panels for _, g in rows for e in g]
-    log = max(ratios_seen) > 4  # one kind of axis for all
+    times = [e.over(leader(g)) for _, rows in panels for _, g in rows for e in g]
+    log = max(times) > 4  # one kind of axis for all
     for number, (ax, (title, rows)) in enumerate(zip(axes.flat, panels, strict=False)):
         y, ticks = 0.0, []
         widest = 1.0
@@ -128,7 +128,7 @@ def speed(run: Run):
             y += 0.9
         ax.axvline(1, color=OURS, linewidth=0.9, zorder=0)
         ax.set(title=title, xscale="log" if log else "linear", xlabel=f"time over ours ({_place(rows[0][1][0])}), less is faster")
-        ax.set_xlim(min(0.3, 0.7 * min(ratios_seen)) if log else 0, widest * (1.5 if log else 1.15))
+        ax.set_xlim(min(0.3, 0.7 * min(times)) if log else 0, widest * (1.5 if log else 1.15))
         ax.xaxis.set_major_formatter(FuncFormatter(_plain))
         if log:
             ax.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))

@@ -49,10 +49,10 @@ class Entry:
         return f"({p['batch']}, {self.tokens}, {p['heads']}, {p['head_dim']})"
 
     def over(self, base: "Entry") -> float:
-        """Median, over the rounds both took part in, of this one's time over ``base``'s."""
+        """Median, over the rounds both took part in, of this one's time over ``base``'s; NaN if there were none."""
         theirs = dict(zip(base.info["rounds"], base.wall, strict=True))
         mine = zip(self.info["rounds"], self.wall, strict=True)
-        return median(t / theirs[r] for r, t in mine if r in theirs)
+        return median([t / theirs[r] for r, t in mine if r in theirs] or [math.nan])
 
 
 @dataclass(frozen=True)

@@ -54,17 +54,16 @@ class Session:
         between = [2**i for i in range(1, 10) if 2**i < self.cores] if self.full else []
         return sorted({1, *between, self.cores})
 
-    def roofline(self, problem: Core | Model) -> roofline.Roofline:
-        """Peaks of the device at the problem's thread count and type; on CPU the best of what was measured beside each group, since
-        clock and neighbours change during a run."""
+    def measure_roofline(self, problem: Core) -> None:
+        """Peaks of the device at the problem's thread count and type: once a run; on CPU, whose clock and neighbours change during a run,
+        the best of what is measured beside each group."""
         key = f"{problem.device} {problem.dtype} {problem.threads}"
         known = self.rooflines.get(key)
-        if known is None or problem.device == "cpu":
-            found = roofline.measure(problem.device, problem.dtype, 0.5 if known is None else 0.1)
-            self.rooflines[key] = (
-                found if known is None else roofline.Roofline(max(found.flops, known.flops), max(found.bytes, known.bytes))
-            )
-        return self.rooflines[key]
+        if known is None:
+            self.rooflines[key] = roofline.measure(problem.device, problem.dtype)
+        elif problem.device == "cpu":
+            found = roofline.measure(problem.device, problem.dtype, seconds=0.1)
+            self.rooflines[key] = roofline.Roofline(max(found.flops, known.flops), max(found.bytes, known.bytes))
 
     def group(self, problem: Core | Model, peers: Sequence[Peer], with_memory: bool = False, series: str = "") -> dict[str, Competitor]:
         """Build, check and time ``peers`` on ``problem``; the second call returns the first's result."""
@@ -76,7 +75,7 @@ class Session:
     def _measure(self, problem: Core | Model, peers: Sequence[Peer], with_memory: bool, series: str) -> dict[str, Competitor]:
         group, calls, first = {}, {}, {}
         if isinstance(problem, Core):
-            self.roofline(problem)
+            self.measure_roofline(problem)
         pool = torch.cuda.graph_pool_handle() if self.graphs else None
         for peer in peers:
             mine = group[peer.name] = Competitor(missing=peer.missing(problem) or (None if self.full else peer.slow(problem)))

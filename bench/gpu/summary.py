@@ -1,25 +1,27 @@
 """PNG, and a summary of at most 40 lines, from whatever run.json holds."""
 
 import json
-import math
 from pathlib import Path
-from statistics import median
 
 from stage import MORE, STAGES, Stage, plan
 
 
-def _entries(data: dict, names: tuple[str, ...] = ("core", "models")) -> list:
+def _entries(groups: list[dict]) -> list:
     from results import Entry
 
-    groups = [g for name in names for g in data.get(name, {}).get("groups", [])]
     return [Entry(e["group"], e["info"], tuple(e["wall"])) for g in groups for e in g["entries"]]
+
+
+def _groups(data: dict) -> list[dict]:
+    return [g for name in ("core", "models") for g in data.get(name, {}).get("groups", [])]
 
 
 def plots(stage: Stage) -> None:
     import plots as drawing
     from results import Run
 
-    data, entries = stage.load(), _entries(stage.load())
+    data = stage.load()
+    entries = _entries(_groups(data))
     entries.sort(key=lambda e: e.problem["dtype"] == "bfloat16")  # the plots show the last type
     record = next((data[name]["record"] for name in ("core", "models") if "record" in data.get(name, {})), None)
     if record is None:
@@ -34,17 +36,15 @@ def plots(stage: Stage) -> None:
 
 def _short(group: dict, rooflines: dict) -> str:
     """One line of the summary: ours, its distance from the roofline, everyone else's time over ours."""
-    from results import Entry, least_seconds
+    from results import leader, least_seconds
 
-    by_name = {e["info"]["peer"]: e for e in group["entries"]}
-    mine = next((e for e in group["entries"] if e["info"]["ours"]), None)
+    entries = _entries([group])
+    mine = leader(entries)
     if mine is None:
         return f"{group['name']}: ours is missing: " + "; ".join(group["absent"].values())[:80]
-    own, others = median(mine["wall"]), []
-    for name, e in by_name.items():
+    others = []
+    for e in entries:
         if e is not mine:
-            theirs = dict(zip(e["info"]["rounds"], e["wall"], strict=True))
-            ratio = median([theirs[r] / t for r, t in zip(mine["info"]["rounds"], mine["wall"], strict=True) if r in theirs] or [math.nan])
             short = {
                 "timm eager": "timm",
                 "timm convit eager": "timm",
@@ -61,17 +61,17 @@ def _short(group: dict, rooflines: dict) -> str:
                 "timm ViT with SDPA": "ViT",
                 "convit.accelerate(timm)": "accel",
             }
-            others.append(f"{short.get(name, name)} {ratio:.2f}")
-    least = least_seconds(Entry(group["name"], mine["info"], tuple(mine["wall"])), rooflines) if "flops" in mine["info"] else None
-    floor = f" roof {100 * least / own:.0f}%" if least else ""
-    if "peak" in mine["info"]:
-        floor += f" peak {mine['info']['peak'] / 1e6:.0f} MB"
+            others.append(f"{short.get(e.peer, e.peer)} {e.over(mine):.2f}")
+    least = least_seconds(mine, rooflines) if "flops" in mine.info else None
+    floor = f" roof {100 * least / mine.median:.0f}%" if least else ""
+    if "peak" in mine.info:
+        floor += f" peak {mine.info['peak'] / 1e6:.0f} MB"
     host = (
-        f" (host {mine['info']['host'] * 1e6:.0f}{'' if mine['info'].get('timed') == 'graph' else ', not a graph'})"
-        if "host" in mine["info"]
+        f" (host {mine.info['host'] * 1e6:.0f}{'' if mine.info.get('timed') == 'graph' else ', not a graph'})"
+        if "host" in mine.info
         else ""
     )
-    return f"{group['name'].replace(' cuda', '')}: {own * 1e6:.0f} us{host}{floor} | " + ", ".join(others)
+    return f"{group['name'].replace(' cuda', '')}: {mine.median * 1e6:.0f} us{host}{floor} | " + ", ".join(others)
 
 
 def summary(out: Path) -> int:
@@ -110,7 +110,7 @@ def summary(out: Path) -> int:
     ]
     if "kernels" in data.get("sweep", {}):
         lines.append(("sweep (configs.txt), used below: " + "; ".join(rows) if rows else "sweep: the table's rows stand")[:400])
-    groups = [g for name in ("core", "models") for g in data.get(name, {}).get("groups", [])]
+    groups = _groups(data)
     if groups:
         lines.append("ours on the device (its host) | the others' time over ours, medians of interleaved rounds of replayed graphs:")
     room = 40 - len(lines) - 2

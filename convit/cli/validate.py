@@ -4,12 +4,12 @@ import argparse
 import dataclasses
 import importlib
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from convit.engine.fit import most_workers
 from convit.engine.recipe import Recipe, add_recipe_arguments, dump_recipe, load_recipe, recipe_from, recipe_overrides
 from convit.engine.trained import find_trained, weights_at
 from convit.engine.world import find_world
@@ -89,7 +89,7 @@ def evaluation_recipe(args: argparse.Namespace) -> Recipe:
     if args.config is not None:
         return load_recipe(args.config, overrides)
     found = find_trained(place, engine(overrides.get("framework", "pytorch"), "checkpoint").facts_of)
-    own = {"num_parallel_workers": min(Recipe().num_parallel_workers, os.cpu_count() or 1), **found.recipe()}
+    own = {"num_parallel_workers": most_workers(), **found.recipe()}
     return recipe_from({**own, "pretrained": False, **overrides}, source=str(place))
 
 

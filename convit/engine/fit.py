@@ -12,6 +12,11 @@ SEEN = 40_000  # images that a small run sees in all: some minutes on two cores
 EPOCHS = (20, 200)
 
 
+def most_workers() -> int:
+    """Data-loading processes where nobody says how many: the recipes' default, but no more than there are cores."""
+    return min(Recipe().num_parallel_workers, os.cpu_count() or 1)
+
+
 def fit(recipe: Recipe, given: Collection[str], processes: int = 1, free: bool = False) -> tuple[Recipe, str]:
     """The recipe for its own ``data_dir``, and one line that says what there is and what was fitted.
 
@@ -46,7 +51,7 @@ def fit(recipe: Recipe, given: Collection[str], processes: int = 1, free: bool =
         if "lr" not in given:
             new["lr"] = round(recipe.lr * (batch * shares / recipe.batch_size) ** 0.5, 6)
         if "num_parallel_workers" not in given:
-            new["num_parallel_workers"] = 0 if images <= 500 else min(8, os.cpu_count() or 1)
+            new["num_parallel_workers"] = 0 if images <= 500 else most_workers()
         if "epoch_size" not in given:
             epochs = min(max(SEEN // images, EPOCHS[0]), EPOCHS[1])
             warmup = recipe.warmup_epochs if "warmup_epochs" in given else max(1, epochs // 20)
