@@ -5,7 +5,6 @@ the architecture "convit", which timm does not know, so that it refuses them in 
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,23 @@ except ImportError as error:
     raise ImportError("the Hub needs huggingface_hub: pip install huggingface_hub") from error
 
 from convit.engine.preparation import Preparation
-from convit.engine.pytorch.trained import trained_model
 from convit.engine.trained import class_names, variant_of
 from convit.weights.load import save_checkpoint, settings_of
 
 FILES = ("config.json", "model.safetensors", "pytorch_model.bin")
 
 
+def fetch(name: str, **options: Any) -> str:
+    """The folder that ``snapshot_download`` brings the repository ``name`` into; ``OSError`` where the Hub does not give it."""
+    try:
+        return str(snapshot_download(name, allow_patterns=list(FILES), **options))
+    except (OSError, ValueError) as error:  # the hub's own are of both kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OSError(f"{name} is no file or folder here, and the Hub does not give it: {reason}") from error
+
+
 class Hub(ModelHubMixin):
-    """What ``huggingface_hub`` saves, uploads and fetches: a model, its classes and its measured figures."""
+    """What ``huggingface_hub`` saves and uploads: a model, its classes and its measured figures."""
 
     def __init__(self, model: Any, names: list[str] | None = None, measured: dict[str, float] | None = None) -> None:
         recorded = model.pretrained_cfg.get("label_names") or []
@@ -36,17 +43,6 @@ class Hub(ModelHubMixin):
         save_checkpoint(self.model, save_directory / "model.safetensors")
         text = json.dumps(config_of(self.model, self.classes, self.results), indent=2, ensure_ascii=False)
         (save_directory / "config.json").write_text(text + "\n", encoding="utf-8")
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, **options: Any) -> Any:
-        if os.path.isdir(model_id):
-            return trained_model(model_id)
-        try:
-            folder = snapshot_download(model_id, allow_patterns=list(FILES), **options)
-        except (OSError, ValueError) as error:  # the hub's own are of both kinds
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise OSError(f"{model_id} is no file or folder here, and the Hub does not give it: {reason}") from error
-        return trained_model(folder)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The card: what the model is, its measured figures, its classes, how to use it."""

@@ -63,9 +63,9 @@ def from_pretrained(place: str | Path, *, num_classes: int | None = None, img_si
     if Path(place).exists() or str(place) in VARIANTS:
         model = trained_model(place)
     else:
-        from convit.engine.pytorch.hub import Hub
+        from convit.engine.pytorch.hub import fetch
 
-        model = Hub.from_pretrained(str(place), **options)
+        model = trained_model(fetch(str(place), **options))
     if num_classes is not None and num_classes != model.num_classes:
         model.reset_classifier(num_classes)
         model.pretrained_cfg |= {"num_classes": num_classes, "label_names": class_names([], num_classes), "results": {}}
