@@ -48,9 +48,10 @@ fuzz: .venv/ready
 	$(BIN)/pip install -q atheris || echo "atheris does not install here: hypothesis draws the inputs, unguided"
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(TARGET) --seconds $(or $(SECONDS),60)
 
-# small mistakes planted in a copy of the tree, to see which the tests do not notice; MUTATE takes options, such as MUTATE="--count 300"
+# small mistakes planted in a copy of the tree, to see which the tests do not notice; MUTATE takes options, such as MUTATE="--count 300". The first
+# run takes as long as the tests do, to learn which lines each runs
 mutate: .venv/ready
-	$(BIN)/pip install -q cosmic-ray
+	$(BIN)/pip install -q cosmic-ray coverage
 	$(BIN)/python tests/mutate.py $(MUTATE)
 
 # what can be shown of the Ascend kernels without an Ascend machine; makes its own environments under build/ascend

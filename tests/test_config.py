@@ -123,6 +123,100 @@ def test_mistakes_are_named(values, message):
     assert message in str(error.value)
 
 
+# keys whose run would do nothing, or nothing sensible, at 0; and shares, from none to all
+COUNTS = ["log_interval", "num_samples", "batch_size", "image_resize", "re_max_attempts", "num_classes", "in_channels", "patch_size"]
+COUNTS += [
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "epoch_size",
+    "ckpt_save_interval",
+    "early_stop",
+    "val_interval",
+    "decay_epochs",
+    "num_cycles",
+]
+COUNTS += ["gradient_accumulation_steps", "scale_lr_batch"]
+NONE_OR_MORE = [
+    "seed",
+    "num_parallel_workers",
+    "aug_repeats",
+    "max_bad_images",
+    "shift",
+    "mixup",
+    "cutmix",
+    "mixup_off_epoch",
+    "clip_value",
+]
+NONE_OR_MORE += ["local_up_to_layer", "ckpt_save_steps", "keep_checkpoint_max", "max_skipped_steps", "lr", "min_lr", "warmup_epochs"]
+NONE_OR_MORE += ["warmup_lr", "weight_decay", "eps"]
+SHARES = ["sampling_ratio", "hflip", "vflip", "re_prob", "cutmix_prob", "warmup_factor", "momentum", "layer_decay", "ema_decay"]
+WITHIN = {"val_share": (0.01, 0.9), "crop_pct": (0.01, 2.0)} | {
+    name: (0.0, 0.99) for name in ("drop_rate", "drop_path_rate", "label_smoothing")
+}
+LIMITS = {name: (1, None) for name in COUNTS} | {name: (0, None) for name in NONE_OR_MORE} | {"loss_scale": (1.0, None)}
+LIMITS |= {name: (0.0, 1.0) for name in SHARES} | WITHIN
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_numbers_are_taken_up_to_their_limits_and_not_beyond(name):
+    low, high = LIMITS[name]
+    more = {"in_channels": {"mean": [0.5], "std": [0.5]}, "re_max_attempts": {"framework": "mindspore"}}.get(name, {})
+    step = 1 if isinstance(low, int) else 0.001
+    assert getattr(recipe_from(more | {name: low}), name) == low
+    with pytest.raises(ValueError, match=f"{name} must be at least {low}(.0)?, got"):
+        recipe_from(more | {name: low - step})
+    if high is not None:
+        assert getattr(recipe_from(more | {name: high}), name) == high
+        with pytest.raises(ValueError, match=f"{name} must be at most {high}, got"):
+            recipe_from(more | {name: high + 0.001})
+
+
+@pytest.mark.parametrize(
+    ("name", "honoured", "refused"),
+    [
+        ("aux_factor", 0.0, 0.4),
+        ("reduction", "mean", "sum"),
+        ("dataset_download", False, True),
+        ("resume_opt", False, True),
+        ("aug_splits", 0, 3),
+        ("enable_modelarts", False, True),
+    ],
+)
+def test_keys_of_mindcv_that_mean_nothing_here_are_honoured_or_refused(name, honoured, refused):
+    assert recipe_from({name: honoured}) == Recipe()
+    for value in (refused, 1 if name == "aug_splits" else refused):
+        with pytest.raises(ValueError, match=f"{name} can only be {honoured!r}, got {value!r}"):
+            recipe_from({name: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "more", "message"),
+    [
+        ({"mixup": 0.2, "batch_size": 3}, {"batch_size": 4}, "batch_size must be even with mixup or cutmix"),
+        ({"cutmix": 0.2, "batch_size": 3}, {"batch_size": 4}, "batch_size must be even with mixup or cutmix"),
+        ({"early_stop": 1, "val_while_train": False}, {"val_while_train": True}, "early_stop needs val_while_train"),
+        ({"class_balanced": True, "aug_repeats": 2}, {"aug_repeats": 1}, "class_balanced is not supported with aug_repeats"),
+        ({"ckpt_save_policy": "top_k", "val_while_train": False}, {"ckpt_save_policy": "latest_k"}, "top_k needs val_while_train"),
+        ({"scheduler": "one_cycle", "warmup_epochs": 1}, {"warmup_epochs": 0}, "one_cycle needs warmup_epochs 0"),
+        ({"scheduler": "cyclic", "warmup_epochs": 0, "lr_epoch_stair": True}, {"lr_epoch_stair": False}, "lr_epoch_stair false"),
+        ({"re_max_attempts": 9}, {"framework": "mindspore"}, "re_max_attempts can only be 10 with framework pytorch"),
+        ({"amp_cast_list": "[nn.Dense]"}, {"framework": "mindspore"}, "amp_cast_list names cells of MindSpore"),
+        ({"amp_cast_list": "nn.Dense nn.Conv2d", "framework": "mindspore"}, {"amp_cast_list": "nn.Dense, nn.Conv2d"}, "must be a list of"),
+        ({"fsdp": True, "ema": True}, {"ema": False}, "ema is not supported with fsdp"),
+        ({"fsdp": True, "amp_dtype": "float16"}, {"amp_dtype": "bfloat16"}, "float16 is not supported with fsdp"),
+        ({"std": [0.5, 0.0, 0.5]}, {"std": [0.5, 0.1, 0.5]}, "std must be positive"),
+        ({"scale": [0.1, 0.5, 1.0]}, {"scale": [1.0, 1.0]}, "scale must be a range"),
+        ({"ratio": [0.0, 1.0]}, {"ratio": [0.5, 1.0]}, "ratio must be a range"),
+    ],
+    ids=str,
+)
+def test_keys_that_do_not_go_together_are_refused_and_their_neighbours_taken(values, more, message):
+    with pytest.raises(ValueError, match=message):
+        recipe_from(values)
+    recipe_from(values | more)
+
+
 def test_whole_numbers_are_exact():
     assert recipe_from({"seed": str(2**53 + 1)}).seed == recipe_from({"seed": 2**53 + 1}).seed == 2**53 + 1
 
@@ -191,6 +285,24 @@ def test_every_key_can_be_overridden_on_the_command_line(capsys):
     assert (printed.batch_size, printed.scale_lr, printed.ema) == (7, True, True)
 
 
+def test_mindcvs_other_names_of_keys_are_options_too(capsys):
+    import yaml
+
+    words = ["--device_target", "CPU", "--filter_bias_and_bn", "false", "--dynamic_loss_scale", "true"]
+    assert cli.main(["train", "-c", "digits", "--print-config", *words]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["device"], printed["weight_decay_filter"], printed["loss_scale_type"]) == ("cpu", "disable", "dynamic")
+
+
+def test_help_all_is_a_flag_that_shows_every_key(capsys):
+    for shown, words in ((False, ["--help"]), (True, ["--help-all", "--lr", "1"])):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["train", *words])
+        assert stopped.value.code == 0
+        text = capsys.readouterr().out
+        assert all((f"--{name}" in text) >= shown for name in FIELDS) and ("--lr_epoch_stair" in text) == shown
+
+
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_key_is_read_somewhere(name):
     """A key that no engine reads would be a promise that nobody keeps."""
@@ -217,5 +329,36 @@ def test_config_needs_no_framework():
     assert out.stdout.strip() == "[]"
 
 
-def test_defaults_make_a_valid_recipe():
-    assert recipe_from({}) == Recipe()
+# what a recipe that leaves a key out means, and has to go on meaning
+DEFAULTS = """
+{framework: pytorch, device: auto, mode: 0, distribute: null, seed: 42, num_parallel_workers: 8, log_interval: 100, tensorboard: false, wandb: '',
+dataset: imagenet, data_dir: '', train_split: train, val_split: val, class_map: '', val_share: 0.2, shuffle: true, num_samples: null,
+sampling_ratio: 1.0, batch_size: 128, drop_remainder: true, aug_repeats: 0, class_balanced: false, max_bad_images: 100, image_resize: 224,
+scale: [0.08, 1.0], ratio: [0.75, 1.333], hflip: 0.5, vflip: 0.0, shift: 0, color_jitter: 0.4, interpolation: bilinear, auto_augment: null,
+re_prob: 0.0, re_scale: [0.02, 0.33], re_ratio: [0.3, 3.3], re_max_attempts: 10, re_value: '0', mean: [0.485, 0.456, 0.406],
+std: [0.229, 0.224, 0.225], crop_pct: 0.875, mixup: 0.0, cutmix: 0.0, mixup_off_epoch: 0, cutmix_prob: 1.0, model: convit_tiny,
+num_classes: null, in_channels: 3, patch_size: null, embed_dim: null, depth: null, num_heads: null, local_up_to_layer: null,
+locality_strength: null, drop_rate: 0.0, drop_path_rate: 0.1, pretrained: false, ckpt_path: '', epoch_size: 90, ckpt_save_dir: ./ckpt,
+ckpt_save_interval: 1, ckpt_save_steps: 1000, ckpt_save_policy: latest_k, keep_checkpoint_max: 10, val_while_train: true, early_stop: null,
+val_interval: 1, dataset_sink_mode: true, amp_level: O0, amp_dtype: auto, val_amp_level: null, amp_cast_list: null, loss_scale: 1.0,
+loss_scale_type: fixed, gradient_accumulation_steps: 1, clip_grad: false, clip_value: 15.0, grad_checkpointing: false, channels_last: false,
+compile: false, fsdp: false, max_skipped_steps: 10, loss: CE, label_smoothing: 0.0, scheduler: cosine_decay, lr: 0.001, scale_lr: false,
+scale_lr_batch: 512, min_lr: 1.0e-06, warmup_epochs: 3, warmup_factor: 0.0, warmup_lr: null, warmup_prefix: true, decay_epochs: 100,
+decay_rate: 0.9, multi_step_decay_milestones: [30, 60, 90], lr_epoch_stair: false, num_cycles: 1, cycle_decay: 1.0, opt: adam, momentum: 0.9,
+weight_decay: 1.0e-06, use_nesterov: false, weight_decay_filter: disable, layer_decay: null, eps: 1.0e-08, ema: false, ema_decay: 0.9999,
+ema_warmup: true}
+"""
+
+
+def test_defaults_are_what_they_were():
+    import yaml
+
+    known = yaml.safe_load(DEFAULTS)
+    assert recipe_from({}) == Recipe() and {name: getattr(Recipe(), name) for name in known} == known
+
+
+def test_a_command_is_asked_for(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([])
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2 and told.startswith("usage: convit") and "required: command" in told

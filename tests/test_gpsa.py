@@ -328,6 +328,15 @@ def test_the_fastest_kernel_of_a_device_comes_first(framework, device, expected)
     assert order(problem(CASES[0], torch.float32, framework=framework, device=device)) == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=lambda d: str(d)[6:])
+def test_what_a_cpu_runs(dtype):
+    """No test above is skipped because a backend refuses what it can do."""
+    refused = {name for name in ("reference", "sdpa", "cpp") for case in CASES if convit.why_not(name, problem(case, dtype))}
+    assert refused == ({"cpp"} if dtype == torch.float64 else set())
+    dropping = Problem("torch", "cpu", str(dtype)[6:], 2, 4, 196, 48, (14, 14), 0.1)
+    assert [name for name in ("reference", "sdpa", "cpp") if not convit.why_not(name, dropping)] == ["reference"]
+
+
 def test_environment_with_an_unknown_backend_is_an_error(monkeypatch):
     inputs, _ = make_inputs(Case(1, 1, 4, (2, 2)))
     monkeypatch.setenv("CONVIT_BACKEND", "sdap")

@@ -307,6 +307,13 @@ def test_stochastic_depth_drops_a_sample_as_a_whole():
     assert dropped.flatten(1).std(dim=1).max() == 0 and dropped[:, 0, 0].std() > 0
 
 
+def test_without_dropout_a_training_step_draws_no_random_number():
+    """So that a run repeats whatever else draws from the generator, as timm's model does."""
+    model, before = small(drop_path_rate=0.0).train(), torch.get_rng_state()
+    model(images()).sum().backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_no_decay_for_tokens():
     assert small(reg_tokens=1).no_weight_decay() == {"pos_embed", "cls_token", "reg_token"}
 
@@ -321,6 +328,8 @@ def test_gradient_checkpointing_changes_no_bit():
         model(images()).sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    model.set_grad_checkpointing()  # as timm calls it
+    assert model.grad_checkpointing
 
 
 def test_every_parameter_gets_a_gradient():

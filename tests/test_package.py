@@ -23,6 +23,10 @@ def test_import_is_light():
     assert python(code).strip() == "[]"
 
 
+def test_importing_the_operations_registers_what_saved_programs_ask_for():
+    python("import torch, convit.ops\ntorch.ops.convit.gpsa, torch.ops.convit.gpsa_backward")
+
+
 def test_public_names():
     for name in convit.__all__:
         assert callable(getattr(convit, name)), name

@@ -64,6 +64,25 @@ def test_xpu_is_asked_for_what_it_needs(monkeypatch):
     assert configs.choose("fwd_loop", "xpu", "half", 64) and configs.choose("mix", "xpu", "ieee", 128)
 
 
+def test_every_device_finds_tiles_that_triton_compiles():
+    """Whatever the device, the arithmetic and the head: rows and warps are powers of two, of 16 rows at least, as tl.dot takes them."""
+    from convit.kernels.gpsa.gpu_triton import configs
+
+    for kernel, rows in configs.CONFIGS.items():
+        largest = {
+            "half": configs.TILE_D if kernel.endswith("_tile") else configs.LARGEST_D,
+            "tf32": configs.TILE_D,
+            "ieee": configs.TILE_D,
+        }
+        for family in {row.family for row in rows} - {"npu"}:
+            for arithmetic in ("half",) if kernel.endswith("_tile") else largest:
+                for block_d in (d for d in (16, 32, 64, 128, 256) if d <= largest[arithmetic]):
+                    config = configs.choose(kernel, family, arithmetic, block_d)
+                    sizes = (config.rows, config.keys, config.warps)
+                    assert all(size & (size - 1) == 0 for size in sizes), (kernel, family, arithmetic, block_d)
+                    assert min(sizes[:2]) >= 16 and 1 <= config.warps <= 8 and config.stages >= 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 def test_no_driver_is_told():
     problem = Problem("torch", "cuda", "float16", 2, 3, 196, 48, (14, 14))

@@ -35,7 +35,7 @@ def _spelt_out(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
     from convit.engine.recipe import FALSE, TRUE
 
     spelt = []
-    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+    for word, after in zip(argv, [*argv[1:], ""], strict=False):
         action = parser._option_string_actions.get(word)
         alone = action is not None and action.nargs == "?" and action.const == "true" and after.lower() not in (*TRUE, *FALSE)
         spelt.append(f"{word}=true" if alone else word)
