@@ -331,8 +331,8 @@ def test_config_needs_no_framework():
 
 # what a recipe that leaves a key out means, and has to go on meaning
 DEFAULTS = """
-{framework: pytorch, device: auto, mode: 0, distribute: null, seed: 42, num_parallel_workers: 8, log_interval: 100, tensorboard: false, wandb: '',
-dataset: imagenet, data_dir: '', train_split: train, val_split: val, class_map: '', val_share: 0.2, shuffle: true, num_samples: null,
+{framework: pytorch, device: auto, mode: 0, distribute: null, seed: 42, num_parallel_workers: 8, log_interval: 100,
+tensorboard: false, wandb: '', dataset: imagenet, data_dir: '', train_split: train, val_split: val, class_map: '', val_share: 0.2, shuffle: true, num_samples: null,
 sampling_ratio: 1.0, batch_size: 128, drop_remainder: true, aug_repeats: 0, class_balanced: false, max_bad_images: 100, image_resize: 224,
 scale: [0.08, 1.0], ratio: [0.75, 1.333], hflip: 0.5, vflip: 0.0, shift: 0, color_jitter: 0.4, interpolation: bilinear, auto_augment: null,
 re_prob: 0.0, re_scale: [0.02, 0.33], re_ratio: [0.3, 3.3], re_max_attempts: 10, re_value: '0', mean: [0.485, 0.456, 0.406],
@@ -344,8 +344,8 @@ val_interval: 1, dataset_sink_mode: true, amp_level: O0, amp_dtype: auto, val_am
 loss_scale_type: fixed, gradient_accumulation_steps: 1, clip_grad: false, clip_value: 15.0, grad_checkpointing: false, channels_last: false,
 compile: false, fsdp: false, max_skipped_steps: 10, loss: CE, label_smoothing: 0.0, scheduler: cosine_decay, lr: 0.001, scale_lr: false,
 scale_lr_batch: 512, min_lr: 1.0e-06, warmup_epochs: 3, warmup_factor: 0.0, warmup_lr: null, warmup_prefix: true, decay_epochs: 100,
-decay_rate: 0.9, multi_step_decay_milestones: [30, 60, 90], lr_epoch_stair: false, num_cycles: 1, cycle_decay: 1.0, opt: adam, momentum: 0.9,
-weight_decay: 1.0e-06, use_nesterov: false, weight_decay_filter: disable, layer_decay: null, eps: 1.0e-08, ema: false, ema_decay: 0.9999,
+decay_rate: 0.9, multi_step_decay_milestones: [30, 60, 90], lr_epoch_stair: false, num_cycles: 1, cycle_decay: 1.0, opt: adam,
+momentum: 0.9, weight_decay: 1.0e-06, use_nesterov: false, weight_decay_filter: disable, layer_decay: null, eps: 1.0e-08, ema: false, ema_decay: 0.9999,
 ema_warmup: true}
 """
 
