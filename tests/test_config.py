@@ -331,22 +331,22 @@ def test_config_needs_no_framework():
 
 # what a recipe that leaves a key out means, and has to go on meaning
 DEFAULTS = """
-{framework: pytorch, device: auto, mode: 0, distribute: null, seed: 42, num_parallel_workers: 8, log_interval: 100,
-tensorboard: false, wandb: '', dataset: imagenet, data_dir: '', train_split: train, val_split: val, class_map: '', val_share: 0.2, shuffle: true, num_samples: null,
-sampling_ratio: 1.0, batch_size: 128, drop_remainder: true, aug_repeats: 0, class_balanced: false, max_bad_images: 100, image_resize: 224,
-scale: [0.08, 1.0], ratio: [0.75, 1.333], hflip: 0.5, vflip: 0.0, shift: 0, color_jitter: 0.4, interpolation: bilinear, auto_augment: null,
-re_prob: 0.0, re_scale: [0.02, 0.33], re_ratio: [0.3, 3.3], re_max_attempts: 10, re_value: '0', mean: [0.485, 0.456, 0.406],
-std: [0.229, 0.224, 0.225], crop_pct: 0.875, mixup: 0.0, cutmix: 0.0, mixup_off_epoch: 0, cutmix_prob: 1.0, model: convit_tiny,
+{framework: pytorch, device: auto, mode: 0, distribute: null, seed: 42, num_parallel_workers: 8, log_interval: 100, tensorboard: false,
+wandb: '', dataset: imagenet, data_dir: '', train_split: train, val_split: val, class_map: '', val_share: 0.2, shuffle: true, num_samples:
+null, sampling_ratio: 1.0, batch_size: 128, drop_remainder: true, aug_repeats: 0, class_balanced: false, max_bad_images: 100,
+image_resize: 224, scale: [0.08, 1.0], ratio: [0.75, 1.333], hflip: 0.5, vflip: 0.0, shift: 0, color_jitter: 0.4, interpolation: bilinear,
+auto_augment: null, re_prob: 0.0, re_scale: [0.02, 0.33], re_ratio: [0.3, 3.3], re_max_attempts: 10, re_value: '0', mean: [0.485, 0.456,
+0.406], std: [0.229, 0.224, 0.225], crop_pct: 0.875, mixup: 0.0, cutmix: 0.0, mixup_off_epoch: 0, cutmix_prob: 1.0, model: convit_tiny,
 num_classes: null, in_channels: 3, patch_size: null, embed_dim: null, depth: null, num_heads: null, local_up_to_layer: null,
 locality_strength: null, drop_rate: 0.0, drop_path_rate: 0.1, pretrained: false, ckpt_path: '', epoch_size: 90, ckpt_save_dir: ./ckpt,
-ckpt_save_interval: 1, ckpt_save_steps: 1000, ckpt_save_policy: latest_k, keep_checkpoint_max: 10, val_while_train: true, early_stop: null,
-val_interval: 1, dataset_sink_mode: true, amp_level: O0, amp_dtype: auto, val_amp_level: null, amp_cast_list: null, loss_scale: 1.0,
-loss_scale_type: fixed, gradient_accumulation_steps: 1, clip_grad: false, clip_value: 15.0, grad_checkpointing: false, channels_last: false,
-compile: false, fsdp: false, max_skipped_steps: 10, loss: CE, label_smoothing: 0.0, scheduler: cosine_decay, lr: 0.001, scale_lr: false,
-scale_lr_batch: 512, min_lr: 1.0e-06, warmup_epochs: 3, warmup_factor: 0.0, warmup_lr: null, warmup_prefix: true, decay_epochs: 100,
-decay_rate: 0.9, multi_step_decay_milestones: [30, 60, 90], lr_epoch_stair: false, num_cycles: 1, cycle_decay: 1.0, opt: adam,
-momentum: 0.9, weight_decay: 1.0e-06, use_nesterov: false, weight_decay_filter: disable, layer_decay: null, eps: 1.0e-08, ema: false, ema_decay: 0.9999,
-ema_warmup: true}
+ckpt_save_interval: 1, ckpt_save_steps: 1000, ckpt_save_policy: latest_k, keep_checkpoint_max: 10, val_while_train: true, early_stop:
+null, val_interval: 1, dataset_sink_mode: true, amp_level: O0, amp_dtype: auto, val_amp_level: null, amp_cast_list: null, loss_scale: 1.0,
+loss_scale_type: fixed, gradient_accumulation_steps: 1, clip_grad: false, clip_value: 15.0, grad_checkpointing: false, channels_last:
+false, compile: false, fsdp: false, max_skipped_steps: 10, loss: CE, label_smoothing: 0.0, scheduler: cosine_decay, lr: 0.001, scale_lr:
+false, scale_lr_batch: 512, min_lr: 1.0e-06, warmup_epochs: 3, warmup_factor: 0.0, warmup_lr: null, warmup_prefix: true, decay_epochs:
+100, decay_rate: 0.9, multi_step_decay_milestones: [30, 60, 90], lr_epoch_stair: false, num_cycles: 1, cycle_decay: 1.0, opt: adam,
+momentum: 0.9, weight_decay: 1.0e-06, use_nesterov: false, weight_decay_filter: disable, layer_decay: null, eps: 1.0e-08, ema: false,
+ema_decay: 0.9999, ema_warmup: true}
 """
 
 

@@ -1,6 +1,7 @@
 """The PyTorch model against timm's, and what timm's ViT users expect of it."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -328,8 +329,16 @@ def test_gradient_checkpointing_changes_no_bit():
         model(images()).sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-    model.set_grad_checkpointing()  # as timm calls it
-    assert model.grad_checkpointing
+
+
+METHODS = ("set_grad_checkpointing", "prune_intermediate_layers", "get_intermediate_layers", "forward_intermediates", "forward_head")
+
+
+@pytest.mark.parametrize("name", [*METHODS, "group_matcher", "reset_classifier"])
+def test_methods_take_what_timms_take_with_the_same_defaults(name):
+    vit = pytest.importorskip("timm").models.vision_transformer.VisionTransformer
+    ours, theirs = (inspect.signature(getattr(kind, name)).parameters for kind in (convit.ConViT, vit))
+    assert {x: p.default for x, p in ours.items()} == {x: theirs[x].default for x in ours}
 
 
 def test_every_parameter_gets_a_gradient():
