@@ -177,7 +177,7 @@ def test_checkpoints_record_the_settings_of_the_model(whole, tmp_path):
 
 def test_kills_at_random_moments_while_others_read(whole, tmp_path):
     """tests/kills.py does 200 of them."""
-    assert kills.killed_round(whole, tmp_path / "run", 4, 0.6, random.Random(0)) > 0
+    assert kills.killed_round(whole, tmp_path / "run", 4, 0.4, 0.5, random.Random(0)) > 0
 
 
 def test_a_clock_that_jumps_changes_nothing(whole, tmp_path, monkeypatch):

@@ -185,6 +185,22 @@ def test_a_run_validates_without_its_recipe(digits, capsys, name):
     assert narrow["precision"] == "bfloat16" and abs(narrow["top1"] - result["top1"]) <= 0.3
 
 
+@pytest.mark.parametrize("key", ["--amp_level", "--val-amp-level"])
+def test_o0_on_the_command_line_means_float32(digits, capsys, monkeypatch, key):
+    """Where the chip multiplies bfloat16 or not; what a recipe says of mixed precision chooses nothing on CPU."""
+    chosen, optimize = [], convit.optimize
+    monkeypatch.setattr(convit, "optimize", lambda model, dtype: chosen.append(dtype) or optimize(model, dtype))
+    words = ["validate", str(digits.output), "--json"]
+    for more, dtype in (([], None), ([key, "o0"], "float32"), (["--precision", "float32", key, "O0"], "float32")):
+        assert cli.main([*words, *more]) == 0
+        precision = json.loads(capsys.readouterr().out)["precision"]
+        assert chosen.pop() == dtype and precision == (dtype or precision)
+    assert cli.main([*words, key, "O0", "--precision", "bfloat16"]) == 1 and "contradict" in capsys.readouterr().err
+    Image.new("L", (8, 8)).save(digits.output.parent / "digit.png")
+    assert cli.main(["infer", str(digits.output.parent / "digit.png"), "--ckpt_path", str(digits.output), key, "O0"]) == 0
+    assert chosen == ["float32"]
+
+
 def test_a_file_without_a_recipe_takes_no_more_workers_than_cores(weights, capsys, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     for words, count in (((), 3), (("--num_parallel_workers", "5"), 5)):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import fork
 from PIL import Image
 
 from convit.engine.pytorch.checkpoint import load
@@ -30,19 +31,6 @@ def small(**keys):
 def command(output, *words, **keys):
     pairs = [word for name, value in {**SMALL, **keys}.items() for word in (f"--{name}", str(value))]
     return [sys.executable, "-m", "convit", "train", "-c", "digits", "--output", str(output), *pairs, *words]
-
-
-def fork(work):
-    """Run ``work`` in a child process, which needs no new start of Python; returns its id. A message of failure goes to stderr."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException as error:
-            os.write(2, f"{type(error).__name__}: {error}\n".encode())
-            os._exit(1)
-    return child
 
 
 def records(output, kind):

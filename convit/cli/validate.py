@@ -58,14 +58,19 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="of convit.optimize, through which PyTorch models run on CPU; auto: bfloat16 where the chip multiplies it [auto]",
+        help="of convit.optimize, through which PyTorch models run on CPU; auto: bfloat16 where the chip multiplies it, but float32 with "
+        "--amp_level O0 [auto]",
     )
 
 
 def precision(args: argparse.Namespace, recipe: Recipe) -> dict[str, str]:
-    """The argument of the engines that have one."""
+    """The argument of the engines that have one. An ``amp_level`` O0 of the command line, as against a recipe's, asks for float32."""
     if recipe.framework == "pytorch":
-        return {"precision": args.precision}
+        if not any(getattr(recipe, name) == "O0" for name in ("amp_level", "val_amp_level") if name in recipe_overrides(args)):
+            return {"precision": args.precision}
+        if args.precision == "bfloat16":
+            raise ValueError("--precision bfloat16 and --amp_level O0 (float32) contradict one another: leave one out")
+        return {"precision": "float32"}
     if args.precision != "auto":
         raise ValueError(f"--precision is of PyTorch on CPU, the framework is {recipe.framework}")
     return {}

@@ -56,14 +56,14 @@ def fastest(model: nn.Module, recipe: Recipe, device: torch.device, precision: s
     where the recipe's ``amp_dtype`` or ``compile`` say how it is to run. An ``amp_level`` alone chooses no type on CPU.
 
     Raises:
-        ValueError: A precision is asked for where it has no say.
+        ValueError: A precision is asked for where it has no say; float32 is what everything runs in that has no ``amp_dtype``.
     """
     import convit
 
     said = "device" if device.type != "cpu" else "amp_dtype" if amp_dtype(recipe, device) else "compile" if recipe.compile else None
     if said is None:
         return convit.optimize(model, None if precision == "auto" else precision)
-    if precision != "auto":
+    if precision == "bfloat16" or (precision == "float32" and amp_dtype(recipe, device)):
         raise ValueError(f"precision {precision} is of inference on CPU, where the recipe does not choose otherwise: it sets {said}")
     return model
 
