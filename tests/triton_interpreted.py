@@ -18,23 +18,27 @@ from convit.kernels.gpsa import gpu_triton
 from convit.kernels.gpsa.gpu_triton import configs, launch
 from convit.kernels.gpsa.gpu_triton.common import reduce_kernel
 
-# up to 256 keys: whole rows in one tile; beyond: the loop over keys. Grids that pad badly, one row, one column, D that fills no tile.
-TILE = [Case(1, 2, 16, (4, 5)), Case(2, 2, 20, (7, 11)), Case(1, 1, 16, (1, 1)), Case(1, 2, 48, (14, 14)), Case(1, 1, 33, (3, 16))]
-LOOP = [Case(1, 1, 16, (17, 16)), Case(1, 2, 20, (1, 40)), Case(1, 1, 24, (40, 1)), Case(2, 1, 16, (5, 61))]
+# Half precision: whole rows in one tile up to 256 padded slots, beyond them, or with a line of more than 64, the loop over blocks of 64
+# keys. float32: the loop over blocks of 32. Grids that pad badly, one row, one column, one patch, D that fills no tile, blocks that N
+# does not fill.
+FEW = [Case(1, 2, 16, (4, 5)), Case(1, 1, 16, (1, 1)), Case(1, 1, 33, (3, 16))]
+TILE = [*FEW, Case(2, 2, 20, (7, 11)), Case(1, 1, 48, (14, 14))]
+HALF_LOOP = Case(1, 1, 16, (2, 65))
+LOOP = [Case(1, 2, 20, (1, 40)), Case(1, 1, 24, (40, 1)), Case(2, 1, 16, (3, 34))]
 
 
 def triton(*args):
     return convit.gpsa(*args, backend="triton")
 
 
-@pytest.mark.parametrize("case", TILE + LOOP, ids=str)
+@pytest.mark.parametrize("case", FEW + LOOP, ids=str)
 def test_float32(case):
     inputs, grad = make_inputs(case)
     check(run(triton, inputs, grad, case.grid), inputs, grad, case.grid)
 
 
 @pytest.mark.parametrize(
-    "case", [*TILE, LOOP[0], Case(1, 1, 130, (3, 4))], ids=str
+    "case", [*TILE, HALF_LOOP, Case(1, 1, 130, (3, 4))], ids=str
 )  # heads past 128 channels take the loops; the tile kernels are for half precision
 def test_float16(case):
     inputs, grad = make_inputs(case, dtype=torch.float16)
@@ -72,7 +76,7 @@ def bfloat16(monkeypatch):
     monkeypatch.setattr(builder, "create_dot", create_dot)
 
 
-@pytest.mark.parametrize("case", [TILE[1], LOOP[0]], ids=str)
+@pytest.mark.parametrize("case", [Case(2, 2, 20, (3, 7)), HALF_LOOP], ids=str)
 def test_bfloat16(case, bfloat16):
     inputs, grad = make_inputs(case, dtype=torch.bfloat16)
     ours = run(torch_operator, inputs, grad, case.grid)
@@ -85,7 +89,7 @@ def torch_operator(q, k, v, pos_weight, gating, grid):
 
 
 @pytest.mark.parametrize(
-    "case, dtype", [(Case(1, 4, 16, (4, 5)), torch.float16), (Case(1, 4, 16, (17, 16)), torch.float32)], ids=["tile", "loop"]
+    "case, dtype", [(Case(1, 4, 16, (4, 5)), torch.float16), (Case(1, 4, 16, (5, 7)), torch.float32)], ids=["tile", "loop"]
 )
 @pytest.mark.parametrize(
     "scale, strength, gate", [(1e3, 1.0, 0.0), (1.0, 1e4, 0.0), (1.0, 1.0, 100.0), (1.0, 1.0, -100.0), (1.0, 1.0, float("inf"))]
@@ -171,17 +175,20 @@ def test_an_input_written_to_before_the_backward_pass():
             out.backward(grad)
 
 
-@KINDS
-@pytest.mark.parametrize("logit", [1e6, 2e7, 1e9, 1e11])
-def test_gradients_of_huge_logits(dtype, logit):
-    inputs, grad = make_inputs(SMALL, dtype=torch.float32)
+@pytest.mark.parametrize(
+    "case, dtype, logit",
+    [(SMALL, dtype, logit) for logit in (1e6, 2e7, 1e9, 1e11) for dtype in (torch.float16, torch.float32)]
+    + [(Case(1, 1, 16, (1, 65)), torch.float16, 1e9)],  # the loop in half precision does such rows again, which in float32 it need not
+)
+def test_gradients_of_huge_logits(case, dtype, logit):
+    inputs, grad = make_inputs(case, dtype=torch.float32)
     largest = (inputs.q @ inputs.k.transpose(-1, -2)).abs().max()
     if dtype == torch.float16:  # as far as its numbers go: two factors of at most 65,504
         factor = min(logit / 4, 2e8) ** 0.5
         inputs = inputs._replace(q=inputs.q * factor, k=inputs.k * factor).cast(dtype)
     else:
         inputs = inputs._replace(q=inputs.q * (logit / largest))
-    ours, truth = with_scale(inputs, grad.to(dtype), SMALL.grid, 1.0)
+    ours, truth = with_scale(inputs, grad.to(dtype), case.grid, 1.0)
     assert all(value.isfinite().all() for value in ours.values())
     for name in ("out", "dv", "dpos_weight", "dgating"):
         exact = 5e-3 if dtype == torch.float16 else 1e-5
@@ -194,7 +201,7 @@ def test_gradients_of_huge_logits(dtype, logit):
 def test_several_blocks_of_queries_in_a_program(dtype, monkeypatch):
     """As with many images and heads: a program takes all query blocks of a head, and many lines of an axis."""
     monkeypatch.setattr(launch, "MANY", 1)
-    case = Case(1, 2, 16, (7, 11) if dtype == torch.float16 else (2, 40))
+    case = Case(1, 1, 16, (7, 11) if dtype == torch.float16 else (2, 40))
     inputs, grad = make_inputs(case, dtype=dtype)
     with launch.trial():
         check(run(triton, inputs, grad, case.grid), inputs, grad, case.grid)
@@ -210,9 +217,9 @@ def test_a_reduction_of_more_parts_than_fit_into_one_step():
     assert relative_error(dgating, total[:, 0] * gate * (1 - gate)) <= 1e-6
 
 
-@pytest.mark.parametrize("case", [TILE[0], LOOP[0]], ids=str)
-def test_same_bits_and_any_strides(case):
-    inputs, grad = make_inputs(case)
+@pytest.mark.parametrize("case, dtype", [(FEW[0], torch.float16), (Case(1, 1, 16, (1, 40)), torch.float32)], ids=["tile", "loop"])
+def test_same_bits_and_any_strides(case, dtype):
+    inputs, grad = make_inputs(case, dtype=dtype)
     first = run(triton, inputs, grad, case.grid)
     again = run(triton, inputs, grad, case.grid)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -229,7 +236,7 @@ def test_empty_batch():
 
 
 def test_compiles_without_a_graph_break():
-    case = TILE[0]
+    case = FEW[0]
     inputs, grad = make_inputs(case)
     compiled = torch.compile(lambda *args: triton(*args, case.grid), fullgraph=True, backend="aot_eager")
     ours = run(lambda *args: compiled(*args[:-1]), inputs, grad, case.grid)
@@ -239,15 +246,15 @@ def test_compiles_without_a_graph_break():
 
 def test_a_tiny_convit_trains_as_with_the_reference():
     losses = {}
-    images = torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(1))
-    targets = torch.tensor([0, 1, 2, 1])
+    images = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+    targets = torch.tensor([0, 1])
     for backend in ("reference", "triton"):
         torch.manual_seed(0)
-        model = convit.ConViT(img_size=24, patch_size=8, num_classes=3, embed_dim=32, depth=2, num_heads=2, local_up_to_layer=1)
-        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        model = convit.ConViT(img_size=(16, 24), patch_size=8, num_classes=3, embed_dim=32, depth=2, num_heads=2, local_up_to_layer=1)
+        optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
         losses[backend] = []
         with convit.use_backend(backend):
-            for _ in range(10):
+            for _ in range(4):
                 optimiser.zero_grad()
                 loss = torch.nn.functional.cross_entropy(model(images), targets)
                 loss.backward()
