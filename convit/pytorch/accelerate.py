@@ -6,9 +6,10 @@ methods but those that the paper's code has and gives our numbers on a trial of 
 
 import inspect
 import logging
+import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -19,12 +20,12 @@ from convit.dispatch import use_backend
 from convit.kernels.eager import know
 from convit.kernels.gpsa import reference
 from convit.pytorch.gpsa import GPSA, MHSA
+from convit.pytorch.grid import ImageGrid, is_square
 from convit.pytorch.layers import Mlp
 
 logger = logging.getLogger("convit")
 
 Model = TypeVar("Model", bound=nn.Module)
-Layout = Literal["square", "image"]
 
 
 class _NormMlp(nn.Module):
@@ -81,18 +82,19 @@ class Accelerated(NamedTuple):
     left: dict[str, str]
 
     def undo(self) -> None:
-        """Give every swapped module its own class back.
+        """Give every swapped module that the model still has its own class back.
 
         Raises:
             RuntimeError: One has been given another class since (parametrised, sharded): undo that first. Nothing is changed.
         """
-        for name in self.swapped:
-            if (cls := type(self.model.get_submodule(name))) not in _OURS:
+        swapped = {name: module for name, module in self.model.named_modules() if _THEIRS in module.__dict__}
+        for name, module in swapped.items():
+            if (cls := type(module)) not in _OURS:
                 raise RuntimeError(
                     f"{name} has become a {cls.__name__} since: first remove what made it that (a parametrization, sharding)"
                 )
-        for name in self.swapped:
-            _restore(self.model.get_submodule(name))
+        for module in swapped.values():
+            _restore(module)
 
     def __str__(self) -> str:
         def classes(found: dict[str, str]) -> str:
@@ -104,7 +106,7 @@ class Accelerated(NamedTuple):
         return f"<{self}>"
 
 
-def accelerate(model: Model, grid: Layout = "square") -> Model:
+def accelerate(model: Model, grid: Literal["square", "image"] = "square") -> Model:
     """Make every GPSA and MHSA of a timm, FAIR or ConViT model ours, and the MLPs beside them, in place.
 
     The module objects stay: their parameters, hooks, mode, device and dtype are untouched, and optimisers or wrappers that hold
@@ -114,15 +116,15 @@ def accelerate(model: Model, grid: Layout = "square") -> Model:
     Args:
         model: Any module that contains attention modules named GPSA or MHSA with timm's attributes, also inside wrappers.
         grid: How N patches lie where the model does not say, as timm's does not. "square" is what timm does wherever N is a square,
-            and what weights trained so need: numbers stay the same. "image" takes the grid of the ``patch_embed`` beside the blocks, which
-            is right for images that are not square, and is what "square" falls back to where N is no square.
+            and what weights trained so need: numbers stay the same. "image" takes the grid of the ``patch_embed`` that the model around the
+            blocks has at that moment, which is right for images that are not square, and is what "square" falls back to where N is none.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: It contains no such attention module, or ``grid`` is neither.
+        ValueError: It contains no such attention module, ``grid`` is neither, or is "image" where no ``patch_embed`` knows the image's.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -132,14 +134,14 @@ def accelerate(model: Model, grid: Layout = "square") -> Model:
     candidates = [(name, module, ours) for name, module, ours in verdicts if ours is not None]
     if not any(type(module).__name__ in ("GPSA", "MHSA") for _, module, _ in candidates):
         raise ValueError(f"{type(model).__name__} contains no GPSA or MHSA module of a ConViT: nothing to accelerate")
+    grids = {name: _image_grid(model, name, grid) for name, _, ours in candidates if ours is GPSA}
     for name, module, ours in candidates:
         if not isinstance(ours, str) and type(module) is not ours:
             _swap(module, ours)
         if isinstance(module, GPSA) and hasattr(module, _THEIRS):
-            module.patch_embed = _patch_embed(model, name)
-            module.image_grid = grid == "image"
+            module.image_grid = grids[name]
     _register_with_timm()
-    _warn_of_other_grids(model, grid)
+    _warn_of_other_grids(grids.values())
     done = accelerated(model)
     logger.log(logging.WARNING if done.left else logging.INFO, "accelerate: %s", done)
     return model
@@ -168,7 +170,6 @@ def _swap(module: nn.Module, ours: type[nn.Module]) -> None:
 def _restore(module: nn.Module) -> None:
     theirs = module.__dict__.pop(_THEIRS)
     module.__class__ = theirs
-    module.__dict__.pop("patch_embed", None)
     module.__dict__.pop("image_grid", None)
     if "gating_param" in module._parameters and "rel_indices" not in module._buffers:
         gating = module._parameters["gating_param"]
@@ -194,33 +195,33 @@ def _indices_are_the_grids(module: nn.Module) -> bool:
     return torch.allclose(kept[0].double(), exact, rtol=2**-8, atol=0)
 
 
-def _patch_embed(model: nn.Module, name: str) -> tuple[nn.Module, ...]:
-    """The ``patch_embed`` of the innermost module around ``name`` that has one; in a tuple, so that it is no submodule."""
+def _image_grid(model: nn.Module, name: str, layout: Literal["square", "image"]) -> ImageGrid | None:
+    """That of the innermost module around ``name`` that has a ``patch_embed``."""
     parts = name.split(".")
     for depth in range(len(parts) - 1, -1, -1):
-        found = getattr(model.get_submodule(".".join(parts[:depth])), "patch_embed", None)
-        if isinstance(found, nn.Module) and getattr(found, "grid_size", None) is not None:
-            return (found,)
-    return ()
+        around = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(getattr(around, "patch_embed", None), nn.Module):
+            found = ImageGrid(around, layout)
+            if layout == "square" or found.size() is not None:
+                return found
+    if layout == "image":
+        raise ValueError(
+            f"grid='image' needs a patch_embed with grid_size = (gh, gw) around {name or 'the attention'}: set it, or take 'square'"
+        )
+    return None
 
 
-def _warn_of_other_grids(model: nn.Module, grid: Layout) -> None:
-    for module in model.modules():
-        embed = module.__dict__.get("patch_embed") or ()
-        if grid == "square" and embed and embed[0].grid_size[0] != embed[0].grid_size[1] and _side(embed[0].grid_size) is not None:
-            (gh, gw), side = embed[0].grid_size, _side(embed[0].grid_size)
+def _warn_of_other_grids(grids: Iterable[ImageGrid | None]) -> None:
+    for grid in grids:
+        size = None if grid is None or grid.layout == "image" else grid.size()
+        if size is not None and size[0] != size[1] and is_square(size[0] * size[1]):
+            gh, gw, side = *size, math.isqrt(size[0] * size[1])
             warnings.warn(
                 f"the image has {gh} x {gw} patches, and this model's attention lays them on {side} x {side}, as it did before "
                 "(timm knows square grids only). Keep it for weights trained so; else accelerate(model, grid='image')",
                 stacklevel=3,
             )
             return
-
-
-def _side(grid: tuple[int, int]) -> int | None:
-    tokens = grid[0] * grid[1]
-    side = round(tokens**0.5)
-    return side if side * side == tokens else None
 
 
 def _counterpart(module: nn.Module) -> type[nn.Module] | str | None:

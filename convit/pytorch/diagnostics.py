@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from convit.kernels.gpsa.reference import position_tables
-from convit.pytorch.gpsa import square_grid
+from convit.pytorch.grid import square_grid
 
 Grid = tuple[int, int]
 

@@ -9,14 +9,7 @@ from torch import Tensor, nn
 from convit import ops
 from convit.kernels.eager import bare, intercepted, know, placed_like, plain
 from convit.kernels.gpsa import reference
-
-
-def square_grid(tokens: int) -> tuple[int, int]:
-    """The square grid of ``tokens`` patches; ``ValueError`` if there is none."""
-    side = int(tokens**0.5)  # exact for a square; math.isqrt is none of what torch.compile knows
-    if side * side != tokens:
-        raise ValueError(f"N = {tokens} patches form no square grid: pass grid=(gh, gw) with gh * gw == {tokens}")
-    return side, side
+from convit.pytorch.grid import Grid, ImageGrid, is_square, square_grid, takes_grid
 
 
 def local_offsets(num_heads: int) -> list[tuple[float, float]]:
@@ -49,11 +42,9 @@ class GPSA(nn.Module):
         ValueError: ``num_heads`` does not divide ``dim``.
     """
 
-    # Set by a model, or ``accelerate``, for calls that give no grid: who knows the image's, and whether that comes before the square.
-    patch_embed: tuple[nn.Module, ...] = ()
-    image_grid: bool = False
-    scripted_grid = (0, 0)  # that grid when TorchScript compiled the module, which cannot ask
-    __jit_ignored_attributes__ = ["patch_embed"]
+    image_grid: ImageGrid | None = None  # set by a model, or ``accelerate``, for calls that give no grid
+    scripted_grid = (0, 0)  # what it says when TorchScript compiles the module, which cannot ask; (0, 0) for the square
+    __jit_ignored_attributes__ = ["image_grid"]
 
     def __init__(
         self,
@@ -83,7 +74,7 @@ class GPSA(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
         self.gating_param = nn.Parameter(torch.ones(num_heads, **where))
 
-    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
         """Attend over the patches of an image.
 
         Args:
@@ -101,23 +92,22 @@ class GPSA(nn.Module):
         else:
             return self._forward(x, grid)
 
-    def _forward(self, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    def _forward(self, x: Tensor, grid: Grid | None) -> Tensor:
         batch, tokens, dim = _sizes(x)
         dropout_p = _dropout(self.attn_drop)
-        if dropout_p is None or not self._position_is_bare() or _own(self, GPSA, "get_attention"):
-            attn = self.get_attention(x, grid)
-            out = attn @ self._value(x)
+        if _own(self, GPSA, "get_attention"):
+            args, named = told(self, takes_grid(self.get_attention), x, grid)
+            out = self.get_attention(*args, **named) @ self._value(x)
+        elif dropout_p is None or not self._position_is_bare(tokens):
+            out = self.get_attention(x, grid) @ self._value(x)
         else:
             q, k = self._query_key(x)
             v = self._value(x)  # after them, as in timm: who draws numbers inside the layers draws the same
             grid = self._grid(tokens, grid)
-            out = ops.gpsa(q, k, v, self._position_weight(), self.gating_param, grid, scale=self.scale, dropout_p=dropout_p)
-        out = out.transpose(1, 2).reshape(batch, tokens, dim)
-        if not bare(self.proj, nn.Linear):
-            out = out.clone()  # in memory of its own for who may write to it
-        return cast(Tensor, self.proj_drop(ops.linear(self.proj, out)))
+            out = ops.gpsa(q, k, v, self._position_weight(), self._gate(), grid, scale=self.scale, dropout_p=dropout_p)
+        return _project(self, out, batch, tokens, dim)
 
-    def _scripted(self, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    def _scripted(self, x: Tensor, grid: Grid | None) -> Tensor:
         """The formula in what TorchScript compiles, for a square grid where none is given."""
         batch, tokens, dim = x.shape
         qk = self.qk(x).view(batch, tokens, 2, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
@@ -137,19 +127,25 @@ class GPSA(nn.Module):
         attn = self.attn_drop((1.0 - gate) * content + gate * position)
         return self.proj_drop(self.proj((attn @ v).transpose(1, 2).reshape(batch, tokens, dim)))
 
-    def get_attention(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+    def get_attention(self, x: Tensor, grid: Grid | None = None) -> Tensor:
         """The gated mix of the two softmaxes, [B, H, N, N], after attention dropout; formed in full, for looking at."""
         q, k = self._query_key(x)
-        grid = self._grid(x.shape[1], grid)
-        if self._position_is_bare():
-            attn = reference.attention_map(q, k, self._position_weight(), self.gating_param, grid, self.scale)
+        tokens, gate = x.shape[1], self._gate()
+        if self._position_is_bare(tokens):
+            attn = reference.attention_map(q, k, self._position_weight(), gate, self._grid(tokens, grid), self.scale)
         else:  # somebody's own: asked for its output, as in timm
-            rel = placed_like(self.gating_param, reference.relative_positions(grid, x.device).to(self.gating_param.dtype))
+            rel = self._own_indices(tokens)
+            if rel is None:
+                rel = placed_like(gate, self._indices(self._grid(tokens, grid)))
             position = self.pos_proj(rel.expand(x.shape[0], -1, -1, -1)).permute(0, 3, 1, 2).softmax(dim=-1)
-            attn = reference.gated_mix(q, k, position, self.gating_param, self.scale)
+            attn = reference.gated_mix(q, k, position, gate, self.scale)
         return cast(Tensor, self.attn_drop(attn.to(q.dtype)))
 
-    def get_attention_map(self, x: Tensor, return_map: bool = False, grid: tuple[int, int] | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def get_rel_indices(self, num_patches: int) -> Tensor:
+        """(dx, dy, dx^2 + dy^2) of each pair of patches, [1, N, N, 3]; as in timm, replacing it or setting ``rel_indices`` sets others."""
+        return self._indices(self._grid(num_patches, None))[None]
+
+    def get_attention_map(self, x: Tensor, return_map: bool = False, grid: Grid | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Mean attention distance in patches per head, [H]; with ``return_map`` also the map averaged over the batch, [H, N, N]."""
         attn = self.get_attention(x, grid).mean(0)
         distance = _mean_distance(attn, self._grid(x.shape[1], grid))
@@ -175,8 +171,25 @@ class GPSA(nn.Module):
         batch, tokens, dim = x.shape
         return ops.linear(self.v, x).view(batch, tokens, self.num_heads, dim // self.num_heads).transpose(1, 2)
 
-    def _position_is_bare(self) -> bool:
-        return not intercepted() and bare(self.pos_proj, nn.Linear) and plain(self.pos_proj.weight, self.pos_proj.bias)
+    def _gate(self) -> Tensor:
+        gate, heads = self.gating_param, self.num_heads  # of any shape that holds H, or one, as in timm
+        return gate if gate.ndim == 1 and gate.shape[0] == heads else gate.reshape(-1).expand(heads)
+
+    def _indices(self, grid: Grid) -> Tensor:
+        gate = self.gating_param
+        return reference.relative_positions(grid, gate.device).to(gate.dtype)
+
+    def _own_indices(self, tokens: int) -> Tensor | None:
+        """Relative positions that somebody has put in the place of the grid's, where timm's module looks for them."""
+        kept = self._buffers.get("rel_indices", self.__dict__.get("rel_indices"))
+        if kept is not None and kept.shape[1] == tokens > 1:
+            return cast(Tensor, kept)
+        return self.get_rel_indices(tokens) if _own(self, GPSA, "get_rel_indices") else None
+
+    def _position_is_bare(self, tokens: int) -> bool:
+        if intercepted() or not bare(self.pos_proj, nn.Linear) or not plain(self.pos_proj.weight, self.pos_proj.bias):
+            return False
+        return self._own_indices(tokens) is None
 
     def _position_weight(self) -> Tensor:
         weight, bias = self.pos_proj.weight, self.pos_proj.bias
@@ -185,21 +198,15 @@ class GPSA(nn.Module):
             weight = weight + 0.0 * bias[:, None]
         return weight
 
-    def _grid(self, tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+    def _grid(self, tokens: int, grid: Grid | None) -> Grid:
         if grid is not None:
             return grid
-        gh, gw = self._image_grid()
-        return (gh, gw) if gh * gw == tokens and tokens else square_grid(tokens)
-
-    def _image_grid(self) -> tuple[int, int]:
-        """The grid that holds for as many patches as it has, where none is given; (0, 0) if it is the square."""
-        if not self.patch_embed:
-            return 0, 0
-        gh, gw = self.patch_embed[0].grid_size  # type: ignore[misc]
-        return (gh, gw) if self.image_grid or int((gh * gw) ** 0.5) ** 2 != gh * gw else (0, 0)
+        return square_grid(tokens) if self.image_grid is None else self.image_grid.of(tokens)
 
     def __prepare_scriptable__(self) -> "GPSA":
-        self.scripted_grid = self._image_grid()
+        size = None if self.image_grid is None else self.image_grid.size()
+        if size is not None:
+            self.scripted_grid = self._grid(size[0] * size[1], None)
         return self
 
 
@@ -262,12 +269,9 @@ class MHSA(nn.Module):
             out = self.attn_drop(((q @ k.transpose(-2, -1)) * self.scale).softmax(dim=-1)) @ v
         else:
             out = ops.attention(q, k, v, scale=self.scale, dropout_p=dropout_p)
-        out = out.transpose(1, 2).reshape(batch, q.shape[2], dim)
-        if not bare(self.proj, nn.Linear):
-            out = out.clone()  # in memory of its own for who may write to it
-        return cast(Tensor, self.proj_drop(ops.linear(self.proj, out)))
+        return _project(self, out, batch, q.shape[2], dim)
 
-    def get_attention_map(self, x: Tensor, return_map: bool = False, grid: tuple[int, int] | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def get_attention_map(self, x: Tensor, return_map: bool = False, grid: Grid | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Mean attention distance in patches per head, [H]; with ``return_map`` also the map averaged over the batch, [H, N, N].
 
         Tokens before the last gh * gw (class token, registers) have no place on the grid: the distance is taken over the attention
@@ -277,7 +281,7 @@ class MHSA(nn.Module):
         attn = ((q @ k.transpose(-2, -1)) * self.scale).softmax(dim=-1).mean(0)
         tokens = x.shape[1]
         if grid is None:
-            grid = square_grid(tokens if math.isqrt(tokens) ** 2 == tokens else tokens - 1)
+            grid = square_grid(tokens if is_square(tokens) else tokens - 1)
         prefix = tokens - grid[0] * grid[1]
         patches = attn[:, prefix:, prefix:]
         distance = _mean_distance(patches / patches.sum(dim=-1, keepdim=True), grid)
@@ -300,6 +304,35 @@ def _dropout(module: nn.Module) -> float | None:
         return None
     p = module.p if isinstance(module, nn.Dropout) and module.training else 0.0
     return p if p < 1 else None
+
+
+def _project(module: GPSA | MHSA, out: Tensor, batch: int, tokens: int, dim: int) -> Tensor:
+    """Heads [B, H, N, D] joined, [B, N, C], and projected."""
+    out = out.transpose(1, 2).reshape(batch, tokens, dim)
+    if not bare(module.proj, nn.Linear):
+        out = out.clone()  # in memory of its own for who may write to it
+    return cast(Tensor, module.proj_drop(ops.linear(module.proj, out)))
+
+
+def told(module: nn.Module, ways: frozenset[str], x: Tensor, grid: Grid | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments, positional and named, of what takes a grid in these ``ways`` (``takes_grid``).
+
+    Raises:
+        ValueError: It takes x alone, and a GPSA in ``module``, left to itself, would lay the patches otherwise.
+    """
+    if grid is None:
+        return (x,), {}
+    if "keyword" in ways:  # the first choice: a hook that gives a new x, as it would for timm's, does not lose the grid
+        return (x,), {"grid": grid}
+    if "position" in ways:
+        return (x, grid), {}
+    for each in module.modules():
+        if isinstance(each, GPSA) and (other := each._grid(x.shape[1], None)) != grid:
+            raise ValueError(
+                f"{type(module).__name__} takes x alone, so the attention in it would lay the patches on {other[0]} x {other[1]}, where "
+                f"the image has {grid[0]} x {grid[1]}: give it an argument `grid` and hand that on, or call set_input_size first"
+            )
+    return (x,), {}
 
 
 def _own(module: nn.Module, cls: type[nn.Module], name: str) -> bool:

@@ -1,6 +1,5 @@
 """The layers of ConViT beside the attention: patch embedding, MLP, drop path and block, with timm's names."""
 
-import inspect
 import operator
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +13,8 @@ from convit import ops
 from convit.architecture import bicubic
 from convit.dispatch import nearest
 from convit.kernels.eager import exporting, know
-from convit.pytorch.gpsa import GPSA, MHSA
+from convit.pytorch.gpsa import GPSA, MHSA, told
+from convit.pytorch.grid import WAYS, Grid, takes_grid
 
 Size = int | tuple[int, int]
 
@@ -57,7 +57,7 @@ def _same(old: tuple[int, int], new: tuple[int, int]) -> bool:
 
 
 class PatchEmbed(nn.Module):
-    """Images to patch tokens by one convolution: [B, in_chans, H, W] -> [B, gh * gw, C] and the grid.
+    """Images to patch tokens by one convolution: [B, in_chans, H, W] -> [B, gh * gw, C]; ``grid`` says how they lie.
 
     A dynamic one takes images of any multiple of the patch size; with ``pad`` of any size, with zeros to the right and below.
     """
@@ -96,23 +96,24 @@ class PatchEmbed(nn.Module):
         self.proj.train(old.training)
         self.patch_size = patch_size
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def grid(self, images: Tensor) -> Grid:
+        """(gh, gw) of the patches of these images: those of any size have one of their own, if the layer is dynamic."""
+        return self._grid(images.shape[-2], images.shape[-1]) if self.dynamic else self.grid_size
+
+    def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4:
             raise ValueError(f"images must be [B, C, H, W], got {list(x.shape)}")
         height, width = x.shape[-2], x.shape[-1]
-        if self.dynamic:
-            grid = self._grid(height, width)
-        elif height == self.img_size[0] and width == self.img_size[1]:
-            grid = self.grid_size
-        else:
+        if not self.dynamic and (height != self.img_size[0] or width != self.img_size[1]):
             raise ValueError(
                 f"this model takes images of {self.img_size[0]} x {self.img_size[1]}, got {height} x {width}: "
                 "call set_input_size, or build it with dynamic_img_size=True"
             )
+        gh, gw = self.grid(x)
         if self.pad:
-            x = F.pad(x, [0, grid[1] * self.patch_size[1] - width, 0, grid[0] * self.patch_size[0] - height])
+            x = F.pad(x, [0, gw * self.patch_size[1] - width, 0, gh * self.patch_size[0] - height])
         # contiguous tokens: else the residual stream inherits the convolution's layout, and every norm and addition pays for it
-        return self.proj(x).flatten(2).transpose(1, 2).contiguous(), grid
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         ph, pw = self.patch_size
@@ -183,7 +184,7 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim, **where)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer, proj_drop, **where)
 
-    def forward(self, x: Tensor, grid: tuple[int, int] | None = None, first: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid | None = None, first: int | None = None) -> Tensor:
         """[B, N, C] to the same, or in an MHSA block to the ``first`` tokens of it; ``grid`` as for ``GPSA``."""
         y = self.norm1(x)
         if torch.jit.is_scripting():
@@ -199,22 +200,30 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-def arguments(module: nn.Module, x: Tensor, grid: tuple[int, int] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """How a block, an attention or what somebody has put in its place is called.
+def arguments(module: nn.Module, x: Tensor, grid: Grid | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How a block, an attention or what somebody has put in its place is called: with the grid if it takes one, else with x alone.
 
-    Ours take the grid by name: then a hook that gives a new x, as it would for timm's, does not lose it. Others get it where they take a
-    second argument; what is called with x alone, as in timm, finds its way to a GPSA that asks the model's ``patch_embed``.
+    What is called with x alone, as in timm, finds its way to a GPSA that asks the model's ``patch_embed``.
     """
-    if isinstance(module, (Block, GPSA)):
+    if type(module).forward in _TAKE_GRID and "forward" not in module.__dict__:
         return (x,), {"grid": grid}
-    try:
-        inspect.signature(module.forward).bind(x, grid)
-    except TypeError:
-        return (x,), {}
-    return (x, grid), {}
+    return told(module, _ways(module), x, grid)
 
 
-def _call(module: nn.Module, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
+def _ways(module: nn.Module) -> frozenset[str]:
+    return takes_grid(module.forward, lambda: _inner_ways(module))
+
+
+def _inner_ways(module: nn.Module) -> frozenset[str]:
+    """How what stands inside ``module`` takes a grid."""
+    if isinstance(module, (Block, GPSA)):  # whose own forward stands behind what is in its place
+        return WAYS
+    children = list(module.children())
+    holding = [child for child in children if any(isinstance(each, (Block, GPSA)) for each in child.modules())]
+    return WAYS.intersection(*(_ways(child) for child in holding or children))
+
+
+def _call(module: nn.Module, x: Tensor, grid: Grid | None) -> Tensor:
     args, named = arguments(module, x, grid)
     return cast(Tensor, module(*args, **named))
 
@@ -247,3 +256,4 @@ def named_layer(kind: str, given: str | Callable[..., nn.Module]) -> Callable[..
 
 
 know(Mlp, DropPath, Block)
+_TAKE_GRID = (Block.forward, GPSA.forward)

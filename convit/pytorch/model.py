@@ -17,6 +17,7 @@ from convit.architecture import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
 from convit.dispatch import forced_backend, nearest, use_backend
 from convit.kernels.eager import bare, eager
 from convit.pytorch.gpsa import GPSA, MHSA
+from convit.pytorch.grid import Grid, ImageGrid, grid_of, is_square, square_grid
 from convit.pytorch.layers import Block, DropPath, Mlp, PatchEmbed, Size, arguments, named_layer, pair, resample_position_embedding
 
 
@@ -104,6 +105,7 @@ class ConViT(nn.Module):
         self.cls_token: nn.Parameter | None = nn.Parameter(torch.zeros(1, 1, embed_dim, **where))
         self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim, **where)) if reg_tokens else None
         patches = self.patch_embed.num_patches
+        self.use_pos_embed = use_pos_embed
         self.pos_embed = nn.Parameter(torch.zeros(1, patches, embed_dim, **where)) if use_pos_embed else None
         self.pos_drop = nn.Dropout(pos_drop_rate)
         blocks = []
@@ -111,7 +113,7 @@ class ConViT(nn.Module):
             options: dict[str, Any] = {"qkv_bias": qkv_bias, "attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate, **where}
             if i < local_up_to_layer:
                 attn: GPSA | MHSA = GPSA(embed_dim, num_heads, locality_strength=locality_strength, **options)
-                attn.patch_embed, attn.image_grid = (self.patch_embed,), True
+                attn.image_grid = ImageGrid(self, "either")
             else:
                 attn = MHSA(embed_dim, num_heads, **options)
             drop_path = drop_path_rate * i / max(depth - 1, 1)
@@ -172,6 +174,8 @@ class ConViT(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens to logits; with ``pre_logits`` to the pooled features [B, C]."""
+        if not torch.jit.is_scripting():
+            _check_pool(self.global_pool, self.local_up_to_layer >= len(self.blocks))  # blocks may have been taken away
         if self.global_pool == "avg":
             x = x[:, self.num_prefix_tokens :].mean(dim=1)
         elif self.global_pool == "token":
@@ -352,16 +356,23 @@ class ConViT(nn.Module):
             and bare(mlp.act, nn.GELU, nn.ReLU, nn.SiLU)
         )
 
-    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        x, grid = self.patch_embed(x)
-        if self.pos_embed is not None:
-            if torch.jit.is_scripting() or self.patch_embed.dynamic:
+    def _embed(self, images: Tensor) -> tuple[Tensor, Grid]:
+        x = self.patch_embed(images)
+        if torch.jit.is_scripting():
+            grid = self.patch_embed.grid(images)
+            if self.pos_embed is not None and self.use_pos_embed:
                 x = x + resample_position_embedding(self.pos_embed, self.patch_embed.grid_size, grid)
-            else:
-                x = x + self.pos_embed
+        else:
+            embed = _inside(self.patch_embed)
+            grid = _grid(self.patch_embed, images, x) if embed is None else embed.grid(images)
+            if self.pos_embed is not None and self.use_pos_embed:
+                position: Tensor = self.pos_embed
+                if embed is not None and embed.dynamic:
+                    position = resample_position_embedding(position, embed.grid_size, grid)
+                x = x + position
         return self.pos_drop(x), grid
 
-    def _block(self, i: int, block: nn.Module, x: Tensor, grid: tuple[int, int], first: int | None = None) -> Tensor:
+    def _block(self, i: int, block: nn.Module, x: Tensor, grid: Grid, first: int | None = None) -> Tensor:
         if i == self.local_up_to_layer:
             x = self._join_prefix(x)
         args, named = arguments(block, x, grid)
@@ -393,6 +404,27 @@ class ConViT(nn.Module):
 
 # what ``forward`` runs between the images and the logits
 _METHODS = {name: getattr(ConViT, name) for name in ("forward_features", "forward_head", "_embed", "_block", "_join_prefix")}
+
+
+def _inside(embed: nn.Module) -> PatchEmbed | None:
+    """The patch embedding of ours that ``embed`` is, or wraps."""
+    if isinstance(embed, PatchEmbed):
+        return embed
+    ours = [each for each in embed.modules() if isinstance(each, PatchEmbed)]
+    return ours[0] if len(ours) == 1 else None
+
+
+def _grid(embed: nn.Module, images: Tensor, x: Tensor) -> Grid:
+    """How the patches lie that somebody's own patch embedding has made."""
+    (height, width), tokens, grid = images.shape[-2:], x.shape[1], grid_of(embed)
+    if grid is not None and grid[0] * grid[1] == tokens:
+        return grid
+    if height == width and is_square(tokens):
+        return square_grid(tokens)
+    raise ValueError(
+        f"{type(embed).__name__}, in the place of patch_embed, gives N = {tokens} patches of images of {height} x {width}, and has no "
+        "grid_size that says how they lie: set that to (gh, gw)"
+    )
 
 
 def _check_pool(global_pool: str, no_class_token: bool) -> str:
