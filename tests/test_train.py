@@ -165,6 +165,46 @@ def test_a_recipes_model_has_what_the_recipe_says():
     assert torch.equal(again.head.weight, model.head.weight) and not torch.equal(other.head.weight, model.head.weight)
 
 
+def test_what_a_run_tells(tmp_path, capsys, caplog):
+    """The plan and the model's size, a line an epoch and the scores, nothing else; -q is silent."""
+    from convit.cli import main
+
+    keys = {"embed_dim": 16, "depth": 2, "num_heads": 4, "local_up_to_layer": 1, "num_samples": 64, "epoch_size": 2, "warmup_epochs": 0}
+    words = ["train", "-c", "digits", *(word for name, value in (keys | {"batch_size": 32}).items() for word in (f"--{name}", str(value)))]
+    assert main([*words, "--ckpt_save_dir", str(tmp_path / "told")]) == 0
+    log = records(tmp_path / "told", "epoch")
+    parameters = sum(p.numel() for p in build_model(load_recipe("digits", keys), 10).parameters())
+    assert [record.getMessage() for record in caplog.records] == [
+        "convit, 10 classes; 64 training samples, 2 epochs of 2 steps\n"
+        f"{parameters / 1e6:.2f} M parameters, cpu, float32, 1 process; global batch 32; learning rate 0.002"
+    ]
+    told = capsys.readouterr().err.splitlines()
+    for epoch, line in enumerate(told[:2]):
+        scores = f"top-1 {log[epoch]['top1']:.2f} %  val loss {log[epoch]['val_loss']:.4f}"
+        assert line.startswith(f"epoch {epoch + 1}/2  loss {log[epoch]['train_loss']:.4f}  {scores}") and line.endswith(" images/s")
+    assert told[2].startswith("2 epochs in ") and told[2].endswith(f"; {tmp_path / 'told'}") and len(told) == 3
+    assert f"top-1 {log[1]['top1']:.2f} %, top-5 {log[1]['top5']:.2f} %; best top-1 " in told[2]
+
+    assert main([*words, "-q", "--ckpt_save_dir", str(tmp_path / "quiet")]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_bar_of_a_terminal_counts_every_step(monkeypatch):
+    pytest.importorskip("rich")
+    from convit.engine.shown import Bar
+
+    written = []
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(isatty=lambda: True, write=written.append, flush=lambda: None))
+    bar = Bar(True, 22, 11)
+    bar.update(12, 1, 0.5)
+    task = bar.bar.tasks[0]
+    assert (task.total, task.completed, task.description) == (22, 12, "epoch 2, loss 0.5000")
+    bar.close()
+    assert bar.bar is None and Bar(False, 22, 0).bar is None
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(isatty=lambda: False))
+    assert Bar(True, 22, 0).bar is None
+
+
 def test_epochs_go_to_weights_and_biases(tmp_path, monkeypatch):
     """Without the package a message and no run folder; with it, here a stand-in that keeps what it is given, each epoch's numbers."""
     monkeypatch.setattr(run_module, "find_spec", lambda name: None)
