@@ -51,13 +51,14 @@ class Bench:
         named = tests_of(mutant.file) or ()
         traced = {test.split("::")[0] for test in self.seconds}
         chosen = [t for t in self.seconds if t.split("::")[0] in named]
-        if mutant.file.endswith(".py") and (reached := self.reached_by(mutant)):
-            # a file of tests: the line runs while it is imported, or in a process that does not know its test
-            whole = {test.split("::")[0] for test in reached if "::" not in test or test.endswith(" (setup)")}  # or in a shared fixture
+        reached = self.reached_by(mutant) if mutant.file.endswith(".py") else []
+        if reached:
+            # a file of tests: the line runs while it is imported, in a shared fixture, or in a process that does not know its test
+            whole = {test.split("::")[0] for test in reached if "::" not in test or test.endswith(" (setup)")}
             chosen = [t for t in self.seconds if t in reached or t.split("::")[0] in whole]
         chosen += [name for name in named if name not in traced]
         kept, spent = [], 0.0
-        for test in sorted(chosen, key=lambda t: (t.split("::")[0] not in named, self.cost(t))):
+        for test in sorted(chosen, key=lambda t: (t.split("::")[0] not in named, t not in reached, self.cost(t))):
             spent += self.cost(test)
             if spent <= self.budget or not kept:
                 kept.append(test)

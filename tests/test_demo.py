@@ -1,5 +1,6 @@
 """`convit demo`, shortened."""
 
+import re
 import sys
 
 import pytest
@@ -11,7 +12,10 @@ pytest.importorskip("sklearn")
 @pytest.mark.parametrize("quick", [True, False])
 def test_demo(quick, tmp_path, monkeypatch, capsys):
     from convit.cli import demo, main
+    from convit.engine.recipe import load_recipe
     from convit.weights import load
+
+    assert set(demo._contestants("cpu")) >= {"timm, eager", "cpp", "sdpa", "reference"}
 
     def offline(*args, **kwargs):
         raise OSError("no network in this test. Pass a file")
@@ -26,11 +30,15 @@ def test_demo(quick, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     if quick:
         assert "its own initialisation" in printed and "attention ran on" in printed
-        assert all(name in printed for name in ("timm, eager", "sdpa"))
+        for name in ("timm, eager", "sdpa"):  # ms, the ratio to timm's, and megabytes: of the widest activations at least, and no gigabyte
+            ms, ratio, peak = (float(x) for x in re.search(rf"{name} +│ +([\d.]+) │ +([\d.]+) │ +([\d.]+)", printed).groups())
+            assert ms > 0 and (ratio == 1 or name != "timm, eager") and demo.BATCH * 197 * 4 * 192 * 4 / 1e6 <= peak < 1000
         assert (tmp_path / "attention.png").stat().st_size > 10_000
         assert not (tmp_path / "digits.safetensors").exists()
     else:
         assert "360 digits it has not seen" in printed
+        recipe = load_recipe(tmp_path / "digits" / "recipe.yaml")
+        assert recipe.warmup_epochs + recipe.decay_epochs == recipe.epoch_size == 6  # the schedule ends with the run
         for name in ("history.png", "gates.png", "digits_attention.png", "digits.safetensors", "digits/log.jsonl"):
             assert (tmp_path / name).stat().st_size > 500
 
