@@ -117,6 +117,7 @@ def hostile_files(folder):
         "digits": HEADER % (b"9" * 4000),
         "more_digits": HEADER % (b"9" * 5000),
         "twice": HEADER[:-1] % b"2" + b"," + HEADER[1:] % b"2",
+        "empty": b'{"a":{"dtype":"F32","shape":[0,8,8,8,8,8,8,8,8,8,8,8,8,8,8,8,8,8,8,8,8,8,8,8],"data_offsets":[0,0]}}',
         "settings": b'{"__metadata__":{"convit":"' + b"[" * 20_000 + b'"},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
     }.items():
         (folder / f"{name}.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
@@ -143,6 +144,19 @@ def hostile_files(folder):
     pickled(folder, "memo.pth", b"]r\xff\xff\xff\x7f")
     pickled(folder, "long.pth", b"\x8d" + (1 << 62).to_bytes(8, "little"))
     pickled(folder, "instructions.pth", b"N0" * 600_000)
+    numbers = [(key * ((1 << 61) - 1)).to_bytes(10, "little") for key in range(1, 60_000)]  # all with the same hash
+    pickled(folder, "collisions.pth", b"}(" + b"".join(b"\x8a\x0a" + key + b"N" for key in numbers) + b"u")
+    wide = b"(" + b"K\x00" * 50_000 + b"tq\x00"
+    pickled(folder, "wide_key.pth", wide + b"0}(" + b"h\x00N" * 50_000 + b"u")
+    pairs = b"](" + b"(X\x01\x00\x00\x00aNt" * 30_000 + b"eq\x00\x85q\x01"
+    again = b"ccollections\nOrderedDict\nq\x02" + b"h\x02h\x01R0" * 50_000
+    pickled(folder, "copies.pth", pairs + again)
+    sizes = b"](" + b"K\x00" * 50_000 + b"eq\x00\x85q\x01ctorch\nSize\nq\x02" + b"h\x02h\x01R" * 50_000
+    pickled(folder, "sizes.pth", sizes)
+    inner = b"](" + b"K\x00" * 100 + b"eq\x00"
+    outer = b"](" + b"h\x00" * 90_000 + b"eq\x01"
+    names = b"".join(b"X\x05\x00\x00\x00%05dh\x01" % i for i in range(2000))
+    pickled(folder, "shared_lists.pth", b"}(X\x01\x00\x00\x00a" + inner + b"X\x01\x00\x00\x00b" + outer + names + b"u")
     numel = b"\x8a\x05" + (1 << 32).to_bytes(5, "little")
     identity = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu" + numel + b"tQ"
     tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + identity + b"K\x00" + numel + b"\x85K\x01\x85\x89}tR"
@@ -211,3 +225,62 @@ def test_an_archive_without_sums_is_read(tmp_path):
     finally:
         torch.serialization.set_crc32_options(True)
     assert torch.equal(load_checkpoint(tiny(), tmp_path / "a.pth").head.weight, model.head.weight)
+
+
+def test_what_costs_a_file_nothing_makes_no_model(tmp_path):
+    """A number in a name, or a size beside a 0: no bytes stand behind them, but a model would be made of them."""
+    from convit.engine.pytorch.trained import trained_model
+
+    state = dict(tiny().state_dict())
+    far = {"blocks.200000000.norm1.weight": torch.ones(16)}
+    wrong = {
+        "far": (state | far, "blocks must be numbered from 0, the file has '0', '1', '2', '200000000'"),
+        "wide": (state | {"head.weight": torch.empty(1 << 31, 0)}, r"must hold weights, got the shape \[2147483648, 0\] at head.weight"),
+        "flat": (state | {"pos_embed": torch.zeros(5)}, r"pos_embed must have 3 dimensions, it has the shape \[5\]"),
+        "less": ({name: value for name, value in state.items() if "fc1" not in name}, "blocks.0.mlp.fc1.weight .* it is missing"),
+        "heads": (state | {"blocks.0.attn.gating_param": torch.zeros(7)}, "number of heads must divide the width 16, got 7"),
+        "classes": ({"state_dict": state, "recipe": {}, "classes": 5}, "the classes must be a list of names, got 5"),
+        "name": (state | {"\x1b[31m\n": torch.zeros(1)}, r"not in the model: '\\x1b\[31m\\n'"),
+    }
+    for name, (content, message) in wrong.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+        with pytest.raises(ValueError, match=rf"(?s){name}\.pth.*{message}"):
+            trained_model(tmp_path / f"{name}.pth")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"shape": [4]}, "config.json, shape must be an object"),
+        ({"pretrained_cfg": "x"}, "config.json, pretrained_cfg must be an object"),
+        ({"label_names": 7}, "config.json, label_names must be"),
+        ({"label_names": [[1]]}, "the classes must be a list of names"),
+        ({"global_pool": {"a": 1}}, "config.json, global_pool must be a text"),
+        ({"shape": {"num_heads": "x"}}, None),  # the gates tell it
+        ({"pretrained_cfg": {"std": [0, 0, 0]}}, r"std must be from 1e-06 to 1e\+06"),
+        ({"pretrained_cfg": {"mean": [float("nan")] * 3, "std": [1, 1, 1]}}, "mean must be from"),
+        ({"pretrained_cfg": {"mean": "abc", "std": [1, 1, 1]}}, "mean must be from"),
+        ({"pretrained_cfg": {"crop_pct": 1e-300}}, "crop_pct must be from 0.01 to 2, got 1e-300"),
+        ({"pretrained_cfg": {"interpolation": ["bicubic"]}}, "interpolation must be one of"),
+    ],
+)
+def test_a_strangers_config_is_checked(tmp_path, config, message):
+    from convit.engine.pytorch.trained import trained_model
+
+    torch.save(tiny().state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if message is None:
+        assert trained_model(tmp_path).blocks[0].attn.num_heads == 4
+        return
+    with pytest.raises(ValueError, match=message) as error:
+        trained_model(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_record_is_there_once(tmp_path):
+    """Two records of one name: readers differ in which they take."""
+    torch.save(tiny().state_dict(), tmp_path / "a.pth")
+    with zipfile.ZipFile(tmp_path / "a.pth", "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("a/data/0", bytes(len(archive.read("a/data/0"))))
+    with pytest.raises(ValueError, match=r"a\.pth, 'a/data/0' is there twice"):
+        read(tmp_path / "a.pth")

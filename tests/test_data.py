@@ -21,7 +21,7 @@ from convit.engine.pytorch.data import EvalData, TrainData, timm_policy  # noqa:
 from convit.engine.pytorch.train import train  # noqa: E402
 from convit.engine.pytorch.validate import validate  # noqa: E402
 from convit.engine.recipe import load_recipe  # noqa: E402
-from convit.engine.sources import FolderSource, choose_samples, open_source, read_sample  # noqa: E402
+from convit.engine.sources import FolderSource, HfSource, choose_samples, open_source, read_sample  # noqa: E402
 from convit.engine.world import World  # noqa: E402
 
 COLOURS = {"a": (200, 0, 0), "b": (0, 200, 0), "c": (0, 0, 200)}
@@ -285,6 +285,63 @@ def test_images_without_labels_are_counted(tmp_path, caplog):
     shard(tmp_path / "train-0.tar", b"1", images=("0", "1", "2", "3"))
     assert open_source(recipe(tmp_path), train=True).targets == [0, 1]
     assert "left out 2 images without a .cls label, the first is 2" in caplog.text
+
+
+def test_a_shard_is_read_whole_or_not_at_all(tmp_path, caplog):
+    """Where tarfile stops in silence, takes the last of two members, or would read another's bytes."""
+    path = tmp_path / "train-0.tar"
+
+    def refused(message):
+        with pytest.raises(ValueError, match=rf"train-0\.tar.*{message}"):
+            open_source(recipe(tmp_path), train=True)
+
+    shard(path, b"1")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1024] + b"x" + whole[1025:])  # the second header
+    refused("what follows byte 1,024 is neither a file nor the end")
+    path.write_bytes(whole + whole)  # cat a.tar b.tar
+    refused("several tars in one")
+    shard(path, b"1", images=("0", "1", "0"))
+    refused("'0.jpg' is the second image of its key")
+    for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE):
+        shard(path, b"1")
+        with tarfile.open(path, "a") as tar:
+            info = tarfile.TarInfo("2.jpg")
+            info.type, info.linkname = kind, "0.jpg"
+            tar.addfile(info)
+        refused("'2.jpg' is a link, a folder, a pipe or a sparse file")
+    shard(path, b"1", images=("0", "1", "a.b"))
+    shard(tmp_path / "train-1.tar", None, images=("5",))
+    with tarfile.open(tmp_path / "train-1.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("5.JPG"))
+    assert open_source(recipe(tmp_path), train=True).targets == [0, 1]
+    assert "left out 1 images with several dots in their names, the first is a.b.jpg" in caplog.text
+    assert "train-1.tar: left out 1 images without a .cls label, the first is 5" in caplog.text
+
+
+def test_rows_that_name_files_open_only_files(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    os.mkfifo(tmp_path / "pipe")
+    rows = [{"bytes": None, "path": str(tmp_path / "pipe")}, {"bytes": b"", "path": None}]
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    source = HfSource.__new__(HfSource)
+    source.image, source.data = "image", datasets.Dataset.from_dict({"image": rows}, features=features)
+    for index, reason in enumerate(("is a named pipe, not a file", "the row has no image")):
+        assert reason in read_sample(source, index, 3).reason
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_class(root, monkeypatch):
+    """Its pictures would vanish in silence."""
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("train/b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="train/b"):
+        open_source(recipe(root), train=True)
 
 
 @pytest.mark.parametrize("what", ["image", "label", "range"])

@@ -13,8 +13,11 @@ from PIL import Image, ImageOps
 from convit.engine.recipe import Recipe
 from convit.weights.files import check_regular
 
-# what Pillow opens only with a program or library of its own, or what holds no picture
+# what Pillow opens only with a program or library of its own (Ghostscript would run a stranger's PostScript), or what holds no picture
 _OTHERS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# an image with more pixels than the first, and more per byte of its file than the second, is no photograph but made to fill memory
+_LARGE, _DENSE = 36_000_000, 200
+_TO_8_BIT = ((np.arange(1 << 16, dtype=np.uint32) + 128) // 257).astype(np.uint8)
 
 
 class BadImage(NamedTuple):
@@ -31,6 +34,12 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix.lower() for suffix, kind in known if kind in Image.OPEN and kind not in _OTHERS)
 
 
+@cache
+def _formats() -> tuple[str, ...]:
+    image_suffixes()  # Pillow has registered all of its formats after it
+    return tuple(kind for kind in Image.OPEN if kind not in _OTHERS)
+
+
 def read_image(file: str | os.PathLike[str] | BinaryIO, channels: int = 3, formats: list[str] | None = None) -> Image.Image:
     """Read an image in full: upright as its EXIF orientation says, 8 bit, "L" for one channel and "RGB" for more.
 
@@ -39,25 +48,32 @@ def read_image(file: str | os.PathLike[str] | BinaryIO, channels: int = 3, forma
     Args:
         file: A path, or an open file.
         channels: 1 for grey, else colour.
-        formats: Those of Pillow that are tried; default all.
+        formats: Those of Pillow that are tried; default all that need no other program. The content decides, not the suffix.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no image, is damaged, or its values have no stated range.
+        ValueError: It is no image, is damaged, has more pixels than a file of its length can hold of a photograph, or its values have no
+            stated range.
     """
     try:
         if isinstance(file, (str, os.PathLike)):
             check_regular(file)
-        with Image.open(file, formats=formats) as opened:
+        with Image.open(file, formats=_formats() if formats is None else formats) as opened:
             image: Image.Image = opened
+            pixels, length = image.width * image.height, _length(file)
+            if pixels > max(_LARGE, _DENSE * length):
+                raise ValueError(f"{length:,} bytes hold {pixels:,} pixels: a decompression bomb")
+            if image.format == "TIFF" and image.mode == "I":
+                raise ValueError("32-bit pixels have no stated range: expected 8 or 16 bit")
             image.load()
             with suppress(Exception):  # orientation that cannot be read is none
-                image = ImageOps.exif_transpose(image)
+                ImageOps.exif_transpose(image, in_place=True)
             if image.mode in ("I", "F") or image.mode.startswith("I;16"):
                 image = _from_16_bit(image)
             if image.mode == "P":
                 image = image.convert("RGBA")  # a palette may be transparent
-            return image.convert("L" if channels == 1 else "RGB")
+            mode = "L" if channels == 1 else "RGB"
+            return image if image.mode == mode else image.convert(mode)
     except FileNotFoundError:
         raise
     except Exception as error:  # the many ways in which Pillow and its libraries refuse a file
@@ -68,7 +84,16 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
         raise ValueError(f"{image.mode} pixels from {values.min()} to {values.max()}: expected 8 or 16 bit")
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    return Image.fromarray(_TO_8_BIT[values])
+
+
+def _length(file: str | os.PathLike[str] | BinaryIO) -> int:
+    if isinstance(file, (str, os.PathLike)):
+        return os.stat(file).st_size
+    at = file.tell()
+    length = file.seek(0, os.SEEK_END)
+    file.seek(at)
+    return length
 
 
 def read_named(path: str | os.PathLike[str], channels: int = 3) -> Image.Image:
@@ -101,9 +126,17 @@ def find_images(places: list[str]) -> list[Path]:
 
 
 def images_below(folder: Path) -> Iterator[Path]:
-    """The image files in ``folder`` and below; hidden ones are left out, and links to folders followed, each folder once."""
+    """The image files in ``folder`` and below; hidden ones are left out, and links to folders followed, each folder once.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
+
+    def unreadable(error: OSError) -> None:
+        raise error
+
     seen = set()
-    for at, folders, files in os.walk(folder, followlinks=True):
+    for at, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
         about = os.stat(at)
         if (about.st_dev, about.st_ino) in seen:  # a link to where we have been
             folders.clear()

@@ -8,6 +8,7 @@ import numpy as np
 
 from convit.architecture import IMAGENET_MEAN, IMAGENET_STD
 from convit.engine.recipe import Recipe
+from convit.weights.files import shown
 
 if TYPE_CHECKING:  # a model is loaded where there is no Pillow
     from PIL import Image
@@ -43,12 +44,17 @@ class Preparation(NamedTuple):
     def of_config(cls, config: Mapping[str, Any], size: tuple[int, int], channels: int) -> "Preparation":
         """Of timm's configuration. A mean and std of colour, given or ImageNet's, are averaged for another number of channels."""
         given: dict[str, Any] = {name: config[name] for name in ("crop_pct", "interpolation") if config.get(name) is not None}
+        for name, low, high in (("crop_pct", 0.01, 2.0), ("mean", -1e6, 1e6), ("std", 1e-6, 1e6)):  # NaN is in no range
+            values = config.get(name) or ()
+            values = values if isinstance(values, (list, tuple)) else [values]
+            if not all(isinstance(value, (int, float)) and low <= value <= high for value in values) or len(values) > 1000:
+                raise ValueError(f"{name} must be from {low:g} to {high:g}, got {shown(config[name])}")
         if config.get("mean") and config.get("std"):
             given["mean"], given["std"] = unit_scale(config["mean"], config["std"])
         if config.get("crop_mode", "center") != "center":
             raise ValueError(f"crop_mode can only be 'center', got {config['crop_mode']!r}")
         made = cls((int(size[0]), int(size[1])), **given)
-        if made.interpolation not in _FILTERS:
+        if not isinstance(made.interpolation, str) or made.interpolation not in _FILTERS:
             raise ValueError(f"interpolation must be one of {', '.join(_FILTERS)}, got {made.interpolation!r}")
         if len(made.mean) == channels:
             return made

@@ -18,10 +18,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from convit.architecture import IMAGENET_MEAN, IMAGENET_STD
 from convit.dispatch import nearest
-from convit.weights.files import BadFile, read_text, shown
+from convit.engine.yaml_mapping import read_mapping
+from convit.weights.files import read_text, shown
 
 MAX_RECIPE = 64 << 10  # bytes; yaml is read at some 100 kB a second
-MAX_DEPTH = 20
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -348,10 +348,6 @@ def recipe_overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read(config: str | os.PathLike[str]) -> dict[str, Any]:
-    try:
-        import yaml
-    except ImportError:
-        raise ImportError("recipes need PyYAML: pip install '.[train]' in the source folder") from None
     name = os.fspath(config)
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or os.sep in name or path.is_file():
@@ -360,25 +356,7 @@ def _read(config: str | os.PathLike[str]) -> dict[str, Any]:
         text = (resources.files("convit.engine.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
     else:
         raise ValueError(f"unknown recipe {name!r}{nearest(name, packaged_recipes())} (packaged: {', '.join(packaged_recipes())})")
-    try:
-        # few bytes of aliases of aliases make values of any size
-        depth = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > MAX_DEPTH:  # more takes PyYAML minutes
-                raise BadFile(name, "is not yaml of a recipe: it is nested too deeply")
-            if isinstance(event, yaml.AliasEvent):
-                raise BadFile(name, "has aliases (*name), which recipes do not take: write the values out")
-        values = yaml.safe_load(text)
-    except BadFile:
-        raise
-    except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise BadFile(name, f"is not yaml: {str(error)[:400]}") from None
-    except RecursionError:
-        raise BadFile(name, "is not yaml of a recipe: it is nested too deeply") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{name} must be a mapping of recipe keys, got {type(values).__name__}")
-    return values
+    return read_mapping(name, text, {alias: follow[0] for alias, follow in ALIASES.items()})
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:
@@ -413,6 +391,8 @@ def _scalar(kind: type, value: Any) -> Any:
     if kind is bool:
         return parse_bool(value)
     if kind is str:
+        if isinstance(value, (bool, float, list, dict, set, bytes)):  # yaml's no, 1.10, [a]: what was written cannot be told
+            raise ValueError(f"expected a text, got {shown(value)}: put it in quotes")
         return str(value)
     if isinstance(value, (bool, list, dict)):
         raise ValueError(f"expected {kind.__name__}, got {shown(value)}")

@@ -1,5 +1,6 @@
 """Where images with labels come from: folders, tar shards, Hugging Face files, scikit-learn's digits. Imports no framework."""
 
+import errno
 import io
 import logging
 import re
@@ -19,6 +20,8 @@ from convit.weights.files import check_regular, read_text, shown
 logger = logging.getLogger("convit")
 
 MOST_CLASSES = 100_000
+MAX_HEADER = 8 << 10  # bytes of a member's long name or pax records: tarfile's time grows with the square
+MAX_PADDING = 1 << 20  # zeros behind a tar
 SPLITS = {"val": ("val", "validation", "valid", "test"), "validation": ("validation", "val", "valid"), "train": ("train", "training")}
 
 
@@ -106,25 +109,40 @@ class TarSource:
         self.classes = [str(i) for i in range(max(self.targets) + 1)]
 
     def _index(self, shard: str) -> None:
-        images, labels = {}, {}
+        images: dict[str, tuple[int, int]] = {}
+        labels: dict[str, int] = {}
+        dotted = []
         check_regular(shard)
         try:
-            with tarfile.open(shard, "r:") as tar:
+            with tarfile.open(shard, "r:", tarinfo=_Header) as tar:
                 for member in tar:
                     folder, _, base = member.name.rpartition("/")
-                    stem, _, suffix = base.partition(".")
-                    key = f"{folder}/{stem}"
-                    if f".{suffix.lower()}" in image_suffixes():
-                        images[key] = (member.offset_data, member.size)
-                    elif suffix == "cls":
-                        text = tar.extractfile(member).read(20) if member.isfile() else b"of no file"  # type: ignore[union-attr]
+                    stem, _, suffix = base.lower().partition(".")
+                    key, kind = f"{folder}/{base[: len(stem)]}", f".{suffix}"
+                    if kind != ".cls" and kind not in image_suffixes():
+                        dotted += [member.name] * (stem != "" and f".{suffix.rpartition('.')[2]}" in image_suffixes())
+                        continue
+                    if kind == ".cls":
+                        text = tar.extractfile(member).read(20) if _is_plain(member) else b"of no file"  # type: ignore[union-attr]
                         if not text.strip().isdigit() or int(text) >= MOST_CLASSES or member.size > len(text):
                             raise ValueError(f"{shown(member.name)} holds the label {text!r}, expected 0 to {MOST_CLASSES - 1}")
+                    elif not _is_plain(member):
+                        raise ValueError(f"{shown(member.name)} is a link, a folder, a pipe or a sparse file")
+                    if key in (labels if kind == ".cls" else images):
+                        raise ValueError(f"{shown(member.name)} is the second {'label' if kind == '.cls' else 'image'} of its key")
+                    if kind == ".cls":
                         labels[key] = int(text)
-        except (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError) as error:
+                    else:
+                        images[key] = (member.offset_data, member.size)
+                _check_end(tar)
+        except (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of a place that no file has
+                raise
             raise ValueError(f"{shard} is not an uncompressed tar of key.jpg and key.cls files: {error}") from None
+        if dotted:
+            logger.warning("%s: left out %d images with several dots in their names, the first is %s", shard, len(dotted), dotted[0])
         unlabelled = [key for key in images if key not in labels]
-        if unlabelled and labels:
+        if unlabelled:
             logger.warning(
                 "%s: left out %d images without a .cls label, the first is %s", shard, len(unlabelled), unlabelled[0].lstrip("/")
             )
@@ -142,6 +160,30 @@ class TarSource:
         with open(shard, "rb") as file:
             file.seek(offset)
             return io.BytesIO(file.read(size))
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header; one that describes another (a long name, pax records) is no longer than tarfile reads in no time."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or (header.type in (b"x", b"g", b"X", b"L", b"K") and header.size > MAX_HEADER):
+            raise tarfile.ReadError(f"{shown(header.name)} has {header.size:,} bytes of names")
+        return header
+
+
+def _is_plain(member: tarfile.TarInfo) -> bool:
+    return member.isreg() and not member.issparse()
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Refuse what tarfile takes for the end: a damaged header, or an archive behind which another begins."""
+    file: Any = tar.fileobj
+    file.seek(tar.offset)
+    rest = file.read(MAX_PADDING + 1)
+    if len(rest) > MAX_PADDING or rest.strip(b"\0"):
+        raise ValueError(f"what follows byte {tar.offset:,} is neither a file nor the end: it is damaged, or several tars in one")
 
 
 class HfSource:
@@ -184,10 +226,13 @@ class HfSource:
         return f"row {index}"
 
     def open(self, index: int) -> Any:
-        image = self.data[index][self.image]
-        if image is None:
+        image = self.data[index][self.image] or {}
+        if image.get("bytes"):
+            return io.BytesIO(image["bytes"])
+        if not image.get("path"):
             raise ValueError("the row has no image")
-        return io.BytesIO(image["bytes"]) if image["bytes"] else open(image["path"], "rb")
+        check_regular(image["path"])
+        return open(image["path"], "rb")
 
 
 class DigitsSource:

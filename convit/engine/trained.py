@@ -8,12 +8,22 @@ from typing import Any, NamedTuple
 from convit.architecture import VARIANTS
 from convit.engine.preparation import Preparation
 from convit.engine.recipe import FIELDS, Recipe, load_recipe, recipe_from
-from convit.weights.files import parse_json, read_text
+from convit.weights.files import BadFile, parse_json, read_text, shown
 from convit.weights.load import Checkpoint, read
 
 MAX_CONFIG = 16 << 20  # bytes of a config.json; it may hold the names of all classes
 # what a folder may hold, the best first: of runs of either framework, then of the Hub
 WEIGHTS = ("best.pth", "last.pth", "best.ckpt", "last.ckpt", "model.safetensors", "pytorch_model.bin")
+
+
+# dimensions of the tensors that tell the shape of a model
+_DIMS = {"patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2, "head.weight": 2, "pos_embed": 3, "reg_token": 3}
+# what config.json may say, as far as it is asked here
+_CONFIG: dict[str, tuple[type, ...]] = {
+    **{name: (dict,) for name in ("shape", "pretrained_cfg", "label_descriptions", "results")},
+    "label_names": (list, dict),
+    "global_pool": (str,),
+}
 
 
 class Trained(NamedTuple):
@@ -69,7 +79,13 @@ def find_trained(place: str | Path, facts_of: Callable[[str], dict[str, Any]]) -
     """
     path = weights_at(Path(place))
     checkpoint = read(path)
-    facts, config = facts_of(str(path)), _hub_config(path.parent)
+    try:
+        return _described(path, checkpoint, facts_of(str(path)), _hub_config(path.parent))
+    except ValueError as error:
+        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
+
+
+def _described(path: Path, checkpoint: Checkpoint, facts: dict[str, Any], config: dict[str, Any]) -> Trained:
     recipe = _recipe(path, facts)
     shape = shape_of(checkpoint, recipe.num_heads if recipe else (config.get("shape") or {}).get("num_heads"))
     if "img_size" not in shape and recipe is not None:
@@ -110,7 +126,14 @@ def shape_of(checkpoint: Checkpoint, num_heads: int | None = None) -> dict[str, 
         ValueError: The weights do not say it: GPSA blocks after MHSA ones, or an unknown number of heads or grid.
     """
     tensors = checkpoint.tensors
-    depth = 1 + max(int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name)))
+    for name, dims in _DIMS.items():
+        if name in tensors and tensors[name].ndim != dims or name not in tensors and dims in (2, 4) and not name.startswith("head"):
+            found = f"it has the shape {list(tensors[name].shape)}" if name in tensors else "it is missing"
+            raise ValueError(f"{name} must have {dims} dimensions, {found}")
+    blocks = {found[1] for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))}
+    depth = len(blocks)  # not the largest number, which costs a file nothing
+    if blocks != set(map(str, range(depth))):
+        raise ValueError(f"blocks must be numbered from 0, the file has {', '.join(shown(one) for one in sorted(blocks)[:8])}")
     gates = [i for i in range(depth) if f"blocks.{i}.attn.gating_param" in tensors]
     if gates != list(range(len(gates))):
         raise ValueError(f"GPSA must come before MHSA, the file has it in blocks {gates}")
@@ -119,6 +142,8 @@ def shape_of(checkpoint: Checkpoint, num_heads: int | None = None) -> dict[str, 
     heads = heads or next((shape["num_heads"] for shape in VARIANTS.values() if shape["embed_dim"] == dim), None)
     if not heads:
         raise ValueError("weights without GPSA blocks do not tell the number of heads: build the model and use load_checkpoint")
+    if type(heads) is not int or heads < 1 or dim % heads:
+        raise ValueError(f"the number of heads must divide the width {dim}, got {shown(heads)}")
     shape: dict[str, Any] = {
         "patch_size": (height, width),
         "in_chans": channels,
@@ -186,6 +211,8 @@ def _names(recorded: Any, config: dict[str, Any]) -> list[str]:
     """Names of the classes as timm stores them: a list, or a mapping from numbers; with descriptions by name, or without."""
     if isinstance(recorded, dict):
         recorded = [recorded.get(str(i)) for i in range(len(recorded))]
+    if not isinstance(recorded, (list, type(None))) or not all(isinstance(one, (str, int)) for one in recorded or []):
+        raise ValueError(f"the classes must be a list of names, got {shown(recorded)}")
     described = config.get("label_descriptions") or {}
     return [str(described.get(name, name)) for name in recorded or []]
 
@@ -197,4 +224,7 @@ def _hub_config(folder: Path) -> dict[str, Any]:
     config = parse_json(path, read_text(path, MAX_CONFIG), "as JSON,")
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold an object, got {type(config).__name__}")
+    for name, kinds in _CONFIG.items():
+        if config.get(name) is not None and not isinstance(config[name], kinds):
+            raise BadFile(path, f"must be {'a text' if str in kinds else 'an object or a list'}, got {shown(config[name])}", name)
     return config

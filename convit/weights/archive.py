@@ -37,7 +37,7 @@ def records(path: Path, data: memoryview) -> Iterator[tuple[str, Record]]:
         count, size, start = struct.unpack_from("<32xQQQ", data, wide) if wide < len(data) else (0, 0, len(data))
     if start + size > end or count > MAX_TENSORS or size > 1000 * count:
         raise BadFile(path, "is truncated or damaged: its directory is not in the file, or too large")
-    used, at = 0, start
+    used, at, known = 0, start, set[str]()
     for _ in range(count):
         method, crc, packed, length, names, extra, comment, header = struct.unpack_from("<10xH4xIIIHHH8xI", data, at)
         name = bytes(data[at + 46 : at + 46 + names])
@@ -54,4 +54,8 @@ def records(path: Path, data: memoryview) -> Iterator[tuple[str, Record]]:
         used += length
         if begin + length > start or used > len(data):
             raise BadFile(path, "is truncated or damaged: the record is not in the file", shown(name))
-        yield name.decode("utf-8", "replace"), Record(data[begin : begin + length], crc)
+        text = name.decode("utf-8", "replace")
+        if text in known:  # readers differ in which of them they take
+            raise BadFile(path, "is there twice", shown(text))
+        known.add(text)
+        yield text, Record(data[begin : begin + length], crc)

@@ -271,6 +271,8 @@ def _entry(path: Path, name: str, entry: Any, length: int) -> tuple[str, tuple[i
             raise BadFile(path, f"is damaged: its shape and offsets must be numbers from 0, got {shown(number)}", shown(name))
         if number > length:
             raise BadFile(path, f"is truncated or damaged: it says {shown(number)}, but there are {length} bytes of data", shown(name))
+    if 0 in shape and math.prod(size or 1 for size in shape) > 1 << 40:
+        raise BadFile(path, f"is damaged: nothing can have the shape {shown(shape)}", shown(name))
     return kind, tuple(shape), offsets[0], offsets[1]
 
 

@@ -189,6 +189,9 @@ def read(path: str | os.PathLike[str], *, key: str | None = None) -> Checkpoint:
         whole = [name for name, array in tensors.items() if array.dtype.kind != "f" and array.dtype != BFLOAT16]
         if whole:
             raise ValueError(f"must hold floating-point weights, got {tensors[whole[0]].dtype} at {_some(whole)}")
+        empty = [name for name, array in tensors.items() if not array.size]
+        if empty:  # a size that no bytes stand for
+            raise ValueError(f"must hold weights, got the shape {list(tensors[empty[0]].shape)} at {_some(empty)}")
     except ValueError as error:
         raise BadFile(path, str(error)) from None
     act, norm_eps, grid = *_FAMILY[source], None
@@ -417,6 +420,7 @@ def _square(tokens: int) -> tuple[int, int] | None:
 
 
 def _some(names: list[str], limit: int = 4) -> str:
+    names = [name if name.isprintable() and len(name) < 300 else shown(name) for name in names[:limit]] + names[limit:]
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 

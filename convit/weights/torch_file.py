@@ -32,6 +32,7 @@ from convit.weights.files import (
 # where a training checkpoint keeps its weights; timm looks in this order too
 WEIGHT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _MAX_OPERATIONS = 1_000_000  # a second's work; a training checkpoint takes some ten thousand
+_MAX_NUMBERS = 5_000  # keys that are numbers: their hashes can be made to collide, and those of names cannot
 _MAGIC = 0x1950A86A20F9469CFC6C
 
 _DTYPES: dict[str, np.dtype] = {
@@ -150,7 +151,8 @@ def facts(path: Path) -> dict[str, Any]:
         BadFile: See ``read``.
     """
     loaded = _loaded(path, mapped(path))
-    return {name: value for name, value in loaded.items() if isinstance(name, str) and _plain(value, 2)}
+    known: dict[tuple[int, int], bool] = {}
+    return {name: value for name, value in loaded.items() if isinstance(name, str) and _plain(value, 2, known)}
 
 
 def check(path: Path) -> None:
@@ -174,12 +176,15 @@ def check(path: Path) -> None:
             left.extend(value.values() if isinstance(value, dict) else value)
 
 
-def _plain(value: Any, depth: int) -> bool:
-    if isinstance(value, (dict, list)):
+def _plain(value: Any, depth: int, known: dict[tuple[int, int], bool]) -> bool:
+    """``known``: what was looked at before, for a list may hold another many times over."""
+    if not isinstance(value, (dict, list)):
+        return value is None or isinstance(value, (str, int, float))
+    if (id(value), depth) not in known:
         inside = [*value, *value.values()] if isinstance(value, dict) else value
-        most = (0, 100, MAX_TENSORS)[depth]  # a list may hold another many times over
-        return len(value) <= most and all(_plain(one, depth - 1) for one in inside)
-    return value is None or isinstance(value, (str, int, float))
+        most = (0, 100, MAX_TENSORS)[depth]
+        known[id(value), depth] = len(value) <= most and all(_plain(one, depth - 1, known) for one in inside)
+    return known[id(value), depth]
 
 
 def _loaded(path: Path, data: memoryview) -> dict[Any, Any]:
@@ -209,7 +214,7 @@ def _array(path: Path, name: str, tensor: _Tensor) -> np.ndarray:
     if storage.record is not None:
         storage.data, storage.record = storage.record.check(path, name), None
     dtype, available = _DTYPES[kind], len(storage.data or b"")
-    if 0 in shape and all(type(size) is int and 0 <= size < 1 << 40 for size in shape):
+    if 0 in shape and all(type(size) is int and size >= 0 for size in shape) and math.prod(size or 1 for size in shape) < 1 << 40:
         return np.empty(shape, dtype)
     if not all(type(number) is int and 0 <= number <= available for number in (offset, *shape, *strides)):
         raise BadFile(path, f"is damaged: its shape, strides and offset do not fit a storage of {available} bytes", name)
@@ -292,6 +297,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.numbers = self.copied = 0
 
     def run(self) -> Any:
         simple, sized = self._SIMPLE, self._SIZED
@@ -361,10 +367,15 @@ class _Machine:
             target[self.key(key)] = value
 
     def key(self, key: Any) -> Any:
-        """``key`` if hashing it takes no time: hashes of nested tuples can take for ever."""
-        plain = (str, bytes, int, float, type(None))
-        if not isinstance(key, plain) and not (type(key) is tuple and all(isinstance(part, plain) for part in key)):
+        """``key`` if hashing it takes no time: hashes of tuples can take for ever, and those of numbers collide."""
+        if isinstance(key, (str, bytes, type(None))):
+            return key
+        parts = key if type(key) is tuple and len(key) <= 8 else (key,)
+        if not all(isinstance(part, (str, bytes, int, float, type(None))) for part in parts):
             raise self.bad(f"a key must be a name or a number, got {shown(key)}")
+        self.numbers += 1
+        if self.numbers > _MAX_NUMBERS:
+            raise self.bad(f"more than {_MAX_NUMBERS:,} keys are no names")
         return key
 
     def append(self, items: list[Any]) -> None:
@@ -396,11 +407,14 @@ class _Machine:
         name = function.name
         if name == "collections.OrderedDict":
             pairs = arguments[0] if arguments and isinstance(arguments[0], list) else []
+            self.copied += len(pairs)  # of a list that is called for again and again
+            if self.copied > MAX_TENSORS:
+                raise self.bad(f"it copies more than {MAX_TENSORS:,} entries")
             if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
                 raise self.bad("an OrderedDict that is none")
             return {self.key(key): value for key, value in pairs}
         if name == "torch.Size" and len(arguments) == 1 and isinstance(arguments[0], (tuple, list)):
-            return tuple(arguments[0])
+            return tuple(arguments[0][: MAX_DIMS + 1])  # more are refused with the tensor
         if name in _REBUILD and len(arguments) >= 4:
             storage = arguments[0]
             kind = storage.dtype if isinstance(storage, _Storage) else getattr(storage, "name", "none")
