@@ -41,6 +41,17 @@ SETTINGS = {
     "smoothing": (TIMMS | {"label_smoothing": 0.1, "drop_rate": 0.2, "drop_path_rate": 0.2}, "adamw"),
     "bfloat16": (TIMMS | {"amp_level": "O2", "amp_dtype": "bfloat16", "clip_grad": True, "clip_value": 0.5}, "adamw"),
     "float16": (TIMMS | {"amp_level": "O2", "amp_dtype": "float16", "loss_scale": 1024, "clip_grad": True, "clip_value": 0.5}, "adamw"),
+    "everything": (
+        TIMMS
+        | {"mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1, "layer_decay": 0.7, "ema": True, "ema_decay": 0.9, "batch_size": 8}
+        | {"amp_level": "O2", "amp_dtype": "float16", "loss_scale": 1024, "gradient_accumulation_steps": 2, "clip_grad": True}
+        | {"clip_value": 0.5, "drop_path_rate": 0.2, "warmup_epochs": 1, "warmup_lr": 1e-3, "warmup_prefix": False, "decay_epochs": 2},
+        "adamw",
+    ),
+    "warm-up, then cycles": (
+        TIMMS | {"epoch_size": 6, "warmup_epochs": 1, "warmup_lr": 1e-3, "decay_epochs": 2, "num_cycles": 2, "cycle_decay": 0.5},
+        "adamw",
+    ),
     "everything decays": ({"opt": "adam", "weight_decay_filter": "disable"}, "adam"),
     "sgd": ({"opt": "sgd", "weight_decay_filter": "timm"}, "momentum"),
     "Nesterov": ({"opt": "momentum", "use_nesterov": True, "weight_decay_filter": "timm"}, "sgd"),
@@ -72,7 +83,7 @@ def test_every_step_is_that_of_timms_parts_in_a_plain_loop(tmp_path, monkeypatch
     train(recipe, tmp_path / "run", progress=False)
 
     parts, smoothing = recipe.gradient_accumulation_steps, recipe.label_smoothing
-    steps = len(states) // 2
+    steps = len(states) // recipe.epoch_size
     model = build_model(recipe, 10).train()
     eps = {} if opt in ("sgd", "momentum", "lion") else {"eps": recipe.eps}
     filtered = recipe.weight_decay_filter == "timm"
@@ -81,8 +92,10 @@ def test_every_step_is_that_of_timms_parts_in_a_plain_loop(tmp_path, monkeypatch
         trained, opt, lr=0.01, weight_decay=0.05, momentum=0.9, filter_bias_and_bn=filtered, layer_decay=recipe.layer_decay, **eps
     )
     scheduler, _ = create_scheduler_v2(
-        optimizer, "cosine", num_epochs=2, min_lr=recipe.min_lr, warmup_epochs=0, step_on_epochs=False, updates_per_epoch=steps
-    )
+        optimizer, "cosine", num_epochs=recipe.decay_epochs, min_lr=recipe.min_lr, warmup_epochs=recipe.warmup_epochs,
+        warmup_lr=recipe.warmup_lr or 0.0, warmup_prefix=recipe.warmup_prefix, cycle_limit=recipe.num_cycles,
+        cycle_decay=recipe.cycle_decay, step_on_epochs=False, updates_per_epoch=steps,
+    )  # fmt: skip
     ema = ModelEmaV3(model, decay=recipe.ema_decay)
     mixup = None
     if recipe.mixup or recipe.cutmix:

@@ -101,6 +101,9 @@ def test_the_moving_average_warms_up_as_mindcvs():
 
 # --- a step by hand ---
 
+EVERYTHING = {"mixup": 0.4, "label_smoothing": 0.1, "gradient_accumulation_steps": 2, "clip_grad": True, "clip_value": 0.1, "ema": True}
+EVERYTHING |= {"ema_decay": 0.99, "layer_decay": 0.5, "weight_decay": 0.05, "scheduler": "exponential_decay", "decay_rate": 0.5}
+
 
 @pytest.mark.parametrize(
     "keys",
@@ -111,6 +114,8 @@ def test_the_moving_average_warms_up_as_mindcvs():
         {"opt": "adam", "weight_decay": 0.01, "mixup": 0.4, "ema": True, "ema_decay": 0.99},
         {"opt": "adamw", "layer_decay": 0.5, "weight_decay": 0.05, "scheduler": "exponential_decay", "decay_rate": 0.5},
         {"opt": "adamw", "amp_level": "O2", "amp_dtype": "bfloat16", "clip_grad": True, "clip_value": 0.5},
+        {"opt": "adamw", "amp_level": "O2", "amp_dtype": "float16", "loss_scale": 512, "gradient_accumulation_steps": 2},
+        {"opt": "adam", **EVERYTHING},
     ],
     ids=lambda keys: "-".join(map(str, keys.values())),
 )
@@ -288,6 +293,11 @@ def test_the_scores_are_left_out_where_nothing_validated(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "1 epochs in" in said and "training loss" in said and "top-1" not in said
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["kind"] == "epoch"
+
+
+def test_nesterov_of_adam_is_refused_where_there_is_none(tmp_path):
+    with pytest.raises(ValueError, match="use_nesterov with opt adam is MindSpore's: use opt nadam"):
+        train(small(opt="adam", use_nesterov=True), tmp_path / "run", progress=False)
 
 
 def test_mixing_has_one_loss_per_kind():

@@ -300,24 +300,6 @@ def test_an_infinite_gradient_skips_the_step_though_the_loss_is_finite(folder, t
     assert all(np.isfinite(p.asnumpy()).all() for p in result.model.get_parameters())
 
 
-@pytest.mark.parametrize("stair", [False, True])
-@pytest.mark.parametrize(
-    "name", ["constant", "cosine_decay", "step_decay", "multi_step_decay", "exponential_decay", "polynomial_decay", "warmup_cosine_decay"]
-)
-def test_schedules_are_mindcvs_own(name, stair):
-    """The rates of both engines are those of MindCV's create_scheduler, at every step."""
-    from mindcv.scheduler import create_scheduler
-
-    from convit.engine.schedule import rates
-
-    for warmup, cycles in ((0, 1), (3, 1), (2, 3)):
-        keys = {"warmup_epochs": warmup, "warmup_factor": 0.1, "decay_epochs": 3, "min_lr": 0.001, "decay_rate": 0.7, "num_cycles": cycles}
-        keys |= {"lr_epoch_stair": stair, "cycle_decay": 0.5}
-        ours = rates(load_recipe(None, {**keys, "scheduler": name, "epoch_size": 12, "multi_step_decay_milestones": [2, 5]}), 0.02, 7)
-        theirs = create_scheduler(7, name.replace("warmup_", ""), lr=0.02, num_epochs=12, milestones=[2, 5], **keys)
-        np.testing.assert_allclose(ours, theirs, rtol=1e-14, atol=3e-18)
-
-
 def test_classes_are_matched_by_name(finished, folder, tmp_path):
     """A validation split without one class scores the others; a class that the model does not have is named."""
     from convit.engine.mindspore.validate import validate

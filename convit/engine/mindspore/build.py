@@ -9,7 +9,8 @@ import types
 from typing import Any
 
 import mindspore as ms
-from mindspore import nn
+import numpy as np
+from mindspore import Tensor, nn
 
 import convit.mindspore
 from convit.engine.recipe import FIELDS, Recipe
@@ -132,6 +133,8 @@ def build_step(recipe: Recipe, model: nn.Cell, schedule: list[float]) -> Any:
         weight_decay_filter="auto",  # the groups say
         eps=recipe.eps,
     )
+    if recipe.opt in ("adam", "adamw", "nadam", "lamb"):  # MindCV hands eps to rmsprop alone
+        optimizer.eps = Tensor(np.full(optimizer.eps.shape, recipe.eps, np.float32))
     plain = getattr(type(optimizer).construct, "__wrapped__", None)
     if plain and ms.get_context("mode") == ms.PYNATIVE_MODE and ms.get_context("device_target") == "CPU":
         # compiled, as some of MindCV's are, it would leave every operator after it to MindSpore's threads: see start()

@@ -69,9 +69,15 @@ def fastest(model: nn.Module, recipe: Recipe, device: torch.device, precision: s
 
 
 def build_optimizer(recipe: Recipe, model: Any, lr: float) -> torch.optim.Optimizer:
-    """timm's optimiser, with its groups for weight decay and layer decay."""
+    """timm's optimiser, with its groups for weight decay and layer decay.
+
+    Raises:
+        ValueError: Nesterov's momentum for adam, which MindSpore has.
+    """
     from timm.optim import create_optimizer_v2
 
+    if recipe.opt == "adam" and recipe.use_nesterov:
+        raise ValueError("use_nesterov with opt adam is MindSpore's: use opt nadam, or framework mindspore")
     opt = {"sgd": "sgd" if recipe.use_nesterov else "momentum", "momentum": "sgd" if recipe.use_nesterov else "momentum"}
     more: dict[str, Any] = {} if recipe.opt in (*opt, "lion") else {"eps": recipe.eps}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
