@@ -20,6 +20,9 @@ CASES = {
     "sgd": {"opt": "sgd", "use_nesterov": True, "weight_decay": 0.05, "weight_decay_filter": "auto", "lr": 0.02, "loss": "BCE"},
 }
 CASES["adamw"] |= {"weight_decay_filter": "norm_and_bias", "layer_decay": 0.7}
+CASES["momentum"] = {"opt": "momentum", "weight_decay": 0.05, "lr": 0.02, "scheduler": "polynomial_decay", "decay_rate": 0.9}
+CASES["adam"] = {"opt": "adam", "weight_decay": 0.01, "clip_grad": True, "clip_value": 0.5, "scheduler": "constant"}
+CASES["accumulated"] = CASES["adamw"] | {"batch_size": 2, "gradient_accumulation_steps": 2, "layer_decay": None}
 
 
 def paint(root):

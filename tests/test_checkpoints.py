@@ -258,6 +258,13 @@ def test_optimisers_state_is_left_out(tmp_path):
     assert all(np.array_equal(averaged[name], array + 1) for name, array in weights.items())
     with pytest.raises(ValueError, match=r"no moving average avg\.\*; beside the weights there is accu_grads, adam_m, "):
         read(tmp_path / "a.ckpt", key="avg")
+    # of a run with gradient accumulation
+    held = {f"optimizer.{name}": array for name, array in (weights | counters).items()}
+    held |= {f"optimizer.adam_m.{name}": array for name, array in weights.items()}
+    held |= {f"{prefix}.{name}": array + 1 for prefix in ("ema", "grad_accumulation.optimizer") for name, array in weights.items()}
+    write_file(tmp_path / "held.ckpt", held | {"accumulation_step": np.zeros((), np.int32)}, None)
+    for key in (None, "ema"):
+        assert same_bits(read(tmp_path / "held.ckpt", key=key).tensors, read(tmp_path / "a.ckpt", key=key).tensors)
     write_file(tmp_path / "b.ckpt", weights | {"blocks.0.attn.extra.weight": np.ones(3, np.float32)}, None)
     with pytest.raises(ValueError, match="not in the model: blocks.0.attn.extra.weight"):
         load_checkpoint(tiny(), tmp_path / "b.ckpt")

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from convit.architecture import IMAGENET_MEAN, IMAGENET_STD
+from convit.architecture import IMAGENET_MEAN, IMAGENET_STD, VARIANTS
 from convit.dispatch import nearest
 from convit.engine.yaml_mapping import read_mapping
 from convit.weights.files import read_text, shown
@@ -268,6 +268,11 @@ def load_recipe(config: str | os.PathLike[str] | None = None, overrides: dict[st
 
 def recipe_from(values: dict[str, Any], source: str = "the recipe") -> Recipe:
     """The recipe that ``values`` over the defaults make; raises ``ValueError`` as ``load_recipe`` does."""
+    model = values.get("model", "convit")
+    if model not in ("convit", *VARIANTS):  # the one thing to say of another model's recipe, whatever else it holds
+        raise ValueError(
+            f"{source}: model {shown(model)} is no ConViT{nearest(str(model), VARIANTS)} (known: {', '.join(VARIANTS)}, convit)"
+        )
     known: dict[str, Any] = {}
     for name, value in values.items():
         if not isinstance(name, str):

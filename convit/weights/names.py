@@ -82,6 +82,7 @@ def strip(tensors: Tensors) -> Tensors:
     Raises:
         ValueError: Two names become one.
     """
+    tensors = _out_of_optimiser(tensors)
     plain = {_WRAPPERS.sub("", name): array for name, array in tensors.items()}
     if len(plain) < len(tensors):
         known: set[str] = set()
@@ -111,6 +112,7 @@ def without_training_state(tensors: Tensors, average: str | None = None) -> Tens
     Raises:
         ValueError: No tensor has the prefix.
     """
+    tensors = _out_of_optimiser(tensors)
     weights = {name: array for name, array in tensors.items() if _MODEL.match(name)}
     if average is not None:
         averaged = {name: tensors[f"{average}.{name}"] for name in weights if f"{average}.{name}" in tensors}
@@ -121,6 +123,13 @@ def without_training_state(tensors: Tensors, average: str | None = None) -> Tens
     rest = {name: array for name, array in tensors.items() if name not in weights}
     state = [name for name, array in rest.items() if array.size <= 1 or _SCHEDULE.fullmatch(name) or _behind_prefix(name) in weights]
     return {name: array for name, array in tensors.items() if name not in state}
+
+
+def _out_of_optimiser(tensors: Tensors) -> Tensors:
+    """The tensors without the ``optimizer.`` that MindCV's gradient accumulation puts before the names of weights and moments."""
+    plain = {name.removeprefix("optimizer."): array for name, array in tensors.items()}
+    held = any(name.startswith("optimizer.") and _MODEL.match(name[len("optimizer.") :]) for name in tensors)
+    return plain if held and len(plain) == len(tensors) and not any(_MODEL.match(name) for name in tensors) else tensors
 
 
 def _behind_prefix(name: str) -> str:

@@ -1,7 +1,9 @@
 """MindSpore's tests have a virtual environment of their own (numpy < 2, no torch): without MindSpore none is collected."""
 
+import atexit
 import importlib.util
 import os
+import sys
 
 import pytest
 
@@ -11,6 +13,13 @@ os.environ.setdefault("GLOG_v", "4")  # the errors that are provoked here also g
 
 if importlib.util.find_spec("mindspore") is None:
     collect_ignore_glob = ["*.py"]
+
+
+@atexit.register
+def let_cells_end_in_peace():
+    """MindSpore's cells that live to the end of Python count themselves out, in a module that is gone by then."""
+    if nn := sys.modules.get("mindspore.nn"):
+        del nn.Cell.__del__
 
 
 @pytest.fixture(autouse=True)

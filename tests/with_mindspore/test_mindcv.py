@@ -1,7 +1,9 @@
 """What a MindCV user brings: every key of MindCV's config, its train step, float16 that overflows."""
 
+import dataclasses
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -10,12 +12,16 @@ pytest.importorskip("mindcv")
 np = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image")
 
+from mindspore import Tensor, ops  # noqa: E402
+
 from convit.engine.mindspore import train as train_module  # noqa: E402
 from convit.engine.mindspore.build import build_model, build_step  # noqa: E402
 from convit.engine.mindspore.data import Data  # noqa: E402
+from convit.engine.mindspore.steps import Update  # noqa: E402
 from convit.engine.mindspore.train import MindSporeRun, train  # noqa: E402
 from convit.engine.recipe import MOOT, load_recipe, packaged_recipes, recipe_from  # noqa: E402
 from convit.engine.world import World  # noqa: E402
+from convit.mindspore import load_checkpoint  # noqa: E402
 
 # key of MindCV 0.3.0's train.py: values that it takes beside its default; those after None are refused, with a reason that says the word
 KEYS = {
@@ -127,6 +133,16 @@ def test_every_key_of_mindcv_is_honoured_or_refused_with_the_reason(key):
         recipe_from({"framework": "mindspore", key: None})
 
 
+def test_another_model_is_the_one_thing_said_of_its_recipe():
+    """Of MindCV's yamls, all but the seven of ConViT are refused so, also those with keys that a ConViT cannot honour."""
+    for keys in ({"model": "inception_v3", "aux_factor": 0.1}, {"model": "halonet_50t", "re_max_attempts": 1}, {"model": "a", "b": "c"}):
+        for framework in ("mindspore", "pytorch"):
+            with pytest.raises(ValueError, match=f"the recipe: model '{keys['model']}' is no ConViT"):
+                recipe_from({"framework": framework, **keys})
+    with pytest.raises(ValueError, match="model 'convit_tinny' is no ConViT; did you mean 'convit_tiny'"):
+        recipe_from({"model": "convit_tinny"})
+
+
 def test_keys_of_older_releases_and_cycles():
     assert recipe_from({"filter_bias_and_bn": True}).weight_decay_filter == "norm_and_bias"
     assert recipe_from({"filter_bias_and_bn": False, "dynamic_loss_scale": True}).weight_decay_filter == "disable"
@@ -209,8 +225,8 @@ PLAIN = {"weight_decay": 0.1, "lr": 0.005, "ema": False, "clip_grad": False, "sc
 # ten steps with everything on, for each rule of weight decay; four of each other optimiser
 STEPS = {
     "adamw": WHOLE | {"weight_decay_filter": "disable"},
-    "momentum": WHOLE | {"weight_decay_filter": "norm_and_bias", "use_nesterov": True, "scheduler": "step_decay", "num_samples": 16},
-    "adam": WHOLE | {"weight_decay_filter": "auto", "num_samples": 16},
+    "momentum": WHOLE | {"weight_decay_filter": "norm_and_bias", "use_nesterov": True, "scheduler": "step_decay"},
+    "adam": WHOLE | {"weight_decay_filter": "auto"},
     "nadam": PLAIN | {"weight_decay_filter": "disable"},
     "sgd": PLAIN,
     "lion": PLAIN | {"lr": 0.0005},
@@ -219,48 +235,149 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("opt", STEPS)
-def test_steps_are_those_of_mindcvs_trainer(images, tmp_path, monkeypatch, opt):
-    """MindCV's optimiser, schedule and train step, on our batches from our first weights: losses, weights and moving average."""
+@pytest.fixture
+def recorded(monkeypatch):
+    """The batches of each step that we take, its loss, and the loss scale after it."""
+    seen, gradients, step = [], MindSporeRun.gradients, MindSporeRun._step
+
+    def recording(self, batches):
+        parts = [next(batches) for _ in range(self.recipe.gradient_accumulation_steps)]
+        found = gradients(self, iter(parts))
+        seen.append([[part[:2] for part in parts], found[0]])
+        return found
+
+    def recording_scale(self, batches):
+        done = step(self, batches)
+        seen[-1].append(float(self.scale.value.asnumpy()))
+        return done
+
+    monkeypatch.setattr(MindSporeRun, "gradients", recording)
+    monkeypatch.setattr(MindSporeRun, "_step", recording_scale)
+    monkeypatch.setenv("MS_JIT", "0")  # nothing of MindCV's need be compiled
+    return seen
+
+
+def mindcvs(recipe, steps, **more):
+    """MindCV's model with our first weights, and the train step that its own train.py makes of the recipe."""
     from mindcv.loss import create_loss
     from mindcv.optim import create_optimizer
     from mindcv.scheduler import create_scheduler
     from mindcv.utils import create_trainer
 
-    recipe = tiny(images, opt=opt, val_while_train=False, **STEPS[opt])
-    seen, losses, gradients = [], [], MindSporeRun.gradients
-
-    def recording(self, batches):
-        batch = next(batches)
-        seen.append(batch[:2])
-        found = gradients(self, iter([batch]))
-        losses.append(found[0])
-        return found
-
-    monkeypatch.setattr(MindSporeRun, "gradients", recording)
-    monkeypatch.setenv("MS_JIT", "0")  # nothing of MindCV's need be compiled
-    ours = train(recipe, tmp_path / "run", progress=False)
-
     theirs = build_model(recipe, 2)
     keys = {"min_lr": recipe.min_lr, "warmup_epochs": 0, "decay_epochs": 1, "decay_rate": recipe.decay_rate, "num_epochs": 1}
-    schedule = create_scheduler(len(seen), recipe.scheduler, lr=recipe.lr, **keys)
+    schedule = create_scheduler(steps, recipe.scheduler, lr=recipe.lr, **keys)
     keys = {name: getattr(recipe, name) for name in ("opt", "weight_decay", "weight_decay_filter", "eps")}
     optimizer = create_optimizer(theirs, lr=schedule, nesterov=recipe.use_nesterov, **keys)
     loss = create_loss(recipe.loss, label_smoothing=recipe.label_smoothing)
-    keys = {name: getattr(recipe, name) for name in ("ema", "ema_decay", "clip_grad", "clip_value")}
+    keys = {name: getattr(recipe, name) for name in ("ema", "ema_decay", "clip_grad", "clip_value", "loss_scale", "loss_scale_type")}
     if not recipe.ema:
         keys["amp_cast_list"] = "[nn.Conv1d]"  # none is in the model; with a list MindCV takes its own train step
-    step = create_trainer(theirs, loss, optimizer, None, "O0", loss_scale_type="fixed", **{"amp_cast_list": None} | keys).train_network
-    assert len(seen) * 4 == recipe.num_samples
-    expected = [float(step(*batch).asnumpy()) for batch in seen]
-    np.testing.assert_allclose(losses, expected, rtol=1e-4)
-    saved = ms.load_checkpoint(str(tmp_path / "run/last.ckpt"))
-    average = {p.name: p.asnumpy() for p in step.ema_weight} if recipe.ema else {}
+    return theirs, create_trainer(theirs, loss, optimizer, None, "O0", **{"amp_cast_list": None} | keys | more).train_network
+
+
+def assert_same_weights(output, theirs, step):
+    """Of a run, and of MindCV's model and train step; the moving average too if there is one."""
+    saved = ms.load_checkpoint(str(output / "last.ckpt"))
+    average = {p.name: p.asnumpy() for p in step.ema_weight} if step.ema else {}
     for p in theirs.get_parameters():
-        np.testing.assert_allclose(saved[p.name].asnumpy(), p.asnumpy(), atol=2e-4, err_msg=p.name)
-        if recipe.ema:
-            np.testing.assert_allclose(saved[f"ema.{p.name}"].asnumpy(), average[f"ema.{p.name}"], atol=2e-4, err_msg=p.name)
+        name = p.name.removeprefix("optimizer.")  # which MindCV's accumulation puts before it
+        np.testing.assert_allclose(saved[name].asnumpy(), p.asnumpy(), atol=2e-4, err_msg=name)
+        if average:
+            np.testing.assert_allclose(saved[f"ema.{name}"].asnumpy(), average[f"ema.{name}"], atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("opt", STEPS)
+def test_steps_are_those_of_mindcvs_trainer(images, tmp_path, recorded, opt):
+    """MindCV's optimiser, schedule and train step, on our batches from our first weights: losses, weights and moving average."""
+    recipe = tiny(images, opt=opt, val_while_train=False, **STEPS[opt])
+    ours = train(recipe, tmp_path / "run", progress=False)
+    theirs, step = mindcvs(recipe, len(recorded))
+    assert len(recorded) * 4 == recipe.num_samples
+    expected = [float(step(*batch).asnumpy()) for (batch,), *_ in recorded]
+    np.testing.assert_allclose([loss for _, loss, _ in recorded], expected, rtol=1e-4)
+    assert_same_weights(tmp_path / "run", theirs, step)
     assert ours.history[0]["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_accumulated_steps_are_those_of_mindcvs_trainer(images, tmp_path, recorded, monkeypatch, whole):
+    """Two batches a step: as MindCV accumulates them; with clipping and moving average, as its train step takes both in one batch."""
+    from mindcv.utils.train_step import GradientAccumulation
+
+    plain = GradientAccumulation.__setattr__
+
+    def with_numbers(self, name, value):  # MindSpore 2.10 takes none for a parameter in PyNative mode
+        plain(self, name, Tensor(value, ms.int32) if name == "_accumulation_step" and isinstance(value, int) else value)
+
+    monkeypatch.setattr(GradientAccumulation, "__setattr__", with_numbers)
+    keys = WHOLE | {"opt": "adamw", "num_samples": 40} if whole else PLAIN | {"opt": "momentum", "num_samples": 32}
+    recipe = tiny(images, val_while_train=False, gradient_accumulation_steps=2, **keys)
+    train(recipe, tmp_path / "run", progress=False)
+    theirs, step = mindcvs(recipe, len(recorded), gradient_accumulation_steps=1 if whole else 2)
+    assert len(recorded) * 8 == recipe.num_samples
+    for parts, loss, _ in recorded:
+        given = [[ops.cat(tensors) for tensors in zip(*parts, strict=True)]] if whole else parts
+        assert loss == pytest.approx(np.mean([float(step(*batch).asnumpy()) for batch in given]), rel=1e-4)
+    assert_same_weights(tmp_path / "run", theirs, step)
+    ms.save_checkpoint(step, str(tmp_path / "theirs.ckpt"))  # as its train.py does
+    loaded = load_checkpoint(build_model(recipe, 2), tmp_path / "theirs.ckpt")
+    for mine, other in zip(loaded.get_parameters(), theirs.get_parameters(), strict=True):
+        assert np.array_equal(mine.asnumpy(), other.asnumpy()), other.name
+
+
+def test_steps_with_overflows_are_those_of_mindcvs_trainer(images, tmp_path, recorded, monkeypatch):
+    """A dynamic loss scale that is too large: the same steps are skipped, and weights and moving average stay the same. MindCV's
+    ``drop_overflow_update`` is for accelerators: it is told that this is one."""
+    model = build_model(tiny(images), 2)
+    model.classifier.weight.set_data(model.classifier.weight * 64)  # for gradients that overflow
+    ms.save_checkpoint(model, str(tmp_path / "first.ckpt"))
+    keys = {"opt": "momentum", "lr": 1e-3, "loss_scale": 2.0**127, "loss_scale_type": "dynamic", "max_skipped_steps": 0}
+    keys |= {"ckpt_path": str(tmp_path / "first.ckpt"), "scheduler": "constant"}  # a step skipped is none of MindCV's schedule
+    recipe = tiny(images, val_while_train=False, **WHOLE | keys)
+    result = train(recipe, tmp_path / "run", progress=False)
+    monkeypatch.setattr("mindcv.utils.trainer_factory.context.get_context", lambda name: name == "device_target" and "GPU")
+    theirs, step = mindcvs(recipe, len(recorded), drop_overflow_update=True)
+    # the operator that finds an overflow there has no kernel on CPU
+    monkeypatch.setattr(step, "get_overflow_status", lambda status, grads: Tensor(not all(np.isfinite(g.asnumpy()).all() for g in grads)))
+    for (batch,), loss, scale in recorded:
+        assert loss == pytest.approx(float(step(*batch).asnumpy()), rel=1e-4)
+        assert scale == float(step.scale_sense.asnumpy())
+    assert 2 <= result.history[0]["skipped_steps"] <= 8 and step.scale_sense.asnumpy() < 2.0**126
+    assert_same_weights(tmp_path / "run", theirs, step)
+
+
+def test_lamb_lacks_on_cpu_nothing_but_its_kernel(images, tmp_path, monkeypatch):
+    """It is refused before any data is sought; the graph of its update is whole up to the kernel; with one, its steps are LAMB's."""
+    with pytest.raises(ValueError, match="opt lamb has no kernel in MindSpore on CPU: use opt adamw, another device"):
+        train(tiny("nowhere", opt="lamb"), tmp_path / "none", progress=False)
+    recipe = tiny(images, opt="lamb", val_while_train=False, weight_decay_filter="norm_and_bias", **PLAIN)
+    train_module.check_recipe(dataclasses.replace(recipe, device="npu"))
+    ms.set_context(mode=ms.GRAPH_MODE)
+    step = build_step(recipe, model := build_model(recipe, 2), [0.01] * 4)
+    with pytest.raises(RuntimeError, match=r"Unsupported op \[Lamb\] on CPU"):
+        Update(step, 0.5)(*(ops.ones_like(p) for p in model.trainable_params()))
+
+    calls = []
+
+    class Kernel:
+        def __call__(self, var, m, v, lr, beta1, beta2, eps, decay, step, gradient):
+            calls.append((var.name, float(lr.asnumpy()), float(decay), int(step.asnumpy().item())))
+            m.set_data(m * beta1 + gradient * (1 - beta1))
+            v.set_data(v * beta2 + gradient * gradient * (1 - beta2))
+            move = (m / (1 - beta1**step)) / (ops.sqrt(v / (1 - beta2**step)) + eps) + var * decay
+            ratio = ops.norm(var) / ops.norm(move)
+            var.set_data(var - move * lr * (ratio if ratio > 0 else 1))
+            return var
+
+    monkeypatch.setattr("mindspore.nn.optim.lamb.inner", types.SimpleNamespace(Lamb=Kernel))
+    monkeypatch.setattr(train_module, "check_recipe", lambda recipe: None)
+    result = train(recipe, tmp_path / "run", progress=False)
+    assert [step for name, _, _, step in calls if name == "cls_token"] == [1, 2, 3, 4]
+    assert {rate for _, rate, *_ in calls} == {float(np.float32(recipe.lr))}
+    spared = {name for name, _, decay, _ in calls if decay == 0}
+    assert spared == {p.name for p in result.model.trainable_params() if "norm" in p.name or "bias" in p.name}
+    assert np.isfinite(result.train_loss) and finite(result.model.get_parameters())
 
 
 def test_layer_decay_gives_every_parameter_the_rate_that_mindcv_gives_it(images):

@@ -38,6 +38,8 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError("interpolation can only be 'bilinear' or 'bicubic' with framework mindspore, got 'random'")
     if recipe.device not in ("auto", "cpu", "cuda", "npu"):
         raise ValueError(f"device must be auto, CPU, GPU or Ascend with framework mindspore, got {recipe.device!r}")
+    if recipe.opt == "lamb" and (recipe.device == "cpu" or (recipe.device == "auto" and ms.get_context("device_target") == "CPU")):
+        raise ValueError("opt lamb has no kernel in MindSpore on CPU: use opt adamw, another device, or framework pytorch")
     try:
         import mindcv  # noqa: F401
     except ImportError as error:
@@ -113,8 +115,6 @@ def build_step(recipe: Recipe, model: nn.Cell, schedule: list[float]) -> Any:
     from mindcv.optim import create_optimizer
     from mindcv.utils import create_trainer
 
-    if recipe.opt == "lamb" and ms.get_context("device_target") == "CPU":
-        raise ValueError("opt lamb has no kernel in MindSpore on CPU: use opt adamw, another device, or framework pytorch")
     groups: dict[tuple[float, float], list[Any]] = {}
     for parameter in model.trainable_params():
         groups.setdefault(share_and_decay(recipe, parameter.name, parameter.ndim, len(model.blocks)), []).append(parameter)
