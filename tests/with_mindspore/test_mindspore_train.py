@@ -126,6 +126,7 @@ def test_what_infer_refuses(folder, capsys, words, message):
 # everything on that could go astray: stochastic depth, mixing, a policy, erasing, a moving average, saves inside the epoch
 WHOLE = {"epoch_size": 3, "decay_epochs": 3, "ema": True, "clip_grad": True, "ckpt_save_steps": 1, "keep_checkpoint_max": 2}
 WHOLE |= {"drop_path_rate": 0.3, "auto_augment": "autoaug-mstd0.5", "re_value": "random", "mode": 1}  # pynative: nothing to compile
+WHOLE |= {"opt": "adam"}  # as much state as adamw, one operator a parameter
 
 
 @pytest.fixture(scope="module")
