@@ -15,6 +15,7 @@ KEYS = {"model": "convit", "embed_dim": 16, "num_heads": 4, "depth": 2, "local_u
 KEYS |= {"num_classes": 2, "batch_size": 4, "epoch_size": 1, "warmup_epochs": 0, "decay_epochs": 1, "lr": 0.003, "log_interval": 1}
 KEYS |= {"hflip": 0, "color_jitter": None, "scale": [1.0, 1.0], "ratio": [1.0, 1.0], "crop_pct": 1.0, "drop_path_rate": 0, "mode": 1}
 KEYS |= {"ckpt_path": str(DATA / "ten_steps.ckpt"), "num_parallel_workers": 0, "label_smoothing": 0.1, "device": "cpu"}
+KEYS |= {"eps": 1e-8}  # which MindCV takes for every optimiser but rmsprop, whatever its recipe says
 # the optimisers that also MindCV's own trainer takes these steps with; and one whose layer_decay its ConViT has not
 WHOLE = {"ema": True, "ema_decay": 0.9, "clip_grad": True, "clip_value": 0.5, "weight_decay": 0.05}
 CASES = {

@@ -226,7 +226,7 @@ def test_a_fixed_scale_that_overflows_stops_the_run(images, tmp_path, monkeypatc
     assert not list((tmp_path / "run").glob("*.ckpt"))
 
 
-PLAIN = {"weight_decay": 0.1, "lr": 0.005, "ema": False, "clip_grad": False, "scheduler": "constant", "num_samples": 16}
+PLAIN = {"weight_decay": 0.1, "lr": 0.005, "ema": False, "clip_grad": False, "scheduler": "constant", "num_samples": 16, "eps": 1e-8}
 STEPS = {
     "nadam": PLAIN | {"weight_decay_filter": "disable"},
     "sgd": PLAIN,
