@@ -188,7 +188,8 @@ def test_attention_picture_shows_each_head_from_the_marked_patch(tmp_path, drawn
             prefix = attention.shape[-1] - 15
             for head in range(heads + 1):
                 panel = next(panels)
-                assert panel.patches[0].get_xy() == (at % 5, at // 5) and panel.images[-1].get_extent() == [0, 5, 3, 0]
+                assert panel.patches[0].get_xy() == (at % 5, at // 5)
+                assert all(shown.get_extent() == [0, 5, 3, 0] for shown in panel.images) and len(panel.images) == (2 if head else 1)
                 if head == 0:
                     assert panel.get_ylabel() == f"layer {layer + 1}"
                     continue
@@ -218,6 +219,7 @@ def test_pictures_of_a_run_show_its_numbers(tmp_path, drawn):
     assert [line.get_linestyle() for line in left.lines] == ["-", "-", "--"]  # two layers have gates
     assert [spots.get_offsets().tolist() for spots in right.collections] == [[[1, 3], [1, 2]], [[2, 3], [2, 5]], [[3, 4], [3, 8]]]
     figures.plot_gates_over_time(log, tmp_path / "a.png")
+    assert [list(bar.get_yticks()) for bar in drawn[-1].axes[1:]] == [[1, 2]]  # a colour for each layer with gates
     lines = drawn[-1].axes[0].lines
     thick = [line.get_ydata().tolist() for line in lines if line.get_linewidth() == 2]
     np.testing.assert_allclose(thick, [[0.7, 0.7, 0.7], [0.7, 0.69, 0.68]])
@@ -226,6 +228,44 @@ def test_pictures_of_a_run_show_its_numbers(tmp_path, drawn):
     spots = [each.get_offsets()[:, 1].tolist() for each in axes.collections if len(each.get_offsets()) == 2]
     assert spots == [[0.1, 0.2], [0.9, 0.8], [0.3, 0.4], [0.7, 0.6]]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["before", "after"]
+
+
+@pytest.mark.parametrize("top", [1.0, 255.0, -1.0], ids=["of 0 to 1", "of 0 to 255", "normalised"])
+def test_the_picture_is_shown_as_it_is(tmp_path, drawn, top):
+    """Whatever its values say: those of 0 to 1 and of 0 to 255 keep their brightness, others are stretched to it."""
+    image = torch.rand(3, 12, 20) * 0.5
+    given = image * top if top > 0 else 4 * image - 1
+    figures.plot_attention(small().eval(), given, tmp_path / "a.png")
+    expected = image if top > 0 else (image - image.min()) / (image.max() - image.min())
+    np.testing.assert_allclose(drawn[-1].axes[0].images[0].get_array(), expected.permute(1, 2, 0), atol=1e-6)
+    np.testing.assert_allclose(drawn[-1].axes[1].images[0].get_array(), expected.mean(0), atol=1e-6)
+
+
+def test_every_head_has_the_same_room(tmp_path, drawn):
+    model, image = small().eval(), torch.rand(3, 12, 20)
+    for layers in ([0], [0, 1, 2]):
+        figures.plot_attention(model, image, tmp_path / "a.png", layers=layers)
+    one, three = (figure.get_size_inches() for figure in drawn)
+    assert one[0] == three[0] and 2 < three[1] / one[1] < 3
+
+
+def test_percents_end_at_a_hundred(tmp_path, drawn):
+    """And a point at 100 is not cut in half by the edge."""
+    log = records(4)
+    for record, top1 in zip(log, (60.0, 90.0, 100.0, 100.0), strict=True):
+        record["top1"] = top1
+    figures.plot_history(log, tmp_path / "a.png")
+    low, high = drawn[-1].axes[1].get_ylim()
+    assert low < 60 and 100 < high < 110
+
+
+def test_the_range_test_shows_all_of_the_smoothed_curve(tmp_path, drawn):
+    figures.plot_range_test([1e-4, 1e-3, 1e-2], [9.0, 2.0, 30.0], [3.0, 2.0, 4.0], 1e-3, tmp_path / "a.png")
+    axes = drawn[-1].axes[0]
+    assert axes.get_ylim() == pytest.approx((1.8, 4.2)) and axes.get_xscale() == "log"
+    lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert lines["loss of the step"] == [9.0, 2.0, 30.0] and lines["smoothed"] == [3.0, 2.0, 4.0]
+    assert list(axes.lines[2].get_xdata()) == [1e-3, 1e-3] and axes.lines[2].get_label() == "falls fastest: 0.001"
 
 
 def test_attention_picture(tmp_path):
