@@ -284,3 +284,12 @@ def test_a_record_is_there_once(tmp_path):
         archive.writestr("a/data/0", bytes(len(archive.read("a/data/0"))))
     with pytest.raises(ValueError, match=r"a\.pth, 'a/data/0' is there twice"):
         read(tmp_path / "a.pth")
+
+
+def test_archives_of_other_things_are_told_apart(tmp_path):
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(str(tmp_path / "program.pth"))
+    with zipfile.ZipFile(tmp_path / "texts.pth", "w") as file:
+        file.writestr("a/b.txt", "text")
+    for name, what in (("program", r"a TorchScript program \(torch.jit.load runs it\)"), ("texts", "an archive without data.pkl")):
+        with pytest.raises(ValueError, match=rf"{name}.pth is no PyTorch checkpoint: it is {what}"):
+            read(tmp_path / f"{name}.pth")

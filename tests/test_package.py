@@ -65,6 +65,7 @@ def test_env_lists_each_backend_with_its_reason():
     assert set(cpu["why_not"]) >= set(convit.backends())
     text = convit_command("env").stdout
     assert all(f"\n  {name}" in text for name in convit.backends())
+    assert f"instruction set {report['extension']['instruction set']}, " in text
 
 
 def test_env_names_the_threads():
