@@ -9,6 +9,7 @@ from typing import NamedTuple
 from convit.weights.files import MAX_TENSORS, BadFile, shown
 
 MAGIC = b"PK\x03\x04"
+PROGRAM = "is no PyTorch checkpoint: it is a TorchScript program (torch.jit.load runs it)"
 
 
 class Record(NamedTuple):
@@ -48,6 +49,8 @@ def records(path: Path, data: memoryview) -> Iterator[tuple[str, Record]]:
                 wides = iter(struct.unpack_from(f"<{width // 8}Q", fields, 4))
                 length, packed, header = (next(wides, 0) if n == 0xFFFFFFFF else n for n in (length, packed, header))
             fields = fields[4 + width :]
+        if method and b"/code/" in name:
+            raise BadFile(path, PROGRAM)
         if method or packed != length:
             raise BadFile(path, "is compressed, which torch.save never does", shown(name))
         begin = header + 30 + sum(struct.unpack_from("<26xHH", data, header)) if header < len(data) else len(data)

@@ -233,9 +233,10 @@ def _array(path: Path, name: str, tensor: _Tensor) -> np.ndarray:
 def _read_zip(path: Path, data: memoryview) -> Any:
     records = dict(archive.records(path, data))
     folder = next((name.removesuffix("/data.pkl") for name in records if name.endswith("/data.pkl")), None)
-    if folder is None or f"{folder}/constants.pkl" in records:
-        kind = "a TorchScript program (torch.jit.load runs it)" if folder else "an archive without data.pkl"
-        raise BadFile(path, f"is no PyTorch checkpoint: it is {kind}")
+    if folder is None:
+        raise BadFile(path, "is no PyTorch checkpoint: it is an archive without data.pkl")
+    if f"{folder}/constants.pkl" in records:
+        raise BadFile(path, archive.PROGRAM)
     order = records.get(f"{folder}/byteorder")
     if order is not None and bytes(order.data) != b"little":
         raise BadFile(path, "was written on a big-endian machine, which is not supported")
