@@ -362,3 +362,14 @@ def test_a_command_is_asked_for(capsys):
         cli.main([])
     told = capsys.readouterr().err
     assert stopped.value.code == 2 and told.startswith("usage: convit") and "required: command" in told
+
+
+def test_a_runs_recipe_is_taken_when_it_is_resumed_and_not_before(tmp_path, capsys):
+    import yaml
+
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(load_recipe("digits", {"depth": 3})))
+    depths = []
+    for words in (["--ckpt_save_dir", str(tmp_path)], ["--resume", str(tmp_path)], ["--resume", str(tmp_path), "--depth", "4"]):
+        assert cli.main(["train", "--print-config", *words]) == 0
+        depths.append(yaml.safe_load(capsys.readouterr().out)["depth"])
+    assert depths == [load_recipe("digits").depth, 3, 4] and depths[0] != 3

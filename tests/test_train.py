@@ -188,6 +188,11 @@ def test_what_a_run_tells(tmp_path, capsys, caplog):
     assert main([*words, "-q", "--ckpt_save_dir", str(tmp_path / "quiet")]) == 0
     assert capsys.readouterr() == ("", "")
 
+    # what is there is neither lost nor gone on with unasked
+    assert main([*words, "--ckpt_save_dir", str(tmp_path / "told")]) == 1 and "--resume" in capsys.readouterr().err
+    assert main(["train", "--resume", str(tmp_path / "told"), "--epoch_size", "3"]) == 0
+    assert records(tmp_path / "told", "epoch")[:2] == log and len(records(tmp_path / "told", "epoch")) == 3
+
 
 def test_the_bar_of_a_terminal_counts_every_step(monkeypatch):
     pytest.importorskip("rich")
