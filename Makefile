@@ -32,7 +32,7 @@ test-mindspore: .venv-mindspore/ready
 OLDEST := torch==2.6.0 torchvision==0.21.0 numpy==1.26.0 timm==1.0.21
 OLDEST_PYTHON ?= $(shell for p in python3.10 python3.11 python3.12; do $$p -c "" 2> /dev/null && echo $$p && break; done)
 test-oldest: .venv-oldest/ready
-	cd tests && OMP_NUM_THREADS=1 ../.venv-oldest/bin/pytest -n 2 --dist worksteal $(addprefix test_,$(addsuffix .py,accelerate autograd compile composed linear model timm))
+	cd tests && OMP_NUM_THREADS=1 ../.venv-oldest/bin/pytest -n 2 --dist worksteal $(addprefix test_,$(addsuffix .py,accelerate autograd compile composed linear model replaced timm))
 
 .venv-oldest/ready: $(SOURCES) $(wildcard convit/*.py convit/*/*.py convit/*/*/*.py kernels/*.py kernels/*/*.py)
 	test -x .venv-oldest/bin/python || $(OLDEST_PYTHON) -m venv .venv-oldest

@@ -238,6 +238,23 @@ def test_ours_never_lays_patches_otherwise_than_the_image():
         ours(x)
 
 
+@pytest.mark.parametrize("wrap", [Alone, lambda module: HandsOn(HandsOnNames(module))], ids=["alone", "hands on"])
+def test_wrappers_compile_into_one_graph(wrap):
+    ours = ours_like(timm_model(), 64)
+    ours.blocks[0], ours.blocks[1].attn = wrap(ours.blocks[0]), wrap(ours.blocks[1].attn)
+    close(torch.compile(ours, fullgraph=True, backend="eager")(X), ours(X))
+
+
+@pytest.mark.parametrize("path", ["qk.weight", "v.weight", "v.bias", "pos_proj.weight", "pos_proj.bias", "gating_param", "proj.weight", ""])
+def test_freed_memory_is_not_read(path):
+    """As offloading and sharding leave it between the calls."""
+    attention, x = convit.GPSA(16, 2, qkv_bias=True), torch.randn(1, 16, 16)
+    freed = attention.get_submodule(path.rpartition(".")[0]).get_parameter(path.rpartition(".")[2]).data if path else x
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="setStorage|storage|not allocated"):
+        attention(x)
+
+
 def test_undo_follows_what_the_model_has_now():
     model = timm_model().eval()
     expected = model(X)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from convit import ops
 from convit.kernels.eager import bare, intercepted, know, placed_like, plain
 from convit.kernels.gpsa import reference
-from convit.pytorch.grid import Grid, ImageGrid, is_square, square_grid, takes_grid
+from convit.pytorch.grid import Grid, ImageGrid, Ways, is_square, square_grid, takes_grid
 
 
 def local_offsets(num_heads: int) -> list[tuple[float, float]]:
@@ -195,7 +195,7 @@ class GPSA(nn.Module):
         weight, bias = self.pos_proj.weight, self.pos_proj.bias
         if bias is not None and torch.is_grad_enabled() and bias.requires_grad and not torch.jit.is_tracing():
             # the softmax cancels the bias; zero times it gives the optimiser and DDP its gradient, exactly zero
-            weight = weight + 0.0 * bias[:, None]
+            weight = weight[:] + 0.0 * bias[:, None]  # views are held against their storage: that of freed memory raises
         return weight
 
     def _grid(self, tokens: int, grid: Grid | None) -> Grid:
@@ -314,7 +314,7 @@ def _project(module: GPSA | MHSA, out: Tensor, batch: int, tokens: int, dim: int
     return cast(Tensor, module.proj_drop(ops.linear(module.proj, out)))
 
 
-def told(module: nn.Module, ways: frozenset[str], x: Tensor, grid: Grid | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def told(module: nn.Module, ways: Ways, x: Tensor, grid: Grid | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments, positional and named, of what takes a grid in these ``ways`` (``takes_grid``).
 
     Raises:

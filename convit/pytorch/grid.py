@@ -11,7 +11,8 @@ from torch import nn
 
 Grid = tuple[int, int]
 Layout = Literal["square", "image", "either"]
-WAYS = frozenset(("keyword", "position"))
+Ways = tuple[str, ...]
+WAYS: Ways = ("keyword", "position")
 
 
 def is_square(tokens: int) -> bool:
@@ -94,15 +95,18 @@ class ImageGrid:
         return copied
 
 
-def takes_grid(function: Callable[..., Any], inner: Callable[[], frozenset[str]] = lambda: WAYS) -> frozenset[str]:
+def takes_grid(function: Callable[..., Any], inner: Callable[[], Ways] = lambda: WAYS) -> Ways:
     """How ``function`` takes a grid beside x: "keyword", "position", both or neither. ``inner`` is asked where it hands on what it gets.
 
     Not every second argument is one: only what is named ``grid``, or has to be given.
     """
     try:
-        parameters = list(inspect.signature(function, follow_wrapped=False).parameters.values())
+        if torch.compiler.is_compiling():  # which knows no options of it
+            parameters = list(inspect.signature(function).parameters.values())
+        else:
+            parameters = list(inspect.signature(function, follow_wrapped=False).parameters.values())
     except (TypeError, ValueError):  # in C
-        return frozenset()
+        return ()
     kinds = [each.kind for each in parameters]
     ordered = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
     keyword = any(each.name == "grid" and each.kind is not each.POSITIONAL_ONLY for each in parameters)
@@ -111,4 +115,4 @@ def takes_grid(function: Callable[..., Any], inner: Callable[[], frozenset[str]]
         position = ordered[1].name == "grid" or ordered[1].default is inspect.Parameter.empty
     else:
         position = inspect.Parameter.VAR_POSITIONAL in kinds and "position" in inner()
-    return frozenset(way for way, holds in (("keyword", keyword), ("position", position)) if holds)
+    return tuple(way for way, holds in zip(WAYS, (keyword, position), strict=True) if holds)

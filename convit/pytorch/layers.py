@@ -14,7 +14,7 @@ from convit.architecture import bicubic
 from convit.dispatch import nearest
 from convit.kernels.eager import exporting, know
 from convit.pytorch.gpsa import GPSA, MHSA, told
-from convit.pytorch.grid import WAYS, Grid, takes_grid
+from convit.pytorch.grid import WAYS, Grid, Ways, takes_grid
 
 Size = int | tuple[int, int]
 
@@ -210,17 +210,18 @@ def arguments(module: nn.Module, x: Tensor, grid: Grid | None) -> tuple[tuple[An
     return told(module, _ways(module), x, grid)
 
 
-def _ways(module: nn.Module) -> frozenset[str]:
+def _ways(module: nn.Module) -> Ways:
     return takes_grid(module.forward, lambda: _inner_ways(module))
 
 
-def _inner_ways(module: nn.Module) -> frozenset[str]:
+def _inner_ways(module: nn.Module) -> Ways:
     """How what stands inside ``module`` takes a grid."""
     if isinstance(module, (Block, GPSA)):  # whose own forward stands behind what is in its place
         return WAYS
     children = list(module.children())
     holding = [child for child in children if any(isinstance(each, (Block, GPSA)) for each in child.modules())]
-    return WAYS.intersection(*(_ways(child) for child in holding or children))
+    found = [_ways(child) for child in holding or children]
+    return tuple(way for way in WAYS if all(way in each for each in found))
 
 
 def _call(module: nn.Module, x: Tensor, grid: Grid | None) -> Tensor:
