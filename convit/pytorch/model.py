@@ -29,7 +29,8 @@ class ConViT(nn.Module):
         patch_size: Patch height and width.
         in_chans: Image channels.
         num_classes: Outputs of the head; 0 for none.
-        global_pool: "token" (class token), "avg" (mean over patches) or "" (all tokens to the head).
+        global_pool: "token" (class token), "avg" (mean over patches) or "" (all tokens to the head). Where no block reads the class token
+            (``local_up_to_layer = depth``), "avg" is still the mean over all patches; timm's leaves out the first.
         embed_dim: Total width C (timm's ConVit takes the width per head).
         depth: Blocks.
         num_heads: Heads H, a divisor of ``embed_dim``.
