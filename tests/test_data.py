@@ -76,6 +76,9 @@ def test_a_class_that_is_not_the_models_is_named(root, run, tmp_path):
     (tmp_path / "names.txt").write_text("a\nbb\nc\n")
     found = validate(recipe(tmp_path / "data", ckpt_path=str(run / "best.pth"), class_map=str(tmp_path / "names.txt")), progress=False)
     assert found["top1"] == 100
+    (tmp_path / "names.txt").write_text("a\nbb\nc\nbb\n")
+    with pytest.raises(ValueError, match=r"names.txt names the class 'bb' twice"):
+        open_source(recipe(tmp_path / "data", class_map=str(tmp_path / "names.txt")), train=False)
 
 
 def test_without_recorded_names_fewer_classes_are_imagenets_or_refused(root, tmp_path):
@@ -128,6 +131,9 @@ def test_folders_as_strangers_leave_them(root, tmp_path, caplog):
     with pytest.raises(ValueError, match=r"holds the shard train\.tar and the folder train: choose with --dataset wds or --dataset folder"):
         open_source(recipe(tmp_path / "deep"), train=True)
     assert open_source(recipe(tmp_path / "deep", dataset="folder"), train=True).classes == ["a", "b", "c"]
+    (tmp_path / "deep/train.tar").rename(tmp_path / "deep/train-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match=r"holds the file train-0.*parquet and the folder train: choose with --dataset hfds or"):
+        open_source(recipe(tmp_path / "deep"), train=True)
 
 
 def test_num_samples_are_an_even_share_of_each_class():
@@ -160,14 +166,19 @@ def test_policies_of_mindcv_or_a_message(root):
     for typo in ("trivialaugwhite", "randaugg-m9", "rand-m9-zzz3"):
         with pytest.raises(ValueError, match=f"auto_augment '{typo}' is no policy of the kinds randaug"):
             TrainData(recipe(root, auto_augment=typo), World(), CPU)
+    for typo, section in (("randaug-m9-mstd", "mstd"), ("augmix-m3-w", "w"), ("rand-m9-", ""), ("autoaug-tweights", "tweights")):
+        with pytest.raises(ValueError, match=f"auto_augment '{typo}': '{section}' is no name with a number"):
+            recipe(root, auto_augment=typo)  # which timm and MindCV would take without it
+    assert data_module.train_transform(recipe(root, auto_augment="rand-m9-tweights"))(image).shape == (3, 32, 32)
 
 
 def test_published_weights_are_evaluated_as_published():
     from convit.cli.validate import as_published
 
-    for config in (None, "convit_small"):
+    for config in (None, "convit_small", "small", "finetune"):
         found = as_published(load_recipe(config, {"model": "convit_small", "pretrained": True, "crop_pct": 0.95}), {})
         assert (found.crop_pct, found.interpolation) == (0.875, "bicubic")
+        assert (found.image_resize, found.patch_size, found.depth, found.local_up_to_layer) == (224, None, None, None)
     asked = load_recipe("convit_small", {"pretrained": True, "crop_pct": 0.8})
     assert as_published(asked, {"crop_pct": "0.8"}).crop_pct == 0.8
     plus = load_recipe("convit_tiny", {"model": "convit_tiny_plus", "pretrained": True})

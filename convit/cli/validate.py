@@ -18,6 +18,9 @@ from convit.weights.published import variants
 # recipe keys that evaluation asks about
 EVALUATION = ("framework", "device", "ckpt_path", "pretrained", "model", "num_classes", "image_resize", "crop_pct", "interpolation")
 
+# recipe keys of the model's shape; without them a variant has its own
+SHAPE = ("patch_size", "embed_dim", "depth", "num_heads", "local_up_to_layer", "locality_strength")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = """examples:
@@ -99,11 +102,13 @@ def evaluation_recipe(args: argparse.Namespace) -> Recipe:
 
 
 def as_published(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
-    """With published weights, the crop, interpolation, mean and std that they were published with, but for keys that are ``given``."""
+    """With published weights, their shape and the image size, crop, interpolation, mean and std that they were published with, but for keys
+    that are ``given``."""
     if not recipe.pretrained or recipe.in_channels != 3 or recipe.model not in variants():
         return recipe
     own: dict[str, Any] = {"crop_pct": 0.875, "interpolation": "bicubic", "mean": Recipe().mean, "std": Recipe().std}
     if recipe.framework == "mindspore" or recipe.model not in variants("timm"):  # MindCV's weights
         published = load_recipe(recipe.model)
         own = {name: getattr(published, name) for name in own}
+    own |= {"image_resize": Recipe().image_resize} | dict.fromkeys(SHAPE)
     return dataclasses.replace(recipe, **{name: value for name, value in own.items() if name not in given})

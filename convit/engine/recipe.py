@@ -451,6 +451,10 @@ def _check_together(source: str, recipe: Recipe) -> None:
             )
     if min(recipe.std) <= 0:
         raise ValueError(f"{source}: std must be positive, got {shown(recipe.std)}")
+    policy, *sections = (recipe.auto_augment or "").split("-")
+    for section in sections:  # timm and MindCV pass over what has no number, but for timm's names of sets, as tweights
+        if not re.fullmatch(r"[a-z]+[0-9.]+" + r"|t\w+" * policy.startswith("rand"), section):
+            raise ValueError(f"{source}: auto_augment {shown(recipe.auto_augment)}: {section!r} is no name with a number, as mstd0.5 is")
     if (recipe.mixup or recipe.cutmix) and recipe.batch_size % 2:
         raise ValueError(f"{source}: batch_size must be even with mixup or cutmix, got {recipe.batch_size}")
     if recipe.early_stop and not recipe.val_while_train:

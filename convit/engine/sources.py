@@ -5,6 +5,7 @@ import io
 import logging
 import re
 import tarfile
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -270,6 +271,8 @@ def open_source(recipe: Recipe, train: bool, classes: list[str] | None = None) -
         raise ValueError(f"{only} leaves nothing to tell apart: training needs images of two classes at least")
     if recipe.class_map:
         names = [line.strip() for line in read_text(Path(recipe.class_map).expanduser(), MOST_CLASSES * 100).splitlines() if line.strip()]
+        if twice := next((name for name, count in Counter(names).items() if count > 1), None):
+            raise ValueError(f"{recipe.class_map} names the class {twice!r} twice, so that nobody knows which number it has")
         match_classes(source, names, recipe.class_map)
     elif classes:
         match_classes(source, classes, "the checkpoint or the training data")
@@ -338,10 +341,11 @@ def _open(recipe: Recipe, train: bool) -> Source:
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     kind = recipe.dataset
     if kind == "imagenet":
-        if shards and folder and shards[0].parent != folder:
-            raise ValueError(
-                f"{root} holds the shard {shards[0].name} and the folder {folder.name}: choose with --dataset wds or --dataset folder"
-            )
+        tables = [path for name in names for pattern in (f"{name}*.parquet", f"data/{name}*.parquet") for path in root.glob(pattern)]
+        for files, what, which in ((shards, "shard", "wds"), (tables, "file", "hfds")):
+            if files and folder and files[0].parent != folder:
+                both = f"{root} holds the {what} {files[0].name} and the folder {folder.name}"
+                raise ValueError(f"{both}: choose with --dataset {which} or --dataset folder")
         saved = any((root / name).exists() for name in ("dataset_dict.json", "state.json", "dataset_info.json"))
         columns = any(next(root.glob(pattern), None) for pattern in ("*.parquet", "data/*.parquet", "*/*.parquet", "*.arrow"))
         kind = "wds" if shards else "hfds" if saved or columns else "folder"
