@@ -12,7 +12,7 @@ import pytest
 from checkpoints import DATA, randomised, snapshot, tiny, torch, unchanged
 
 from convit.engine.pytorch import checkpoint
-from convit.weights import load
+from convit.weights import load, mindspore_file
 from convit.weights.load import load_checkpoint, read, read_file, write_file
 
 
@@ -293,3 +293,15 @@ def test_archives_of_other_things_are_told_apart(tmp_path):
     for name, what in (("program", r"a TorchScript program \(torch.jit.load runs it\)"), ("texts", "an archive without data.pkl")):
         with pytest.raises(ValueError, match=rf"{name}.pth is no PyTorch checkpoint: it is {what}"):
             read(tmp_path / f"{name}.pth")
+
+
+def test_facts_of_mindspores_files_are_read_within_bounds(tmp_path):
+    """Without MindSpore, whose reader believes what a file says of its sizes."""
+    write_file(tmp_path / "a.ckpt", {"a": np.ones(2, np.float32)}, {"act": "gelu", "norm_eps": 1e-6})
+    assert mindspore_file.facts(tmp_path / "a.ckpt", "convit") == {"act": "gelu", "norm_eps": 1e-6}
+    assert mindspore_file.facts(tmp_path / "a.ckpt", "convit_run") == {} == mindspore_file.facts(tmp_path / "a.ckpt", "a")
+    (tmp_path / "a.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:-20])
+    os.mkfifo(tmp_path / "pipe.ckpt")
+    for name in ("a.ckpt", "pipe.ckpt"):
+        with pytest.raises(ValueError, match=name):
+            mindspore_file.facts(tmp_path / name, "convit")

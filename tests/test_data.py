@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import signal
+import sys
 import tarfile
 from pathlib import Path
 
@@ -16,6 +17,7 @@ torch = pytest.importorskip("torch")
 from PIL import Image  # noqa: E402
 from training import pictures  # noqa: E402
 
+from convit.cli import main  # noqa: E402
 from convit.engine.pytorch import data as data_module  # noqa: E402
 from convit.engine.pytorch.data import EvalData, TrainData, timm_policy  # noqa: E402
 from convit.engine.pytorch.train import train  # noqa: E402
@@ -255,6 +257,22 @@ def test_a_single_class_is_no_data_to_train_on(root, tmp_path, train):
             open_source(recipe(root, num_classes=1), train=True)
     else:
         assert open_source(recipe(tmp_path), train=False).classes == ["a"]  # some of a model's classes can be scored
+
+
+def test_a_class_map_may_come_from_windows(root, tmp_path):
+    (tmp_path / "map.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\r\nc\r\n")
+    assert open_source(recipe(root, class_map=str(tmp_path / "map.txt")), train=True).classes == ["a", "b", "c"]
+
+
+def test_names_that_are_no_text_are_printed(run, tmp_path, monkeypatch):
+    """A file's name is bytes: one that the terminal cannot show stopped all images after it."""
+    for name in (b"\xff.png", b"z.png"):
+        Image.new("RGB", (32, 32)).save(os.fsencode(tmp_path) + b"/" + name)
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["infer", str(tmp_path), "--ckpt_path", str(run), "-q", "--num_parallel_workers", "0"]) == 0
+    out.flush()
+    assert b"/\\udcff.png" in out.buffer.getvalue() and b"/z.png" in out.buffer.getvalue()
 
 
 # --- labels of strangers ---

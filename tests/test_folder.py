@@ -1,9 +1,12 @@
 """The folder of a run: one holder, nothing of others touched, and what resuming says where something is not as it was."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 import signal
+import stat
 import time
 import types
 from pathlib import Path
@@ -107,6 +110,26 @@ def test_one_run_at_a_time(tmp_path):
     os.write(release[1], b"x")
 
 
+@pytest.mark.parametrize("files", [True, False])
+def test_file_systems_that_lock_no_folder(tmp_path, monkeypatch, caplog, files):
+    """NFS locks only what is open for writing: a file in the folder then. Where there are no locks at all, that is said."""
+    flock = fcntl.flock
+
+    def limited(lock, how):
+        if not files or stat.S_ISDIR(os.fstat(lock).st_mode):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", limited)
+    first = Folder(tmp_path, "last.pth", True, False)
+    if files:
+        with pytest.raises(BlockingIOError, match=f"in use by another run, process {os.getpid()} on "):
+            Folder(tmp_path, "last.pth", True, False)
+    first.release()
+    Folder(tmp_path, "last.pth", True, False).release()
+    assert ("its file system has no locks" in caplog.text) is not files
+
+
 def test_pairs_of_runs_damage_nothing(tmp_path):
     """Two processes at once on one folder: one trains, the other is refused or comes after, and what is there is whole."""
     words = command(tmp_path / "run", "--overwrite", "-q", epoch_size=1, num_samples=64, val_while_train="false")[3:]
@@ -126,6 +149,15 @@ def test_a_state_without_a_key_is_refused(run, key):
     state = torch.load(run / "last.pth", weights_only=True)
     torch.save({name: value for name, value in state.items() if name != key}, run / "last.pth")
     with pytest.raises(ValueError, match=r"last\.pth (is no (state|checkpoint) of a|holds another)"):
+        train(small(**WHOLE), run, resume=True, progress=False)
+
+
+@pytest.mark.parametrize("wrong", [{"epoch": "3"}, {"step": -1}, {"best": float("nan")}, {"kept": 5}, {"updates": 1.5}])
+def test_a_state_of_odd_numbers_is_refused(run, wrong):
+    state = torch.load(run / "last.pth", weights_only=True)
+    state["progress"] |= wrong
+    torch.save(state, run / "last.pth")
+    with pytest.raises(ValueError, match=rf"last\.pth is no state of a run: its {next(iter(wrong))} cannot be"):
         train(small(**WHOLE), run, resume=True, progress=False)
 
 

@@ -207,6 +207,15 @@ def test_a_proxy_is_honoured(server, monkeypatch):
     proxy.server_close()
 
 
+def test_a_checksum_that_is_none_is_not_believed(server, tmp_path):
+    cache = published.cache_folder()
+    cache.mkdir(parents=True)
+    (cache / "convit_tiny.pth").write_bytes(b"anything")
+    (cache / "convit_tiny.pth.sha256").write_text("")
+    with pytest.raises(ValueError, match=r"convit_tiny\.pth\.sha256 holds no SHA-256"):
+        published.fetch("convit_tiny", "fair")
+
+
 @pytest.mark.parametrize("recorded", [True, False])
 def test_a_cache_that_can_only_be_read(tmp_path, recorded):
     """Shared by all users of a machine: what is there is checked and used, what is not is a message that names the place."""

@@ -6,6 +6,7 @@ Exit status: 0 done, 1 a known failure (its message on stderr, no traceback), 2 
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Collection
@@ -90,6 +91,8 @@ def main(argv: list[str] | None = None) -> int:
         chosen.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     from convit.engine.world import find_world
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and classes may have what the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         world = find_world()
         if args.command not in TOGETHER and world.rank:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import socket
@@ -18,6 +19,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+logger = logging.getLogger("convit")
+
 
 @contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
@@ -32,7 +35,8 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     except (OSError, RuntimeError) as error:  # torch and MindSpore report a full disk as RuntimeError
         intact = f"; the {path.name} written before is intact" if path.exists() else ""
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise OSError(f"cannot write {path}: {reason}{intact}. Free some space and go on with --resume") from error
+        way = "Free some space and go on" if path.parent.is_dir() else f"{path.parent} is gone: put it back and go on"
+        raise OSError(f"cannot write {path}: {reason}{intact}. {way} with --resume") from error
 
 
 @dataclasses.dataclass
@@ -166,20 +170,23 @@ def _manifest(folder: Path) -> tuple[set[str], bool]:
 
 
 def _hold(folder: Path) -> int | None:
-    """Lock a folder; None where the system has no such locks (Windows, some network file systems)."""
+    """Lock a folder, or where only what is open for writing can be locked (NFS) a file in it; None where there are no locks (Windows)."""
     if fcntl is None:
         return None
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise BlockingIOError(f"{folder} is in use by {_holder(folder)}: wait until it has ended, or choose another folder") from None
-    except OSError:
-        os.close(lock)
-        return None
-    _held.add(lock)
-    return lock
+    for path, flags in ((folder, os.O_RDONLY), (folder / ".lock", os.O_RDWR | os.O_CREAT)):
+        lock = os.open(path, flags, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise BlockingIOError(f"{folder} is in use by {_holder(folder)}: wait until it has ended, or choose another folder") from None
+        except OSError:
+            os.close(lock)
+        else:
+            _held.add(lock)
+            return lock
+    logger.warning("%s: its file system has no locks, so that no other run is kept out of it", folder)
+    return None
 
 
 def _holder(folder: Path) -> str:

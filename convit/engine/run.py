@@ -22,6 +22,7 @@ from convit.engine.folder import Folder, Log, Progress, last_epoch, writing
 from convit.engine.recipe import FIELDS, FREE, Recipe, changed_keys, dump_recipe
 from convit.engine.shown import Bar, Boards
 from convit.engine.world import World, find_world
+from convit.weights.files import shown
 
 logger = logging.getLogger("convit")
 
@@ -239,6 +240,9 @@ class Run(ABC):
             at = self.progress = Progress(**saved["progress"])
         except TypeError as error:
             raise ValueError(f"{self.last} is no state of a run: {error}") from None
+        wrong = [name for name, value in vars(at).items() if not _is_like(value, getattr(Progress(), name))]
+        if wrong:
+            raise ValueError(f"{self.last} is no state of a run: its {wrong[0]} cannot be {shown(getattr(at, wrong[0]))}")
         self._compare(saved)
         if at.step and (self.whole_epochs or saved["global_batch"] != self.plan.global_batch):
             raise ValueError(
@@ -439,3 +443,10 @@ class Run(ABC):
 
     def _facts(self) -> dict[str, Any]:
         return {"recipe": dataclasses.asdict(self.recipe), "classes": list(self.plan.classes)}
+
+
+def _is_like(value: Any, usual: Any) -> bool:
+    """Whether it may stand where a new run has ``usual``."""
+    if isinstance(usual, list):
+        return isinstance(value, list)
+    return isinstance(value, (int, float) if isinstance(usual, float) else int) and value >= min(usual, 0) and value != math.inf

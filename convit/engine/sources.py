@@ -270,7 +270,8 @@ def open_source(recipe: Recipe, train: bool, classes: list[str] | None = None) -
         only = "num_classes 1" if recipe.num_classes == 1 else f"{source.where} with the single class {source.classes[0]!r}"
         raise ValueError(f"{only} leaves nothing to tell apart: training needs images of two classes at least")
     if recipe.class_map:
-        names = [line.strip() for line in read_text(Path(recipe.class_map).expanduser(), MOST_CLASSES * 100).splitlines() if line.strip()]
+        text = read_text(Path(recipe.class_map).expanduser(), MOST_CLASSES * 100).removeprefix("\ufeff")
+        names = [line.strip() for line in text.splitlines() if line.strip()]
         if twice := next((name for name, count in Counter(names).items() if count > 1), None):
             raise ValueError(f"{recipe.class_map} names the class {twice!r} twice, so that nobody knows which number it has")
         match_classes(source, names, recipe.class_map)

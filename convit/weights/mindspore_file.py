@@ -14,7 +14,7 @@ import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,9 @@ from convit.weights.files import (
     Settings,
     Tensors,
     little_endian,
+    mapped,
     name_of,
+    parse_json,
     parse_settings,
     shown,
 )
@@ -64,22 +66,9 @@ def read(path: Path, data: memoryview) -> tuple[Tensors, Settings | None]:
     Raises:
         BadFile: It is truncated, damaged or no MindSpore checkpoint.
     """
-    body = data[:-17] if bytes(data[-17:-10]) == b"crc_num" else data
-    values: dict[str, _Value] = {}
-    try:
-        for count, (number, value) in enumerate(_fields(body)):
-            if number != 1 or count >= MAX_TENSORS:
-                raise ValueError(f"field {number}" if number != 1 else f"tensor after {MAX_TENSORS:,} others")
-            _read_value(_bytes(value), values)
-    except IndexError:
-        raise BadFile(path, "is truncated, or is no MindSpore checkpoint") from None
-    except ValueError as error:
-        raise BadFile(path, f"is no MindSpore checkpoint, or is damaged: unexpected {str(error)[:200]}") from None
-    if len(body) < len(data) and zlib.crc32(body) != int.from_bytes(data[-10:], "big"):
-        raise BadFile(path, "is damaged: its CRC-32 does not match its content")
     tensors: Tensors = {}
     settings = None
-    for tag, (kind, dims, pieces) in values.items():
+    for tag, (kind, dims, pieces) in _values(path, data).items():
         content = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
         if kind == "str":
             if tag == SETTINGS:
@@ -95,6 +84,39 @@ def read(path: Path, data: memoryview) -> tuple[Tensors, Settings | None]:
             raise BadFile(path, f"is truncated or damaged: {numbers} {kind} has {len(content)} bytes", shown(tag))
         tensors[tag] = np.frombuffer(content, dtype).reshape(dims)
     return tensors, settings
+
+
+def facts(path: Path, name: str) -> dict[str, Any]:
+    """The object that the string ``name`` holds as JSON; empty if the file has no such string.
+
+    Raises:
+        OSError: The file cannot be opened.
+        BadFile: See ``read``.
+    """
+    data = mapped(path)
+    read(path, data)
+    found = _values(path, data).get(name)
+    if found is None or found.kind != "str":
+        return {}
+    loaded = parse_json(path, str(b"".join(found.pieces), "utf-32-le", "replace"), shown(name))
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _values(path: Path, data: memoryview) -> dict[str, _Value]:
+    body = data[:-17] if bytes(data[-17:-10]) == b"crc_num" else data
+    values: dict[str, _Value] = {}
+    try:
+        for count, (number, value) in enumerate(_fields(body)):
+            if number != 1 or count >= MAX_TENSORS:
+                raise ValueError(f"field {number}" if number != 1 else f"tensor after {MAX_TENSORS:,} others")
+            _read_value(_bytes(value), values)
+    except IndexError:
+        raise BadFile(path, "is truncated, or is no MindSpore checkpoint") from None
+    except ValueError as error:
+        raise BadFile(path, f"is no MindSpore checkpoint, or is damaged: unexpected {str(error)[:200]}") from None
+    if len(body) < len(data) and zlib.crc32(body) != int.from_bytes(data[-10:], "big"):
+        raise BadFile(path, "is damaged: its CRC-32 does not match its content")
+    return values
 
 
 def _read_value(message: memoryview, values: dict[str, _Value]) -> None:

@@ -21,7 +21,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from convit.weights.files import locked, replacing
+from convit.weights.files import check_regular, locked, read_text, replacing
 
 logger = logging.getLogger("convit")
 
@@ -83,7 +83,10 @@ def fetch(name: str, source: str | None = None) -> Path:
     expected = prefix[1] if prefix else ""
     if path.exists():
         if record.exists():
-            expected = record.read_text().strip()
+            expected = read_text(record, 1000).strip()
+            if not re.fullmatch("[0-9a-f]{64}", expected):
+                raise ValueError(f"{record} holds no SHA-256: delete it and {path.name} to download them again")
+        check_regular(path)
         with open(path, "rb") as file:
             digest = _sha256(file)
         if not digest.startswith(expected):
