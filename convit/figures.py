@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from convit.engine.folder import log_lines
+from convit.weights.files import BadFile, shown
 
 Gates = Sequence[Sequence[float]]  # [layer][head]
 
@@ -58,10 +59,38 @@ def read_log(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
         if record.get("kind", "epoch") == "epoch" and "epoch" in record:
             if "gating" in record:  # the name of logs written before the gates were called by theirs
                 record["gate"] = record.pop("gating")
+            _check_record(path, f"line {number}", record, records[0] if records else record)
             records.append(record)
     if not records:
         raise ValueError(f"{path} holds no finished epoch yet")
     return records
+
+
+def _check_record(path: Path, place: str, record: dict[str, Any], first: dict[str, Any]) -> None:
+    """Refuse values of which no picture can be drawn; NaN and what is missing are left out of it."""
+    if type(record["epoch"]) is not int or not 0 <= record["epoch"] < 1 << 31:
+        raise BadFile(path, f"has no epoch: {shown(record['epoch'])}", place)
+    for name in ("train_loss", "val_loss", "top1", "top5", "lr"):
+        value = record.get(name)
+        if value is not None and (type(value) not in (int, float) or not _is_drawable(value)):
+            raise BadFile(path, f"must have a number for {name}, got {shown(value)}", place)
+    for name in ("gate", "distance"):
+        if record.get(name) and _heads(record[name]) != _heads(first.get(name) or record[name]):
+            raise BadFile(path, f"must have a number for every head of every layer, as the first epoch has, for {name}", place)
+        if record.get(name) and not _heads(record[name]):
+            raise BadFile(path, f"must have a number for every head of every layer for {name}, got {shown(record[name])}", place)
+
+
+def _heads(layers: Any) -> tuple[int, ...]:
+    """How many heads each layer has; nothing for what is no list of lists of numbers."""
+    if not isinstance(layers, list) or not all(isinstance(heads, list) and heads for heads in layers):
+        return ()
+    numbers = all(type(value) in (int, float) and _is_drawable(value) for heads in layers for value in heads)
+    return tuple(map(len, layers)) if numbers else ()
+
+
+def _is_drawable(value: float) -> bool:
+    return not 1e300 < abs(value) < math.inf
 
 
 def plot_history(log: str | os.PathLike[str] | Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> Path:

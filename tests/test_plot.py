@@ -278,3 +278,23 @@ def test_attention_picture(tmp_path):
     with pytest.raises(ValueError, match="same layers"):
         figures.plot_gates([[0.5]], [[0.5, 0.5]], tmp_path / "b.png")
     assert not (tmp_path / "b.png").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"train_loss": "x"}, {"val_loss": 10**400}, {"top1": [1]}, {"lr": True}, {"epoch": "a"}, {"epoch": 1.5}, {"epoch": -5}),
+        *({"gate": [[None]]}, {"gate": [[0.5]]}, {"gate": [[[0.5, 0.5]]]}, {"gate": "abc"}, {"gate": {"a": 1}}, {"gate": [[0.5], [0.5]]}),
+        *({"distance": [["x", 1]]}, {"distance": [[1.0, 2.0], [1.0]]}, {"distance": [[10**400, 1]]}),
+    ],
+    ids=lambda wrong: str(wrong)[:30],
+)
+def test_a_strangers_log_is_refused_by_line(tmp_path, wrong):
+    good = {"kind": "epoch", "epoch": 0, "train_loss": 1.0, "top1": 50.0, "lr": 1e-3, "gate": [[0.5, 0.5]], "distance": [[1.0, 1.0]]}
+    lines = [good, good | {"epoch": 1, "train_loss": float("nan"), "gate": [[float("nan"), 1]]}, good | {"epoch": 2} | wrong]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=rf"log\.jsonl, line 3 .*{next(iter(wrong))}") as error:
+        figures.read_log(tmp_path)
+    assert len(str(error.value)) < 400
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
+    assert len(figures.read_log(tmp_path)) == 2
