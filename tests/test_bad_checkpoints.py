@@ -12,7 +12,7 @@ import pytest
 from checkpoints import DATA, randomised, snapshot, tiny, torch, unchanged
 
 from convit.engine.pytorch import checkpoint
-from convit.weights import load, mindspore_file
+from convit.weights import load, mindspore_file, torch_file
 from convit.weights.load import load_checkpoint, read, read_file, write_file
 
 
@@ -305,3 +305,11 @@ def test_facts_of_mindspores_files_are_read_within_bounds(tmp_path):
     for name in ("a.ckpt", "pipe.ckpt"):
         with pytest.raises(ValueError, match=name):
             mindspore_file.facts(tmp_path / name, "convit")
+
+
+def test_paths_of_every_python_are_values(tmp_path):
+    """Training scripts store their arguments; Python 3.13 calls the class of paths by another name."""
+    for module in (b"pathlib", b"pathlib._local"):
+        path = b"c" + module + b"\nPosixPath\n(X\x03\x00\x00\x00runtR"
+        pickled(tmp_path, "a.pth", b"}(X\x03\x00\x00\x00out" + path + b"X\x05\x00\x00\x00epochK\x05u")
+        assert torch_file.facts(tmp_path / "a.pth") == {"epoch": 5}

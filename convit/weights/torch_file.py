@@ -77,7 +77,7 @@ _INERT = tuple(
         ("copyreg copy_reg", "_reconstructor"),
         ("numpy", "dtype ndarray"),
         ("numpy.core.multiarray numpy._core.multiarray", "_reconstruct scalar"),
-        ("pathlib", "PosixPath WindowsPath"),
+        ("pathlib pathlib._local", "PosixPath WindowsPath"),  # the latter of Python 3.13
         ("torch", "Generator Tensor device"),
         ("torch._utils", "_rebuild_meta_tensor_no_storage _rebuild_qtensor _rebuild_sparse_tensor"),
         ("torch.nn.parameter", "Parameter"),
