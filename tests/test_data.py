@@ -543,3 +543,21 @@ def test_choose_samples():
 )
 def test_policies_of_mindcv_in_words_of_timm(mindcv, timm):
     assert timm_policy(mindcv) == timm
+
+
+def test_digits_are_normalised_and_what_they_leave_is_black():
+    """At their own 8 x 8 pixels: scaled by the recipe's mean and std; moved within the margin, whose pixels are a black image's."""
+    pytest.importorskip("sklearn")
+    keys = {"image_resize": 8, "patch_size": 2, "mean": [0.25], "std": [0.5], "batch_size": 16, "shift": 0}
+    black, recipe = -0.5, load_recipe("digits", keys)
+    images, targets = next(iter(EvalData(recipe, World(), CPU)))
+    source = open_source(recipe, False)
+    assert source.pixels.min() == 0 and source.pixels.max() == 1
+    torch.testing.assert_close(images[:, 0], (torch.from_numpy(source.pixels[:16]) - 0.25) / 0.5)
+    assert targets.tolist() == source.targets[:16]
+    moved = TrainData(load_recipe("digits", keys | {"shift": 3}), World(), CPU)
+    still = {tuple(image.flatten().tolist()) for image in (torch.from_numpy(open_source(recipe, True).pixels) - 0.25) / 0.5}
+    for batch in moved.batches(0, 0):
+        assert batch.images.shape[2:] == (8, 8) and batch.images.min() == black
+        assert any(tuple(image.flatten().tolist()) not in still for image in batch.images)
+        break
