@@ -561,3 +561,19 @@ def test_digits_are_normalised_and_what_they_leave_is_black():
         assert batch.images.shape[2:] == (8, 8) and batch.images.min() == black
         assert any(tuple(image.flatten().tolist()) not in still for image in batch.images)
         break
+
+
+def test_colours_are_jittered_where_no_policy_does_it(root):
+    def jitter(**keys):
+        transforms = data_module.train_transform(recipe(root, **keys)).transforms
+        return next((one.brightness for one in transforms if type(one).__name__ == "ColorJitter"), None)
+
+    assert jitter(color_jitter=0.3) == pytest.approx((0.7, 1.3)) and jitter(color_jitter=[0.1, 0.2, 0.2]) == pytest.approx((0.9, 1.1))
+    assert jitter(color_jitter=None) is jitter(color_jitter=0.3, auto_augment="trivialaugwide") is None
+
+
+@pytest.mark.parametrize("repeats", [0, 1, 2, 3])
+def test_an_epoch_of_repeated_augmentation_has_each_image_so_often(root, repeats):
+    order = data_module.Order(recipe(root, aug_repeats=repeats, batch_size=6), [0] * 18, World()).of(0)
+    counts = np.bincount(order, minlength=18)
+    assert len(order) == 18 and sorted(counts[counts > 0]) == [max(repeats, 1)] * (18 // max(repeats, 1))

@@ -184,3 +184,13 @@ def test_what_differs_is_said(caplog):
     with caplog.at_level("INFO", "convit"):
         run._compare({"classes": ["cat", "cow"], "samples": 9, "processes": 2})
     assert "has 8 samples, and had 9" in caplog.text and "2 process(es) trained so far, 1 from here" in caplog.text
+
+
+def test_a_line_that_is_too_long_is_named_by_its_number(tmp_path):
+    from convit.engine.folder import MAX_RECORD, log_lines
+
+    (tmp_path / "log.jsonl").write_bytes(b"{}\n{}\n" + b"x" * (2 * MAX_RECORD))
+    lines = log_lines(tmp_path / "log.jsonl")
+    assert [next(lines), next(lines)] == [b"{}\n"] * 2
+    with pytest.raises(ValueError, match="line 3.* has more than 1,048,576 bytes"):
+        next(lines)
