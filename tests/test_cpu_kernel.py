@@ -259,6 +259,14 @@ def test_thread_counts_below_one_are_refused():
             cpu_cpp._C.forward(*arguments, threads)
 
 
+@pytest.mark.parametrize("dtype", [-1, 3])
+def test_types_that_the_kernel_does_not_know_are_refused(dtype):
+    x = torch.zeros(1, 1, 4, 4)
+    arguments = [(1, 1, 2, 2, 4), 1.0, dtype, *[cpu_cpp._strided(x)] * 3, 0, 0, cpu_cpp._strided(torch.zeros_like(x)), 0]
+    with pytest.raises(ValueError, match=rf"dtype must be 0 \(float32\), 1 \(bfloat16\) or 2 \(float16\), got {dtype}"):
+        cpu_cpp._C.forward(*arguments, 1)
+
+
 def test_tensors_without_their_memory_are_refused():
     leaves = _sample(False)
     leaves[0].untyped_storage().resize_(0)
