@@ -221,6 +221,7 @@ def test_training_leaves_nothing_behind(root, tmp_path):
     train(recipe(root, num_parallel_workers=2, epoch_size=1), tmp_path / "run", progress=False)
     with pytest.raises(FloatingPointError):  # nor where it fails
         train(recipe(root, num_parallel_workers=2, lr=1e30, opt="sgd", max_skipped_steps=0), tmp_path / "failed", progress=False)
+    validate(recipe(root, ckpt_path=str(tmp_path / "run/last.pth")), progress=False)
     assert (
         torch.equal(before[0], torch.get_rng_state()) and np.random.get_state()[1].tolist() == before[1] and random.getstate() == before[2]
     )

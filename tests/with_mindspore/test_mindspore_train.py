@@ -401,6 +401,25 @@ def test_a_step_is_that_of_mindcvs_engine(folder, tmp_path, monkeypatch):
         np.testing.assert_allclose(one.asnumpy(), other.asnumpy(), atol=1e-4)
 
 
+def test_training_leaves_nothing_behind(folder, tmp_path):
+    """As in PyTorch: no reseeded generator, no handler; nor does validation."""
+    import random
+
+    from convit.engine.mindspore.validate import validate
+
+    def state():
+        drawn = [int(value) for value in ms.get_rng_state().asnumpy()]
+        handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+        return random.getstate(), np.random.get_state()[1].tolist(), ms.get_seed(), ms.dataset.config.get_seed(), drawn, handlers
+
+    random.seed(1), np.random.seed(1)
+    before = state()
+    train(recipe(folder, mode=1, epoch_size=1, val_while_train=False), tmp_path / "run", progress=False)
+    assert state() == before
+    validate(recipe(folder, mode=1, amp_level="O0", ckpt_path=str(tmp_path / "run/last.ckpt")), progress=False)
+    assert state() == before
+
+
 def test_a_run_is_not_overwritten_by_accident(finished, folder):
     with pytest.raises(FileExistsError, match="already holds a run"):
         train(recipe(folder), finished.output, progress=False)

@@ -1,14 +1,19 @@
 """What a recipe describes, in MindSpore: the device, the model, and from MindCV the optimiser, loss and train step."""
 
+import importlib
 import logging
 import os
+import random
 import socket
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mindspore as ms
+import mindspore.dataset as ds
 import numpy as np
 from mindspore import Tensor, nn
 
@@ -79,6 +84,22 @@ def _play_msrun(world: World) -> None:
         subprocess.Popen([sys.executable, "-c", code], **own)  # it ends when all processes have left, which may be after this one
 
 
+@contextmanager
+def own_generators() -> Iterator[None]:
+    """Inside, Python, NumPy and MindSpore are seeded at will; afterwards they draw what the caller would have drawn."""
+    states, drawn, pipelines, seed = (random.getstate(), np.random.get_state()), ms.get_rng_state(), ds.config.get_seed(), ms.get_seed()
+    try:
+        yield
+    finally:
+        ms.set_seed(seed or 0)
+        if seed is None:  # which set_seed does not take
+            importlib.import_module("mindspore.common.seed")._GLOBAL_SEED = None
+        ms.set_rng_state(drawn)
+        ds.config.set_seed(pipelines)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
 def build_model(recipe: Recipe, num_classes: int, strict_head: bool = True) -> nn.Cell:
     """The model that ``recipe`` describes; see ``convit.engine.pytorch.build.build_model``."""
     names = ("patch_size", "embed_dim", "depth", "num_heads", "local_up_to_layer", "locality_strength")
@@ -123,7 +144,9 @@ def build_step(recipe: Recipe, model: nn.Cell, schedule: list[float]) -> Any:
         for (share, _), group in zip(groups, trained, strict=True):
             group["lr"] = [rate * share for rate in schedule]
     trained.append({"order_params": model.trainable_params()})
-    logging.getLogger("mindcv.optim.optim_factory").setLevel(logging.ERROR)  # it warns that nobody says what has no weight decay
+    messages = logging.getLogger("mindcv.optim.optim_factory")
+    level = messages.level
+    messages.setLevel(logging.ERROR)  # it warns that nobody says what has no weight decay
     optimizer = create_optimizer(
         trained,
         opt=recipe.opt,
@@ -133,6 +156,7 @@ def build_step(recipe: Recipe, model: nn.Cell, schedule: list[float]) -> Any:
         weight_decay_filter="auto",  # the groups say
         eps=recipe.eps,
     )
+    messages.setLevel(level)
     if recipe.opt in ("adam", "adamw", "nadam", "lamb"):  # MindCV hands eps to rmsprop alone
         optimizer.eps = Tensor(np.full(optimizer.eps.shape, recipe.eps, np.float32))
     plain = getattr(type(optimizer).construct, "__wrapped__", None)

@@ -8,7 +8,7 @@ from mindspore import Tensor
 from PIL import Image
 
 from convit.engine.images import classify, find_images, need_weights
-from convit.engine.mindspore.build import build_model, check_recipe, start
+from convit.engine.mindspore.build import build_model, check_recipe, own_generators, start
 from convit.engine.mindspore.checkpoint import facts_of
 from convit.engine.mindspore.data import eval_transforms, transformed
 from convit.engine.recipe import Recipe
@@ -29,7 +29,8 @@ def infer(recipe: Recipe, images: list[str], topk: int = 5, progress: bool = Fal
     start(recipe)
     recorded = recorded_classes(recipe.ckpt_path, facts_of, described=True)
     num_classes = recipe.num_classes or len(recorded) or 1000
-    model = build_model(recipe, num_classes).set_train(False)
+    with own_generators():
+        model = build_model(recipe, num_classes).set_train(False)
     transforms = eval_transforms(recipe)
 
     def predict(image: Image.Image) -> np.ndarray:

@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from convit.engine.mindspore import checkpoint
-from convit.engine.mindspore.build import build_model, build_step, check_recipe, first_scale, sinks, start
+from convit.engine.mindspore.build import build_model, build_step, check_recipe, first_scale, own_generators, sinks, start
 from convit.engine.mindspore.data import Data, EvalData
 from convit.engine.mindspore.steps import Average, Gradients, LossScale, Mean, Norm, Sum, Update, WholeStep
 from convit.engine.mindspore.validate import evaluate, total
@@ -56,15 +56,18 @@ class MindSporeRun(Run):
     hint = "use --amp_level O0"
     save = staticmethod(checkpoint.save)
     load = staticmethod(checkpoint.load)
+    closing = ExitStack()
 
     # --- set-up ---
 
     def join(self) -> None:
+        self.closing = ExitStack()
+        self.closing.enter_context(own_generators())
         self.world = start(self.recipe)
         self.sink = self.whole_epochs = sinks(self.recipe)
 
     def leave(self) -> None:
-        pass  # MindSpore ends its communication with the process
+        self.closing.close()  # MindSpore ends its communication with the process
 
     def build(self) -> Plan:
         recipe, world = self.recipe, self.world

@@ -8,7 +8,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from convit.engine.mindspore.build import build_model, check_recipe, start
+from convit.engine.mindspore.build import build_model, check_recipe, own_generators, start
 from convit.engine.mindspore.checkpoint import facts_of
 from convit.engine.mindspore.data import EvalData
 from convit.engine.recipe import Recipe
@@ -22,7 +22,8 @@ def validate(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
     classes = recorded_classes(recipe.ckpt_path, facts_of)
     num_classes = recipe.num_classes or len(classes) or None
     data = EvalData(recipe, world, classes, num_classes)
-    model = build_model(recipe, num_classes or len(data.classes))
+    with own_generators():
+        model = build_model(recipe, num_classes or len(data.classes))
     level = recipe.val_amp_level or (recipe.amp_level if ms.get_context("device_target") != "CPU" else "O0")
     if level != "O0":
         model = ms.amp.auto_mixed_precision(model, level)

@@ -28,13 +28,14 @@ def build_model(recipe: Recipe, num_classes: int, strict_head: bool = True) -> n
         "drop_rate": recipe.drop_rate,
         "drop_path_rate": recipe.drop_path_rate,
     }
-    torch.manual_seed(recipe.seed)
-    if recipe.model == "convit":
-        if recipe.pretrained:
-            raise ValueError("pretrained needs the name of a variant in model, not 'convit'")
-        model = convit.ConViT(**given)
-    else:
-        model = convit.create_model(recipe.model, pretrained=recipe.pretrained, **given)
+    if recipe.model == "convit" and recipe.pretrained:
+        raise ValueError("pretrained needs the name of a variant in model, not 'convit'")
+    with torch.random.fork_rng([]):  # the caller's draws go on as before
+        torch.default_generator.manual_seed(recipe.seed)
+        if recipe.model == "convit":
+            model = convit.ConViT(**given)
+        else:
+            model = convit.create_model(recipe.model, pretrained=recipe.pretrained, **given)
     if recipe.ckpt_path:
         convit.load_checkpoint(model, recipe.ckpt_path, strict_head=strict_head)
     return model
