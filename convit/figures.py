@@ -46,7 +46,7 @@ def read_log(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = path / "log.jsonl" if path.is_dir() or not path.suffix else path
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: RUN must be the folder of a training run (convit train --output RUN)")
-    records = []
+    records: list[dict[str, Any]] = []
     for number, line in enumerate(log_lines(path), 1):
         try:
             record = json.loads(line)

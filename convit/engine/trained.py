@@ -128,8 +128,8 @@ def shape_of(checkpoint: Checkpoint, num_heads: int | None = None) -> dict[str, 
     tensors = checkpoint.tensors
     for name, dims in _DIMS.items():
         if name in tensors and tensors[name].ndim != dims or name not in tensors and dims in (2, 4) and not name.startswith("head"):
-            found = f"it has the shape {list(tensors[name].shape)}" if name in tensors else "it is missing"
-            raise ValueError(f"{name} must have {dims} dimensions, {found}")
+            it = f"it has the shape {list(tensors[name].shape)}" if name in tensors else "it is missing"
+            raise ValueError(f"{name} must have {dims} dimensions, {it}")
     blocks = {found[1] for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))}
     depth = len(blocks)  # not the largest number, which costs a file nothing
     if blocks != set(map(str, range(depth))):

@@ -93,7 +93,7 @@ def own_generators() -> Iterator[None]:
     finally:
         ms.set_seed(seed or 0)
         if seed is None:  # which set_seed does not take
-            importlib.import_module("mindspore.common.seed")._GLOBAL_SEED = None
+            vars(importlib.import_module("mindspore.common.seed"))["_GLOBAL_SEED"] = None
         ms.set_rng_state(drawn)
         ds.config.set_seed(pipelines)
         random.setstate(states[0])
