@@ -208,10 +208,11 @@ def dq_tile_kernel(
 ):  # fmt: skip
     """dq, the rows' statistics for dk and dv, and this program's share of (dgating, dpos_weight) up to factors of the head.
 
-    The keys come BN slots at a time, BP for their mean and the positional part by rows: dA and the scores of a whole row do not fit
-    into registers together.
-    delta, the row sum of Pc dA, is then known only after the last: dA is centred by its mean over all keys, and dq corrected by the
-    mean key. Where scores are large, so is the rounding of lse: there the weights are divided by their own sum (LARGE_SCORES).
+    The keys come BN slots at a time, BP for the positional part by rows: dA and the scores of a whole row do not fit into registers
+    together.
+    delta, the row sum of Pc dA, is then known only after the last: dA is centred by its mean over 16 keys spread over the grid (any
+    mean of them serves), and dq corrected by the mean key.
+    Where scores are large, so is the rounding of lse: there the weights are divided by their own sum (LARGE_SCORES).
     """
     N: tl.constexpr = GH * GW
     BY: tl.constexpr = BM // GWP
@@ -221,11 +222,8 @@ def dq_tile_kernel(
     d = tl.arange(0, BD)
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
-    v_mean = tl.zeros((BD,), tl.float32)
-    for first in range(0, GH, BP // GWP):
-        j, key_mask = _slots(first, BP, GH, GW, GWP)
-        v = tl.load(addresses(v_ptr, j, stride_vn, d), mask=key_mask[:, None] & (d < D)[None, :], other=0.0)  # [BP, BD]
-        v_mean += tl.sum(v.to(tl.float32), 0) * (1.0 / N)
+    some = tl.arange(0, 16) * N // 16  # keys spread over the grid
+    v_some = tl.load(addresses(v_ptr, some, stride_vn, d), mask=(d < D)[None, :], other=0.0)  # [16, BD]
     do_ptr += b * stride_ob + h * stride_oh
     q_ptr += b * stride_qb + h * stride_qh
     dq_ptr += (b * N * H + h) * D
@@ -260,7 +258,7 @@ def dq_tile_kernel(
         factor = cap(tl.abs(lse), LOG2E, BACKWARD_LIMIT)
         row_scale = scale * factor
         row_shift = lse * factor
-        centre = tl.sum(do.to(tl.float32) * v_mean[None, :], 1)
+        centre = tl.sum(tl.dot(do, tl.trans(v_some), input_precision=PRECISION), 1) * (1.0 / 16)
         weight = tl.full((BM,), 1.0, tl.float32)
         if LARGE_SCORES and tl.max(tl.where(query_mask, tl.abs(lse), 0.0), 0) > LARGE:
             weight = tl.where(query_mask, 0.0, 1.0)
