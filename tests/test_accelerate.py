@@ -267,3 +267,16 @@ def test_errors():
         convit.accelerate(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="torch.nn.Module, got str"):
         convit.accelerate("convit_tiny")
+
+
+def test_timms_model_of_one_patch_is_itself_again_after_undo():
+    torch.manual_seed(0)
+    model, x = (
+        timm.models.convit.ConVit(img_size=8, patch_size=8, embed_dim=4, num_classes=3, depth=2, local_up_to_layer=1).eval(),
+        torch.randn(2, 3, 8, 8),
+    )
+    expected = model(x)
+    convit.accelerate(model)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    convit.accelerated(model).undo()
+    assert torch.equal(model(x), expected)
