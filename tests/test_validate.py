@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 
 import pytest
 import yaml
@@ -372,3 +373,16 @@ def test_links_are_followed_and_circles_end(tmp_path):
     (tmp_path / "all" / "linked").symlink_to(tmp_path / "photos")
     (tmp_path / "all" / "round").symlink_to(tmp_path / "all")
     assert [path.name for path in find_images([str(tmp_path / "all")])] == ["a.png"]
+
+
+@pytest.mark.parametrize(("quiet", "terminal", "bar"), [(False, True, True), (True, True, False), (False, False, False)])
+def test_a_bar_is_shown_on_a_terminal_unless_it_is_to_be_quiet(monkeypatch, capsys, quiet, terminal, bar):
+    from convit.cli import validate as command
+
+    asked = []
+    found = {"model": "convit", "checkpoint": None, "samples": 1, "top1": 0, "top5": 0, "loss": 0, "images_per_second": 0, "bad_images": []}
+    stand_in = type("Engine", (), {"validate": staticmethod(lambda recipe, progress, **more: asked.append(progress) or found)})
+    monkeypatch.setattr(command, "engine", lambda framework, job: stand_in)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert cli.main(["validate", "-c", "digits", *["-q"] * quiet]) == 0
+    assert asked == [bar] and "untrained weights, 1 images" in capsys.readouterr().out
