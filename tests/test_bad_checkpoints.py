@@ -1,5 +1,6 @@
 """Checkpoints that are damaged, wrong or hostile: a message that names the file, in no time, and an untouched model."""
 
+import io
 import json
 import os
 import pickle
@@ -313,3 +314,48 @@ def test_paths_of_every_python_are_values(tmp_path):
         path = b"c" + module + b"\nPosixPath\n(X\x03\x00\x00\x00runtR"
         pickled(tmp_path, "a.pth", b"}(X\x03\x00\x00\x00out" + path + b"X\x05\x00\x00\x00epochK\x05u")
         assert torch_file.facts(tmp_path / "a.pth") == {"epoch": 5}
+
+
+class _Stored:
+    def __init__(self, *identity):
+        self.identity = identity
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, value):
+        return value.identity if isinstance(value, _Stored) else None
+
+
+class _Rebuilt:
+    def __init__(self, stored):
+        self.stored = stored
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, (self.stored, 0, (4,), (1,), False, {})
+
+
+def _archive(path, content):
+    text = io.BytesIO()
+    _Pickler(text, 2).dump(content)
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a/data.pkl", text.getvalue())
+        file.writestr("a/data/0", np.arange(4, dtype="<f4").tobytes())
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [("0", "cpu", -4), ("0", "cpu", True), (0, "cpu", 4), ("0", "cpu", 4, ("view", 1, 2)), ("0", "cpu", 8), ("1", "cpu", 4), ("0", "cpu")],
+    ids=str,
+)
+def test_a_storage_is_what_torch_writes_or_refused(tmp_path, identity):
+    _archive(tmp_path / "good.pth", {"head.weight": _Rebuilt(_Stored("storage", torch.FloatStorage, "0", "cpu", 4))})
+    torch_file.check(tmp_path / "good.pth")
+    _archive(tmp_path / "bad.pth", {"head.weight": _Rebuilt(_Stored("storage", torch.FloatStorage, *identity))})
+    with pytest.raises(ValueError, match=r"bad\.pth"):
+        torch_file.check(tmp_path / "bad.pth")
+
+
+def test_a_key_that_may_take_for_ever_to_hash_is_refused(tmp_path):
+    _archive(tmp_path / "bad.pth", {"recipe": {(("a", "b"), 1): 1}})
+    with pytest.raises(ValueError, match="a key must be a name or a number"):
+        torch_file.check(tmp_path / "bad.pth")
