@@ -89,6 +89,14 @@ def test_training_with_dynamic_sizes_compiles_once():
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_inference_compiles_into_one_graph(context):
+    """Where the eager model takes its short cut."""
+    model, x = small().eval(), images(32, 32)
+    with context():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 SHAPE = {"patch_size": 8, "num_classes": 5, "depth": 2, "local_up_to_layer": 1, "num_heads": 4}
 
 

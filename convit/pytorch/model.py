@@ -332,14 +332,15 @@ class ConViT(nn.Module):
         Known are our own classes and the framework's that act on each token by itself; bare, so that no hook would see fewer tokens.
         """
         if (
-            self.every_token
+            not eager(x)  # first: what follows is not for a compiler to trace
+            or self.every_token
             or self.global_pool != "token"
             or self.training
             or torch.is_grad_enabled()
             or self.local_up_to_layer >= len(self.blocks)
         ):
             return False
-        if type(self) is not ConViT or not _METHODS.keys().isdisjoint(self.__dict__) or not eager(x):
+        if type(self) is not ConViT or not _METHODS.keys().isdisjoint(self.__dict__):
             return False
         if any(getattr(ConViT, name) is not method for name, method in _METHODS.items()):
             return False
