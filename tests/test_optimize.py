@@ -90,6 +90,7 @@ MODELS = {
     "fair accelerated": lambda: convit.accelerate(randomised(VisionTransformer())),
     "average, registers, biases": lambda: ours(global_pool="avg", reg_tokens=2, qkv_bias=True, img_size=(48, 80)),
     "tokens": lambda: ours(global_pool="", num_classes=0, use_pos_embed=False),
+    "many tokens": lambda: ours(global_pool="", img_size=(128, 104), patch_size=8, depth=2, local_up_to_layer=1),
     "all GPSA": lambda: ours(local_up_to_layer=4, global_pool="avg"),
     "all MHSA": lambda: ours(local_up_to_layer=0, patch_size=(8, 32)),
     "scales of its own": lambda: with_scales(ours()),
