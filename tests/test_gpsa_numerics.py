@@ -127,3 +127,13 @@ def test_logits_that_rise_and_fall(name, dtype):
 def test_errors_lean_to_no_side(backend, grid, dtype):
     need(backend)
     check_bias(of(backend), dtype, grid)
+
+
+@FLOATS
+@pytest.mark.parametrize("first", [1, 17, 33])
+def test_every_head_dimension(first, dtype):
+    """Whether or not it fills a vector, or a group of them."""
+    need("cpp")
+    for dim in range(first, first + 16):
+        inputs, grad = make_inputs(Case(1, 2, dim, FOLDED), dtype=dtype)
+        compare(of("cpp"), inputs, grad, FOLDED)
