@@ -135,6 +135,17 @@ def test_the_latest_checkpoints_are_kept(tmp_path, keys, kept):
     assert sorted(path.name for path in (tmp_path / "run").glob("epoch_*.pth")) == [f"epoch_{epoch}.pth" for epoch in kept]
 
 
+def test_the_latest_are_kept_though_the_first_were_best(tmp_path, monkeypatch):
+    from convit.engine.pytorch import train as module
+
+    scores = iter((90.0, 80.0, 70.0, 60.0))
+    monkeypatch.setattr(module.TorchRun, "evaluate", lambda self: {"top1": next(scores), "top5": 99.0, "val_loss": 1.0})
+    keys = {"keep_checkpoint_max": 2, "ckpt_save_policy": "latest_k", "epoch_size": 4, "decay_epochs": 3, "num_samples": 64}
+    train(small(**keys), tmp_path / "run", progress=False)
+    assert sorted(path.name for path in (tmp_path / "run").glob("epoch_*.pth")) == ["epoch_3.pth", "epoch_4.pth"]
+    assert torch.load(tmp_path / "run" / "best.pth", weights_only=True)["epoch"] == 0
+
+
 def test_a_resumed_run_goes_on_with_its_loss_scale(tmp_path):
     """float16 from a loss scale at which gradients overflow: the halvings that one run makes are not made again by the next."""
     keys = {
