@@ -115,6 +115,8 @@ CHANGES = {
     "scale": ("blocks.0.attn.scale", lambda scale: scale * 3),
     "heads": ("blocks.3.attn.num_heads", lambda _: 2),
     "norm": ("norm", lambda _: nn.Identity()),
+    "a norm of the patches": ("patch_embed.norm", lambda _: nn.LayerNorm(48)),
+    "a norm in the last MLP": ("blocks.3.mlp.norm", lambda _: nn.LayerNorm(192)),
     "no position embedding": ("use_pos_embed", lambda _: False),
     "pooling": ("global_pool", lambda _: "avg"),
     "order of the blocks": ("blocks", lambda blocks: nn.ModuleList([blocks[i] for i in (2, 0, 1, 3)])),

@@ -28,16 +28,14 @@ logger = logging.getLogger("convit")
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class _NormMlp(nn.Module):
-    """timm's MLP: dropout in two places, a norm between the layers."""
+class _NoNormMlp(nn.Module):
+    """A copy of timm's MLP from before it had a place for a norm."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            x = self.norm(self.drop1(self.act(self.fc1(x))))
-            return self.drop2(self.fc2(x))
+            return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
         else:
-            x = self.norm(self.drop1(ops.linear(self.fc1, x, self.act)))
-            return self.drop2(ops.linear(self.fc2, x))
+            return self.drop2(ops.linear(self.fc2, self.drop1(ops.linear(self.fc1, x, self.act))))
 
 
 class _OneDropMlp(nn.Module):
@@ -50,7 +48,7 @@ class _OneDropMlp(nn.Module):
             return self.drop(ops.linear(self.fc2, self.drop(ops.linear(self.fc1, x, self.act))))
 
 
-know(_NormMlp, _OneDropMlp)
+know(_NoNormMlp, _OneDropMlp)
 
 _ATTENTION = {"num_heads", "scale", "attn_drop", "proj", "proj_drop"}
 _GPSA = _ATTENTION | {"locality_strength", "qk", "v", "pos_proj", "gating_param"}
@@ -59,11 +57,11 @@ _GPSA = _ATTENTION | {"locality_strength", "qk", "v", "pos_proj", "gating_param"
 _COUNTERPARTS: list[tuple[str, type[nn.Module], set[str], set[str]]] = [
     ("GPSA", GPSA, _GPSA, {"dim", "rel_indices", "current_grid_size", "default_grid"}),
     ("MHSA", MHSA, _ATTENTION | {"qkv"}, set()),
-    ("Mlp", Mlp, {"fc1", "act", "drop1", "fc2", "drop2"}, set()),
-    ("Mlp", _NormMlp, {"fc1", "act", "drop1", "norm", "fc2", "drop2"}, set()),
+    ("Mlp", _NoNormMlp, {"fc1", "act", "drop1", "fc2", "drop2"}, set()),
+    ("Mlp", Mlp, {"fc1", "act", "drop1", "norm", "fc2", "drop2"}, set()),
     ("Mlp", _OneDropMlp, {"fc1", "act", "drop", "fc2"}, set()),
 ]
-_OURS = (GPSA, MHSA, Mlp, _NormMlp, _OneDropMlp)
+_OURS = (GPSA, MHSA, Mlp, _NoNormMlp, _OneDropMlp)
 
 # where timm keeps the originals
 _TIMM = {"GPSA": "timm.models.convit", "MHSA": "timm.models.convit", "Mlp": "timm.layers.mlp"}

@@ -73,6 +73,7 @@ class PatchEmbed(nn.Module):
         self.pad = pad
         self.set_input_size(img_size)
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_size, **where)
+        self.norm = nn.Identity()  # as in timm, a place for one
 
     def set_input_size(self, img_size: Size) -> None:
         self.img_size = pair(img_size)
@@ -113,7 +114,8 @@ class PatchEmbed(nn.Module):
         if self.pad:
             x = F.pad(x, [0, gw * self.patch_size[1] - width, 0, gh * self.patch_size[0] - height])
         # contiguous tokens: else the residual stream inherits the convolution's layout, and every norm and addition pays for it
-        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
+        x = self.norm(self.proj(x).flatten(2).transpose(1, 2).contiguous())
+        return x
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         ph, pw = self.patch_size
@@ -125,21 +127,23 @@ class PatchEmbed(nn.Module):
 
 
 class Mlp(nn.Module):
-    """The MLP of a block: two linear layers."""
+    """The MLP of a block: two linear layers, dropout after each, and as in timm a place for a norm between them."""
 
     def __init__(self, dim: int, hidden: int, act_layer: Callable[[], nn.Module], drop: float, **where: Any) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden, **where)
         self.act = act_layer()
         self.drop1 = nn.Dropout(drop)
+        self.norm = nn.Identity()
         self.fc2 = nn.Linear(hidden, dim, **where)
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+            return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
         else:
-            return cast(Tensor, self.drop2(ops.linear(self.fc2, self.drop1(ops.linear(self.fc1, x, self.act)))))
+            x = self.norm(self.drop1(ops.linear(self.fc1, x, self.act)))
+            return cast(Tensor, self.drop2(ops.linear(self.fc2, x)))
 
 
 class DropPath(nn.Module):

@@ -354,6 +354,7 @@ class ConViT(nn.Module):
                 isinstance(module, nn.LayerNorm) and bare(module, nn.LayerNorm) and len(module.normalized_shape) == 1 for module in norms
             )
             and all(bare(module, nn.Dropout, nn.Identity) for module in (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2))
+            and bare(mlp.norm, nn.Identity)
             and bare(block.drop_path, DropPath, nn.Identity)
             and bare(mlp.act, nn.GELU, nn.ReLU, nn.SiLU)
         )

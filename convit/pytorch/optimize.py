@@ -193,7 +193,7 @@ _PARTS = {
     "blocks.*.attn.proj_drop": "Dropout",
     **{f"blocks.*.attn.{name}": "Linear" for name in ("qk", "v", "qkv", "proj", "pos_proj")},
     "blocks.*.drop_path": "DropPath Identity",
-    "blocks.*.mlp": "Mlp _NormMlp _OneDropMlp",
+    "blocks.*.mlp": "Mlp _NoNormMlp _OneDropMlp",
     "blocks.*.mlp.act": "GELU",
     "blocks.*.mlp.norm": "Identity",
     **{f"blocks.*.mlp.{name}": "Dropout" for name in ("drop", "drop1", "drop2")},
