@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from convit.kernels.gpsa.gpu_triton import launch as launcher
-from convit.kernels.gpsa.gpu_triton.configs import OPTIONS, TRITON, Device
+from convit.kernels.gpsa.gpu_triton.configs import OPTIONS, TRITON, Content, Device
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -48,26 +48,28 @@ class Case(NamedTuple):
     dim: int
     dtype: str = "bfloat16"
     tf32: bool = False
+    content: str = "loop"  # or "sdpa", on grids past the tiles
 
     def __str__(self) -> str:
-        kind = self.dtype + (" tf32" if self.tf32 else "")
+        kind = self.dtype + (" tf32" if self.tf32 else "") + (" content by SDPA" if self.content == "sdpa" else "")
         return f"B*H={self.batch * self.heads} {self.grid[0]}x{self.grid[1]} D={self.dim} {kind}"
 
 
 SETS = {
     "tile": [Case(256, 4, (14, 14), 48), Case(64, 16, (14, 14), 64)],
-    "loop": [Case(64, 16, (56, 56), 48), Case(64, 16, (56, 56), 64)],
+    "loop": [Case(64, 16, (56, 56), dim, content=content) for content in ("loop", "sdpa") for dim in (48, 64)],
     "dtypes": [
         Case(64, 16, grid, 64, dtype, tf32)
         for grid in ((14, 14), (56, 56))
         for dtype, tf32 in (("float16", False), ("float32", True), ("float32", False))
-    ],  # fmt: skip
+    ]
+    + [Case(64, 16, (56, 56), 64, "float32", tf32, "sdpa") for tf32 in (True, False)],  # fmt: skip
     "wide": [
         Case(8, 8, grid, 128, dtype, tf32)
         for grid in ((14, 14), (56, 56))
         for dtype, tf32 in (("bfloat16", False), ("float32", True), ("float32", False))
     ]
-    + [Case(8, 8, (56, 56), 256)],  # fmt: skip
+    + [Case(8, 8, (56, 56), 256), Case(8, 8, (56, 56), 256, content="sdpa")],  # fmt: skip
     "odd": [Case(2, 3, (7, 30), 20), Case(2, 3, (1, 300), 20), Case(1, 1, (3, 4), 16), Case(1, 1, (65536, 1), 16)],
     "one": [Case(1, 1, (1, 1), 16, dtype) for dtype in ("bfloat16", "float32")],  # every size is 1, which Triton makes a constant
 }
@@ -94,6 +96,7 @@ def launches(case: Case, family: str) -> list[Launch]:
         recorded.append(Launch(call.kernel, call.programs, call.config, (*tensors, *call.numbers), call.constants))
 
     chip = Device("Meta", lambda index: family, lambda: None)
+    content = [Content("", dtype, 256, 257, case.content) for dtype in ("half", "float32")]
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = case.tf32
     try:
@@ -102,7 +105,7 @@ def launches(case: Case, family: str) -> list[Launch]:
         q, k, v = torch.empty(shape, dtype=getattr(torch, case.dtype), device="meta").permute(2, 0, 3, 1, 4)
         w, gating = torch.empty(case.heads, 3, device="meta"), torch.empty(case.heads, device="meta")
         scale = case.dim**-0.5
-        with launcher.trial(through=record, devices={"meta": chip}):
+        with launcher.trial(through=record, devices={"meta": chip}, content=content):
             out, lse = launcher.forward(q, k, v, w, gating, gh, gw, scale)
             launcher.backward(torch.empty_like(out), q, k, v, w, gating, out, lse, gh, gw, scale)
     finally:
@@ -180,7 +183,7 @@ def compile_launch(launch: Launch, case: Case, chip: str) -> dict:
     """Compile for ``chip`` and return one row of figures; a failure to compile is a row with ``error``."""
     row = {"chip": chip, "case": str(case), "kernel": launch.kernel.__name__.removesuffix("_kernel"),
            "config": list(launch.config), "programs": launch.programs, "triton": triton.__version__}  # fmt: skip
-    row["kernel"] += "".join(f" {n}" for n in ("X", "TRANSPOSE", "SUMS") if launch.constants.get(n))
+    row["kernel"] += "".join(f" {n}" for n in ("X", "TRANSPOSE", "SUMS", "CONTENT") if launch.constants.get(n))
     if launch.constants.get("POSITION") is False:
         row["kernel"] += " without position"
     row["bytes"] = sum(x.numel() * x.element_size() for x in launch.args if isinstance(x, torch.Tensor))
@@ -308,7 +311,7 @@ def with_baselines(recorded: list[Launch]) -> list[Launch]:
     return recorded + plain
 
 
-FORWARD = ("fwd_tile", "fwd_loop", "mix", "mix X")  # rows of the report
+FORWARD = ("fwd_tile", "fwd_loop", "mix", "mix X", "mix CONTENT")  # rows of the report
 
 
 def report(found: list[dict]) -> str:

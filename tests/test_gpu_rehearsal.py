@@ -59,6 +59,9 @@ def test_every_stage_runs_and_the_next_call_goes_on_where_one_stopped(tmp_path):
     assert set(data["sanitizer"]["tools"]) == {"memcheck", "initcheck", "racecheck", "synccheck"}
     assert data["sweep"]["refused"] == {}
     assert all(kernel["tried"][0]["gain"] > 0 for kernel in data["sweep"]["kernels"].values())
+    for content in data["sweep"]["content"].values():  # both ways gave the same, and were timed
+        assert "refused" not in content and all(k["loop"]["fwd"] > 0 < k["sdpa"]["fwd+bwd"] for k in content["cases"].values())
+    assert set(data["sweep"]["content"]) == {"float16", "float32"}
     assert "| reduce | 1 | 0.0 |" in (again / "kernels.md").read_text()  # compiled and counted
     for stage in ("core", "models"):
         peers = [peers_of(group) for group in data[stage]["groups"]]
@@ -67,6 +70,7 @@ def test_every_stage_runs_and_the_next_call_goes_on_where_one_stopped(tmp_path):
     assert "convit triton" in peers_of(data["core"]["groups"][0])
 
     summary = (again / "summary.txt").read_text()
+    assert all(f"content {dtype}, us by the loops / by SDPA" in summary for dtype in ("float16", "float32"))
     assert done.stdout.endswith(summary)  # it comes last
     assert 10 <= len(summary.splitlines()) <= 40 and summary.endswith("all is done\n")
     assert all(f"{stage} ok" in summary for stage in STAGES)

@@ -9,7 +9,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1"
 import numpy as np
 import pytest
 import torch
-from gpsa_cases import Case, check, make_inputs, relative_error, run
+from gpsa_cases import Case, check, make_inputs, reference64, relative_error, run
 from test_gpsa_numerics import check_gates, check_levels
 from triton.runtime import interpreter
 
@@ -17,6 +17,7 @@ import convit
 from convit.kernels.gpsa import gpu_triton
 from convit.kernels.gpsa.gpu_triton import configs, launch
 from convit.kernels.gpsa.gpu_triton.common import reduce_kernel
+from convit.kernels.gpsa.gpu_triton.configs import Content
 
 # Half precision: whole rows in one tile up to 256 padded slots, beyond them, or with a line of more than 64, the loop over blocks of 64
 # keys. float32: the loop over blocks of 32. Grids that pad badly, one row, one column, one patch, D that fills no tile, blocks that N
@@ -133,6 +134,90 @@ def test_zero_and_negative_scales(dtype, scale):
 def test_gates_from_closed_to_open(bfloat16):
     check_gates(triton, torch.float32, SMALL.grid, step=10)  # the loops
     check_gates(torch_operator, torch.bfloat16, SMALL.grid, step=10)  # the tiles
+
+
+FROM_SDPA = [Content("", dtype, 256, 1, "sdpa") for dtype in ("half", "float32")]  # any number of patches, for the interpreter's sake
+
+
+@pytest.mark.parametrize(
+    "case, dtype",
+    [(case, torch.float32) for case in (*FEW[:2], Case(1, 1, 20, (2, 34)))]
+    + [(case, torch.float16) for case in (Case(1, 2, 20, (65, 1)), Case(1, 2, 130, (2, 3)))],
+    ids=str,
+)
+def test_content_from_the_framework(case, dtype):
+    inputs, grad = make_inputs(case, dtype=dtype)
+    with launch.trial(content=FROM_SDPA):
+        ours = run(triton, inputs, grad, case.grid)
+    check(ours, inputs, grad, case.grid)
+    assert all(ours[name].transpose(1, 2).is_contiguous() for name in ("out", "dq", "dk", "dv"))  # as the compiler was told
+
+
+@pytest.mark.parametrize("scale", [3.0, 0.0, -0.25])  # the last two take the loops
+def test_scales_with_content_from_the_framework(scale):
+    inputs, grad = make_inputs(SMALL)
+    with launch.trial(content=FROM_SDPA):
+        ours, truth = with_scale(inputs, grad, SMALL.grid, scale)
+    for name in ours:
+        assert relative_error(ours[name], truth[name]) <= 1e-5 or truth[name].norm() == ours[name].norm() == 0, name
+
+
+def test_gates_with_content_from_the_framework(bfloat16, monkeypatch):
+    monkeypatch.setattr(configs, "padded_grid", lambda grid: None)  # no tiles
+    with launch.trial(content=FROM_SDPA):
+        check_gates(triton, torch.float32, SMALL.grid, step=20)
+        check_gates(torch_operator, torch.bfloat16, SMALL.grid, step=40)
+        inputs, grad = make_inputs(SMALL)
+        inputs = inputs._replace(gating=torch.tensor([float("inf"), -100.0]))
+        check(run(triton, inputs, grad, SMALL.grid), inputs, grad, SMALL.grid)
+
+
+def test_derivatives_with_content_from_the_framework():
+    """Under transforms, the compiler, autocast and a graph of the gradient."""
+    grid = 2, 3
+    inputs, grad = make_inputs(Case(2, 1, 16, grid))
+
+    def found(function):
+        def one(q, k, v):
+            return (function(q[None], k[None], v[None], *inputs[3:], grid) * grad[0]).sum()
+
+        def compiled(*args):
+            return torch.compile(lambda *args: function(*args, grid), fullgraph=True, backend="aot_eager")(*args[:-1])
+
+        yield from torch.func.vmap(torch.func.grad(one, argnums=(0, 1, 2)))(*inputs[:3])
+        yield torch.func.jvp(lambda q: function(q, *inputs[1:], grid), (inputs.q,), (grad,))[1]
+        q = inputs.q.detach().requires_grad_()
+        first = torch.autograd.grad(function(q, *inputs[1:], grid).square().sum(), q, create_graph=True)[0]
+        yield torch.autograd.grad(first.square().sum(), q)[0]
+        yield from run(compiled, inputs, grad, grid).values()
+
+    with launch.trial(content=FROM_SDPA):
+        ours = list(found(triton))
+        with torch.autocast("cpu", torch.float16):  # what the operator is given in float32 stays so
+            ours += run(torch_operator, inputs, grad, grid).values()
+    truth = list(reference64(inputs, grad, grid).values())
+    expected = [*found(lambda *args: convit.gpsa(*args, backend="reference")), *truth]
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert mine.dtype == torch.float32 and relative_error(mine, theirs) <= 3e-6
+
+
+def test_the_table_says_where_content_comes_from():
+    def names(case, dtype, *rows):
+        seen = []
+        inputs, grad = make_inputs(case, dtype=dtype)
+        with launch.trial(through=lambda call, *_: seen.append(call.kernel.__name__.removesuffix("_kernel")), content=rows):
+            run(triton, inputs, grad, case.grid)
+        return seen
+
+    loops = ["mix", "mix", "fwd_loop", "mix", "dq_loop", "mix", "moments", "mix", "dkdv_loop", "reduce"]
+    ours = ["mix", "mix", "mix", "delta", "mix", "moments", "mix", "reduce"]
+    case, row = Case(1, 1, 48, (17, 16)), Content("", "half", 64, 257, "sdpa")
+    assert configs.CONTENT == [] and names(case, torch.float16) == loops  # until a GPU has timed both
+    assert names(case, torch.float16, row) == ours
+    assert names(case, torch.float16, row._replace(family="sm90")) == names(case, torch.float32, row) == loops
+    assert names(case, torch.float16, row._replace(source="loop"), row) == loops  # the first that fits
+    assert names(case._replace(head_dim=65), torch.float16, row) == names(case._replace(grid=(2, 128)), torch.float16, row) == loops
+    assert "fwd_tile" in names(case._replace(grid=(16, 16)), torch.float16, row._replace(tokens=1))
 
 
 @pytest.mark.parametrize("name", ["rise", "fall and rise"])

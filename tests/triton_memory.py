@@ -14,6 +14,7 @@ from gpsa_cases import Case, make_inputs
 from triton.runtime.interpreter import InterpreterBuilder
 
 from convit.kernels.gpsa.gpu_triton import launch
+from convit.kernels.gpsa.gpu_triton.configs import Content
 from convit.kernels.gpsa.gpu_triton.loop import mix_kernel
 
 
@@ -42,8 +43,14 @@ class Memory:
         self.areas: dict[int, Area] = {}
         self.launches = self.reads = 0
         for x in inputs:
-            area = self.area(x)
-            area.written[elements(x, area.base)] = area.input[elements(x, area.base)] = True
+            self.given(x)
+
+    def given(self, x: torch.Tensor) -> torch.Tensor:
+        """A tensor that others wrote, and that no kernel may."""
+        area = self.area(x)
+        area.written[elements(x, area.base)] = area.input[elements(x, area.base)] = True
+        self.kept.append((x,))
+        return x
 
     def area(self, x: torch.Tensor) -> Area:
         base, size = x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
@@ -100,8 +107,8 @@ def watch(monkeypatch):
     return watched
 
 
-def passes(memory: Memory, case: Case, inputs, grad, scale: float) -> None:
-    with launch.trial(through=memory.launch):
+def passes(memory: Memory, case: Case, inputs, grad, scale: float, *rows: Content) -> None:
+    with launch.trial(through=memory.launch, content=rows):
         out, lse = launch.forward(*inputs, *case.grid, scale)
         launch.backward(grad, *inputs, out, lse, *case.grid, scale)
 
@@ -116,6 +123,7 @@ CASES = [
     ("loop", Case(1, 1, 16, (5, 1)), {"scale": -0.5, "size": 1e4}),
     ("loop", Case(1, 1, 16, (1, 70)), {}),
     ("loop, half", Case(1, 1, 16, (2, 129)), {}),
+    ("loop", Case(2, 1, 20, (3, 7)), {"sdpa": True, "many": True}),
 ]
 
 
@@ -126,7 +134,12 @@ def test_every_access_is_inside_its_tensors_and_written_before_it_is_read(kind, 
     inputs, grad = make_inputs(case, dtype=KINDS[kind])
     inputs = inputs._replace(q=inputs.q * options.get("size", 1.0))  # large scores take a branch of their own
     memory = watch(Memory(*inputs, grad))
-    passes(memory, case, inputs, grad, options.get("scale", 0.25))
+    rows = []
+    if options.get("sdpa"):
+        rows = [Content("", "float32", 64, 1, "sdpa")]
+        real = launch._as_heads  # through which what the framework's attention wrote comes to the kernels
+        monkeypatch.setattr(launch, "_as_heads", lambda x: memory.given(real(x)))
+    passes(memory, case, inputs, grad, options.get("scale", 0.25), *rows)
     assert memory.reads > 20
 
 

@@ -5,7 +5,8 @@
     roofline     the rate of matrix products and the bandwidth of a copy
     sanitizer    compute-sanitizer: memcheck, initcheck, racecheck, synccheck
     profile      each kernel of a call, predicted and measured -> kernels.md; Nsight Compute where it is installed -> ncu.txt
-    sweep        configurations of every kernel; rows for the table in kernels/gpsa/gpu_triton/configs.py -> configs.txt
+    sweep        configurations of every kernel, and content by the loops or by SDPA; rows for the tables in
+                 kernels/gpsa/gpu_triton/configs.py -> configs.txt
     core         the attention core against its peers, with the rows just found; device by CUDA graphs, host beside it
     models       whole models, inference and training steps, in the same way
     plots        PNG

@@ -110,6 +110,13 @@ def summary(out: Path) -> int:
     ]
     if "kernels" in data.get("sweep", {}):
         lines.append(("sweep (configs.txt), used below: " + "; ".join(rows) if rows else "sweep: the table's rows stand")[:400])
+    for dtype, mine in data.get("sweep", {}).get("content", {}).items():
+        times = [
+            f"{case} " + ", ".join(f"{name} {k['loop'][name] * 1e6:.0f} / {k['sdpa'][name] * 1e6:.0f}" for name in k["loop"])
+            for case, k in mine["cases"].items()
+        ]
+        verdict = mine.get("refused", "SDPA is used below" if "row" in mine else "the loops stand")
+        lines.append(f"content {dtype}, us by the loops / by SDPA: {'; '.join(times)}: {verdict}"[:250])
     groups = _groups(data)
     if groups:
         lines.append("ours on the device (its host) | the others' time over ours, medians of interleaved rounds of replayed graphs:")

@@ -1,4 +1,5 @@
-"""Configurations of every kernel, timed beside the table's own; and the rows found, put to use."""
+"""Configurations of every kernel, timed beside the table's own; large grids by the loops and by the framework's attention with our mix;
+and the rows found, put to use."""
 
 import functools
 import math
@@ -119,6 +120,59 @@ def _timed(kernel: str, dtype: str, shapes: list, configs_: list, base: list, ti
     return rows, refused
 
 
+def _pass(kind: str, case, dtype: str, device: str, source: str, rows: dict) -> tuple[list, dict[str, float]]:
+    """Outputs of a forward and backward pass with content from ``source``, and the device's seconds forward and in both."""
+    from graphs import timed
+
+    from convit.kernels.gpsa.gpu_triton import launch
+    from convit.kernels.gpsa.gpu_triton.configs import Content
+
+    inputs, grad = _inputs(case, dtype, device)
+    rest = *case.grid, case.head_dim**-0.5
+    kept: list = []
+
+    def forward() -> tuple:
+        return launch.forward(*inputs, *rest)
+
+    def both() -> None:
+        outputs = forward()
+        kept[:] = outputs[0], *launch.backward(grad, *inputs, *outputs, *rest)
+
+    seconds = {}
+    with launch.trial(rows=rows, content=[Content("", kind, 256, 1, source)]):
+        for name, call in (("fwd", forward), ("fwd+bwd", both)):
+            seconds[name] = device_seconds(timed(call)[0] if device == "cuda" else call, device)
+    return [x.clone() for x in kept], seconds
+
+
+def _content(dtype: str, dim: int, block: int, family: str, device: str, rehearse: bool, rows: dict) -> dict:
+    """Where the loop family's content is to come from: both ways timed on the loops' shapes, each with the rows that were found."""
+    import torch
+    from checks import TOLERANCES, relative_error
+
+    from convit.kernels.gpsa.gpu_triton.configs import SLOTS
+
+    kind = "float32" if dtype == "float32" else "half"
+    found: dict = {"cases": {}}
+    tokens = None
+    shapes = sorted(_shapes("mix", dtype, dim, rehearse), key=lambda case: -case.grid[0] * case.grid[1])
+    for case in shapes:  # the largest first: from which size on the framework's is faster
+        (loop, mine), (sdpa, theirs) = (_pass(kind, case, dtype, device, source, rows) for source in ("loop", "sdpa"))
+        floor = TOLERANCES.FLOOR[getattr(torch, dtype)]
+        worst = max(relative_error(a, b.double()) / (2 if b.dim() > 2 else 20) for a, b in zip(sdpa, loop, strict=True))
+        gain = math.prod(mine[name] / theirs[name] for name in mine) ** 0.5
+        found["cases"][str(case)] = {"loop": mine, "sdpa": theirs, "gain": gain, "error": worst}
+        if not worst <= floor:
+            found["refused"] = f"{case}: differs from the loops by {worst:.2e}, where {floor:.0e} is allowed"
+            break
+        if gain <= 1.03:
+            break
+        tokens = SLOTS + 1 if case is shapes[-1] else case.grid[0] * case.grid[1]
+    if tokens and "refused" not in found:
+        found["row"] = (family, kind, block, tokens, "sdpa")
+    return found
+
+
 def sweep(stage: Stage) -> None:
     """One element type after the other, of each all kernels; what an earlier call has timed is not timed again."""
     import torch
@@ -127,11 +181,12 @@ def sweep(stage: Stage) -> None:
 
     family = configs.DEVICES[stage.device].family(0)
     known = stage.load().get("sweep", {})
+    content = known.get("content", {})
     found, refused = known.get("kernels", {}), known.get("refused", {})
     # (element type, head dim, largest BD of the row): the models first
     targets = [("float16", 16, 16), ("float32", 16, 16)] if stage.rehearse else [("bfloat16", 48, 64), ("float32", 48, 64)]
     for number, (dtype, dim, block) in enumerate(targets):
-        share = stage.left() - 8 if number + 1 == len(targets) else 0.72 * stage.left()
+        share = stage.left() - 40 if number + 1 == len(targets) else 0.72 * stage.left()
         end = time.monotonic() + share
         arithmetic = "half" if dtype != "float32" else configs.precision(torch.float32, stage.device)
         # the tile kernels are for half precision
@@ -166,6 +221,10 @@ def sweep(stage: Stage) -> None:
                 mine["row"] = (family, arithmetic, block, rows[0]["config"])
             found[f"{kernel} {dtype}"] = mine
             stage.save(family=family, kernels=found, refused=refused)
+        if dtype not in content and stage.left() > 10:
+            rows = {name.split()[0]: [_row(k["row"])] for name, k in found.items() if "row" in k and name.endswith(f" {dtype}")}
+            content[dtype] = _content(dtype, dim, block, family, stage.device, stage.rehearse, rows)
+            stage.save(content=content)
     lines = [
         f'    "{name.split()[0]}": ("{family}", "{arithmetic}", {block}, Config{tuple(config)}),'
         f"  # {k['tried'][0]['gain']:.2f} x as fast as {tuple(k['table'])}"
@@ -173,22 +232,33 @@ def sweep(stage: Stage) -> None:
         if "row" in k
         for family, arithmetic, block, config in [k["row"]]
     ]
+    lines += [f"    Content{tuple(k['row'])},  # for CONTENT" for k in content.values() if "row" in k]
     text = "\n".join(["# rows for CONFIGS in kernels/gpsa/gpu_triton/configs.py, each ahead of its kernel's others", *lines, ""])
     (stage.out / "configs.txt").write_text(text)
     if not found:
         raise RuntimeError("no kernel was timed")
 
 
+def _row(found: list):
+    from convit.kernels.gpsa.gpu_triton.configs import Config, Row
+
+    family, arithmetic, largest, config = found
+    return Row(family, arithmetic, largest, Config(*config))
+
+
 def prepare(stage: Stage) -> list[str]:
     """Let this process run Triton with the rows that the sweep found; returns them."""
     from convit.dispatch import ORDER
-    from convit.kernels.gpsa.gpu_triton.configs import CONFIGS, Config, Row
+    from convit.kernels.gpsa.gpu_triton.configs import CONFIGS, CONTENT, Content
 
     ORDER["torch", stage.device] = ("triton", "sdpa")  # "sdpa" is the peer of SDPA with the factored position
-    used = []
-    for name, kernel in stage.load().get("sweep", {}).get("kernels", {}).items():
+    used, swept = [], stage.load().get("sweep", {})
+    for name, kernel in swept.get("kernels", {}).items():
         if "row" in kernel:
-            family, arithmetic, largest, config = kernel["row"]
-            CONFIGS[name.split()[0]].insert(0, Row(family, arithmetic, largest, Config(*config)))
-            used.append(f"{name}: {tuple(config)}")
+            CONFIGS[name.split()[0]].insert(0, row := _row(kernel["row"]))
+            used.append(f"{name}: {tuple(row.config)}")
+    for dtype, mine in swept.get("content", {}).items():
+        if "row" in mine:
+            CONTENT.insert(0, Content(*mine["row"]))
+            used.append(f"content {dtype}: {tuple(mine['row'])}")
     return used

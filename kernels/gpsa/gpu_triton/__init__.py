@@ -10,6 +10,7 @@ Py is exp((j - j*) (w + w2 (j + j* - 2i))) with j* the key of the largest logit,
    the row of Py; one product with v remains. Backward: dq with the gate and weight gradients; dk and dv; a reduction.
 2. Otherwise (``loop``): P v by one small product along each axis, then a plain online softmax that adds it in the epilogue.
    Backward: P^T dO by the same products, the weight gradient from moments of one axis at a time, then dq; dk and dv.
+   Or, where the table ``configs.CONTENT`` says so, content and its gradients are torch's, and the last product adds position to them.
 
 Nothing N x N leaves the chip, nothing is added atomically: the same input gives the same bits. Deviations from ``reference.py``:
 no attention dropout; no float64; past 2^24 the exponent of a score is scaled down instead of overflowing (``common.cap``).

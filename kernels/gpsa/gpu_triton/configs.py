@@ -243,7 +243,20 @@ CONFIGS: dict[str, list[Row]] = {
         ("", "ieee", 128, Config(32, 32, 4, 1)),
     ),
 }
-SMALL = Config(64, 64, 4, 1)  # of the reduction
+SMALL = Config(64, 64, 4, 1)  # of what only sums
+
+
+class Content(NamedTuple):
+    """A row of the table of where the loop family takes content from; the first that fits is taken, and where none is, its own loops."""
+
+    family: str  # as in Row
+    dtype: str  # "half" or "float32", which unlike Row's arithmetic no setting changes between forward and backward
+    largest: int  # as in Row
+    tokens: int  # with fewer it does not fit
+    source: str  # "loop", or "sdpa": the framework's scaled_dot_product_attention, and our kernels add position and mix
+
+
+CONTENT: list[Content] = []  # bench/gpu.sh times both beyond SLOTS tokens, and writes the rows
 
 
 def most_stages(family: str) -> int:
@@ -256,6 +269,16 @@ def choose(kernel: str, family: str, arithmetic: str, block_d: int) -> Config:
         if row.family in ("", family) and row.arithmetic in ("", arithmetic) and block_d <= row.largest:
             return row.config._replace(stages=min(row.config.stages, most_stages(family)))
     raise AssertionError(f"no configuration of {kernel} for {family}, {arithmetic}, D <= {block_d}")
+
+
+def content(family: str, half: bool, block_d: int, tokens: int) -> str:
+    dtype = "half" if half else "float32"
+    fitting = (
+        row.source
+        for row in CONTENT
+        if row.family in ("", family) and row.dtype == dtype and block_d <= row.largest and tokens >= row.tokens
+    )
+    return next(fitting, "loop")
 
 
 def padded_grid(grid: tuple[int, int]) -> tuple[int, int] | None:

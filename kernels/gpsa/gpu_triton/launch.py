@@ -7,13 +7,15 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from triton.runtime import driver
 
+from convit.kernels.eager import without_autocast
 from convit.kernels.gpsa import torch_operator
 from convit.kernels.gpsa.gpu_triton import configs
 from convit.kernels.gpsa.gpu_triton.common import LOG2E, reduce_kernel
-from convit.kernels.gpsa.gpu_triton.configs import CONFIGS, DEVICES, MANY, SMALL, Config, Device, Row
-from convit.kernels.gpsa.gpu_triton.loop import dkdv_loop_kernel, dq_loop_kernel, fwd_loop_kernel, mix_kernel, moments_kernel
+from convit.kernels.gpsa.gpu_triton.configs import CONFIGS, CONTENT, DEVICES, MANY, SMALL, Config, Content, Device, Row
+from convit.kernels.gpsa.gpu_triton.loop import delta_kernel, dkdv_loop_kernel, dq_loop_kernel, fwd_loop_kernel, mix_kernel, moments_kernel
 from convit.kernels.gpsa.gpu_triton.tile import dkdv_tile_kernel, dq_tile_kernel, fwd_tile_kernel
 
 Steps: TypeAlias = tuple[int, ...]  # a tensor's strides
@@ -61,23 +63,27 @@ def trial(
     through: Callable[..., None] | None = None,
     devices: Mapping[str, Device] | None = None,
     rows: Mapping[str, Sequence[Row]] | None = None,
+    content: Sequence[Content] = (),
 ) -> Iterator[None]:
     """For measurements and tests, while the block lasts: launches go to ``through(call, *tensors)`` in place of ``launch``, ``devices``
-    are known too, and each kernel's ``rows`` come before those of its table. It holds for the whole process."""
+    are known too, and each kernel's ``rows`` and those of ``content`` come before those of their tables. It holds for the whole process."""
     global _through
     before, known, tables = _through, dict(DEVICES), {kernel: list(table) for kernel, table in CONFIGS.items()}
+    sources = list(CONTENT)
     _cached_plan.cache_clear()
     try:
         _through = through or before
         DEVICES.update(devices or {})
         for kernel, some in (rows or {}).items():
             CONFIGS[kernel][:0] = some
+        CONTENT[:0] = content
         yield
     finally:
         _through = before
         DEVICES.clear()
         DEVICES.update(known)
         CONFIGS.update(tables)
+        CONTENT[:] = sources
         _cached_plan.cache_clear()
 
 
@@ -114,7 +120,10 @@ class Plan:
         self.common: dict[str, Any] = {"D": dim, "BD": self.block_d, "PRECISION": precision}
         if self.padded:
             self.tile = {"GH": grid[0], "GW": grid[1], "GHP": self.padded[0], "GWP": self.padded[1], **self.common}
-        self.mixes: dict[tuple[Steps, bool, bool, bool], Call] = {}
+        self.content = "loop"
+        if self.padded is None and scale > 0:  # the framework's fused attention does not say that it takes others
+            self.content = configs.content(self.family, half, self.block_d, self.tokens)
+        self.mixes: dict[tuple[Steps, bool, bool, bool, bool], Call] = {}
 
     def config(self, kernel: str) -> Config:
         return configs.choose(kernel, self.family, self.arithmetic, self.block_d)
@@ -171,7 +180,9 @@ class Plan:
 
     @functools.cached_property
     def dq_blocks(self) -> int:
-        """Programs of a head in the kernel of dq."""
+        """Programs of a head in the kernel of dq, or in that of delta alone."""
+        if self.content == "sdpa":
+            return -(-self.tokens // SMALL.rows)
         c = self.config("dq_tile" if self.padded else "dq_loop")
         return self.query_blocks(c)[2] if self.padded else -(-self.tokens // c.rows)
 
@@ -234,6 +245,11 @@ class Plan:
         return self.call(dkdv_loop_kernel, -(-self.tokens // c.keys), c, *numbers, BM=c.rows, BN=c.keys, **self.common)
 
     @functools.cached_property
+    def delta(self) -> Call:
+        numbers = *self.strides[:3], self.heads, self.tokens, self.parts
+        return self.call(delta_kernel, self.dq_blocks, SMALL, *numbers, D=self.common["D"], BD=self.block_d, BM=SMALL.rows)
+
+    @functools.cached_property
     def moments(self) -> list[Call]:
         """One launch for both axes, or one for each."""
         c = self.config("moments")
@@ -250,13 +266,14 @@ class Plan:
     def reduce(self) -> Call:
         return self.launch(reduce_kernel, self.heads, SMALL, (self.heads, self.batch, self.parts), {"BLOCK": 256})
 
-    def mix(self, strides: tuple[int, ...], is_x: bool, transpose: bool, sums: bool = False) -> Call:
-        """Product of a tensor of these strides with one factor or its transpose; ``sums``: also what the transposes divide by."""
-        key = strides, is_x, transpose, sums
+    def mix(self, strides: tuple[int, ...], is_x: bool, transpose: bool, sums: bool, content: bool) -> Call:
+        """Product of a tensor of these strides with one factor or its transpose; ``sums``: also what the transposes divide by;
+        ``content``: mixed with a content by the gate."""
+        key = strides, is_x, transpose, sums, content
         if key not in self.mixes:
             c = self.config("mix")
-            constants = {"X": is_x, "TRANSPOSE": transpose, "SUMS": sums, "SHORT": self.grid[is_x] <= c.keys, "LINES": self.lines}
-            constants |= {"BM": c.rows, "BK": c.keys, **self.common}
+            constants: dict[str, Any] = {"X": is_x, "TRANSPOSE": transpose, "SUMS": sums, "CONTENT": content}
+            constants |= {"SHORT": self.grid[is_x] <= c.keys, "LINES": self.lines, "BM": c.rows, "BK": c.keys, **self.common}
             programs = self.batch * self.heads * self.line_blocks(is_x, c.rows)
             programs += self.heads * sum(-(-size // c.rows) for size in self.grid) if sums else 0
             self.mixes[key] = self.launch(mix_kernel, programs, c, (*strides[:3], self.heads, *self.grid), constants)
@@ -284,21 +301,39 @@ def forward(
     with plan.current():
         if plan.padded:
             _through(plan.fwd_tile, q, k, v, pos_weight, gating, out, lse)
+        elif plan.content == "sdpa":
+            lse.fill_(float("nan"))  # not known, and not asked for
+            position = _mix(plan, v, pos_weight, pos_weight, True) if grid_w > 1 else v
+            _mix(plan, position, pos_weight, pos_weight, False, content=_as_heads(_content(q, k, v, scale)), gating=gating, out=out)
         else:
             position = v
             for is_x in (True, False):
                 if plan.grid[is_x] > 1:  # one patch along an axis: its factor is 1
                     position = _mix(plan, position, pos_weight, pos_weight, is_x)
-            if not position.transpose(1, 2).is_contiguous():
-                position = torch_operator.empty_heads(v).copy_(v)
-            _through(plan.fwd_loop, q, k, v, position, gating, out, lse)
+            _through(plan.fwd_loop, q, k, v, _as_heads(position), gating, out, lse)
     return out, lse
 
 
-def _mix(plan: Plan, x: Tensor, pos_weight: Tensor, sums: Tensor, is_x: bool, transpose: bool = False, first: bool = False) -> Tensor:
-    """Product of ``x`` [B, H, N, D] with Px or Py, or its transpose by ``sums``, which the ``first`` such call fills."""
-    out = torch_operator.empty_heads(x)
-    _through(plan.mix(x.stride(), is_x, transpose, first), x, pos_weight, sums, out)
+def _as_heads(x: Tensor) -> Tensor:
+    """``x`` in the layout of ``torch_operator.empty_heads``: a compiler or another kernel may have one of its own."""
+    return x if x.transpose(1, 2).is_contiguous() else torch_operator.empty_heads(x).copy_(x)
+
+
+def _content(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    with without_autocast(q.device.type):
+        return scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def _mix(
+    plan: Plan, x: Tensor, pos_weight: Tensor, sums: Tensor, is_x: bool, transpose: bool = False, first: bool = False,
+    content: Tensor | None = None, gating: Tensor | None = None, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Product of ``x`` [B, H, N, D] with Px or Py, or its transpose by ``sums``, which the ``first`` such call fills; where a ``content``
+    is given, the sum of it and the product by their shares."""
+    if out is None:
+        out = torch_operator.empty_heads(x)
+    call = plan.mix(x.stride(), is_x, transpose, first, content is not None)
+    _through(call, x, pos_weight, sums, x if content is None else content, pos_weight if gating is None else gating, out)
     return out
 
 
@@ -307,9 +342,7 @@ def backward(
     grid_h: int, grid_w: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grad_out, q, k, v = _unit(grad_out), _unit(q), _unit(k), _unit(v)
-    if not out.transpose(1, 2).is_contiguous():  # a compiler may have kept it in a layout of its own
-        out = torch_operator.empty_heads(out).copy_(out)
-    lse = lse.contiguous()
+    out, lse = _as_heads(out), lse.contiguous()
     dq, dk, dv = torch_operator.empty_heads(q), torch_operator.empty_heads(k), torch_operator.empty_heads(v)
     if dq.numel() == 0:
         return dq, dk, dv, torch.zeros_like(pos_weight), torch.zeros_like(gating)
@@ -324,14 +357,36 @@ def backward(
         else:
             sums = lse.new_empty((plan.heads, sum(plan.grid)))
             mixed_v = _mix(plan, v, pos_weight, sums, False, first=True)
-            _through(plan.dq_loop, grad_out, q, k, v, out, gating, lse, dq, stats, part)
+            if plan.content == "sdpa":
+                content_dv = _content_gradients(plan, grad_out, q, k, v, gating, dq, dk, part)
+            else:
+                _through(plan.dq_loop, grad_out, q, k, v, out, gating, lse, dq, stats, part)
             mixed = _mix(plan, grad_out, pos_weight, sums, True, transpose=True)
             for call in plan.moments:
                 _through(call, grad_out, mixed_v, mixed, v, pos_weight, part)
-            position = _mix(plan, mixed, pos_weight, sums, False, transpose=True) if plan.grid[0] > 1 else mixed
-            _through(plan.dkdv_loop, grad_out, q, k, v, position, gating, stats, dk, dv)
+            if plan.content == "sdpa":
+                _mix(plan, mixed, pos_weight, sums, False, transpose=True, content=content_dv, gating=gating, out=dv)
+            else:
+                position = _mix(plan, mixed, pos_weight, sums, False, transpose=True) if plan.grid[0] > 1 else mixed
+                _through(plan.dkdv_loop, grad_out, q, k, v, position, gating, stats, dk, dv)
         _through(plan.reduce, part, gating, dpos_weight, dgating)
     return dq, dk, dv, dpos_weight, dgating
+
+
+def _content_gradients(
+    plan: Plan, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, gating: Tensor, dq: Tensor, dk: Tensor, part: Tensor
+) -> Tensor:
+    """dq, dk and the content's share of the gate's gradient; returns dv of the content alone, before the gate.
+
+    The content is formed again. Its gradients are torch's own, for the output's as it is: the gate's share comes last, in float32, since
+    (1 - g) dO may be nothing in float16. ``torch.func`` finds them inside an operator too, where autograd is off."""
+    content, pull = torch.func.vjp(functools.partial(_content, scale=plan.scale), q, k, v)  # type: ignore[misc]
+    content_dq, content_dk, content_dv = pull(grad_out)
+    _through(plan.delta, grad_out, _as_heads(content), part)
+    rest = torch.sigmoid(-gating).view(-1, 1, 1)
+    torch.mul(content_dq, rest, out=dq)
+    torch.mul(content_dk, rest, out=dk)
+    return _as_heads(content_dv)
 
 
 def register(device_type: str) -> None:

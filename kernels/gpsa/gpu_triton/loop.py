@@ -36,14 +36,16 @@ def _mix_weights(w, w2, sum_ptr, to, t, size, TRANSPOSE: tl.constexpr):
 
 @triton.jit
 def mix_kernel(
-    in_ptr, w_ptr, sum_ptr, out_ptr,  # [B,H,N,D], [H,3], [H,GW+GH] (read if TRANSPOSE, written if SUMS), [B,N,H,D]
+    in_ptr, w_ptr, sum_ptr,  # [B,H,N,D], [H,3], [H,GW+GH] (read if TRANSPOSE, written if SUMS)
+    content_ptr, gating_ptr, out_ptr,  # [B,N,H,D] and [H] (read if CONTENT), [B,N,H,D]
     stride_b, stride_h, stride_n, H, GH, GW,
-    X: tl.constexpr, TRANSPOSE: tl.constexpr, SUMS: tl.constexpr, SHORT: tl.constexpr, LINES: tl.constexpr,
+    X: tl.constexpr, TRANSPOSE: tl.constexpr, SUMS: tl.constexpr, CONTENT: tl.constexpr, SHORT: tl.constexpr, LINES: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Product with Px along x, or with Py along y, or with its transpose. One program: LINES lines of the axis, BM patches each.
 
     SHORT: a line fits into one tile, and its weights are made once for all lines. SUMS: the first programs leave the sums for later.
+    CONTENT: the product is position's share of what is written, beside the content that is read.
     """
     pid = tl.program_id(0)
     if SUMS:
@@ -63,6 +65,11 @@ def mix_kernel(
     w2 = tl.load(w_ptr + h * 3 + 2) * LOG2E
     in_ptr += b * stride_b + h * stride_h
     out_ptr += (b * GH * GW * H + h) * D
+    if CONTENT:
+        content_ptr += (b * GH * GW * H + h) * D
+        lam = tl.load(gating_ptr + h)
+        gate = 1.0 / (1.0 + exp(-lam))
+        rest = 1.0 / (1.0 + exp(lam))
     if TRANSPOSE:
         sum_ptr += h * (GW + GH) + (0 if X else GW)
     if SHORT:
@@ -88,8 +95,11 @@ def mix_kernel(
                 acc = tl.dot(p.to(x.dtype), x, acc, input_precision=PRECISION)
             if not TRANSPOSE:
                 acc = acc * (1.0 / total)[:, None]
-        rows = addresses(out_ptr, first + to * step, H * D, d)
-        tl.store(rows, acc.to(out_ptr.dtype.element_ty), mask=(to < size)[:, None] & (d < D)[None, :])
+        mask = (to < size)[:, None] & (d < D)[None, :]
+        if CONTENT:
+            content = tl.load(addresses(content_ptr, first + to * step, H * D, d), mask=mask, other=0.0)
+            acc = acc * gate + content.to(tl.float32) * rest
+        tl.store(addresses(out_ptr, first + to * step, H * D, d), acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -167,6 +177,22 @@ def moments_kernel(
     tl.store(part_ptr + 1, tl.where(is_x, first, 0.0))
     tl.store(part_ptr + 2, tl.where(is_x, 0.0, first))
     tl.store(part_ptr + 3, tl.sum(c2 + 2.0 * (best - at) * c1, 0))  # the distance is r + best - at
+
+
+@triton.jit
+def delta_kernel(
+    do_ptr, content_ptr, part_ptr,  # [B,H,N,D], [B,N,H,D], [B*H,parts,4]
+    stride_ob, stride_oh, stride_on, H, N, parts, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Minus the sum of dO . content over BM queries: what dq_loop leaves for the gate's gradient, where the content is not its own."""
+    block, bh, b, h = place(tl.program_id(0), (N + BM - 1) // BM, H)
+    i = block * BM + tl.arange(0, BM)
+    d = tl.arange(0, BD)
+    mask = (i < N)[:, None] & (d < D)[None, :]
+    do = tl.load(addresses(do_ptr + b * stride_ob + h * stride_oh, i, stride_on, d), mask=mask, other=0.0).to(tl.float32)
+    content = tl.load(addresses(content_ptr + (b * N * H + h) * D, i, H * D, d), mask=mask, other=0.0).to(tl.float32)
+    c = tl.arange(0, 4)
+    tl.store(part_ptr + (bh * parts + block) * 4 + c, tl.where(c == 0, -tl.sum(tl.sum(do * content, 1), 0), 0.0))
 
 
 @triton.jit
