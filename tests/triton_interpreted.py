@@ -202,19 +202,21 @@ def test_derivatives_with_content_from_the_framework():
 
 
 def test_the_table_says_where_content_comes_from():
-    def names(case, dtype, *rows):
+    def names(case, dtype, *rows, scale=0.1):
         seen = []
         inputs, grad = make_inputs(case, dtype=dtype)
         with launch.trial(through=lambda call, *_: seen.append(call.kernel.__name__.removesuffix("_kernel")), content=rows):
-            run(triton, inputs, grad, case.grid)
+            run(lambda *args: convit.gpsa(*args, scale=scale, backend="triton"), inputs, grad, case.grid)
         return seen
 
     loops = ["mix", "mix", "fwd_loop", "mix", "dq_loop", "mix", "moments", "mix", "dkdv_loop", "reduce"]
     ours = ["mix", "mix", "mix", "delta", "mix", "moments", "mix", "reduce"]
-    case, row = Case(1, 1, 48, (17, 16)), Content("", "half", 64, 257, "sdpa")
+    case, row = Case(1, 1, 48, (17, 16)), Content("", "half", 64, 272, "sdpa")
     assert configs.CONTENT == [] and names(case, torch.float16) == loops  # until a GPU has timed both
     assert names(case, torch.float16, row) == ours
     assert names(case, torch.float16, row._replace(family="sm90")) == names(case, torch.float32, row) == loops
+    assert names(case, torch.float16, row._replace(tokens=273)) == loops
+    assert names(case, torch.float16, row, scale=0.0) == names(case, torch.float16, row, scale=-0.1) == loops
     assert names(case, torch.float16, row._replace(source="loop"), row) == loops  # the first that fits
     assert names(case._replace(head_dim=65), torch.float16, row) == names(case._replace(grid=(2, 128)), torch.float16, row) == loops
     assert "fwd_tile" in names(case._replace(grid=(16, 16)), torch.float16, row._replace(tokens=1))
