@@ -110,10 +110,13 @@ def profiled() -> bool:
     return _profiler is None or bool(_profiler())
 
 
-def exporting() -> bool:
-    """Whether a program is being traced for ``torch.export`` (where torch cannot tell from ``torch.compile``, for either)."""
-    told: bool = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
-    return told
+def _told() -> bool:
+    return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
+
+
+# Whether a program is being traced for ``torch.export``; up to torch 2.7, whose strict export sets no flag, or for ``torch.compile``.
+# From 2.8 to 2.11 the compiler takes ``is_exporting()`` for true whatever it traces for, so it is told what the function says.
+exporting = torch.compiler.assume_constant_result(_told) if torch.__version__ >= "2.8" else _told
 
 
 @torch.compiler.assume_constant_result
