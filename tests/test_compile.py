@@ -68,7 +68,7 @@ def test_export_with_dynamic_sizes_takes_every_size(strict):
 
 @pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 fails at the gradient of interpolate with dynamic sizes")
 def test_training_with_dynamic_sizes_compiles_once():
-    """The position embedding is resampled, and its gradient too, with sizes that the compiler does not know."""
+    """The position embedding is resampled, and its gradient too, with sizes that the compiler does not know, none the embedding's."""
     model = small(dynamic_img_size=True, depth=2, local_up_to_layer=1).train()
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -80,7 +80,7 @@ def test_training_with_dynamic_sizes_compiles_once():
         out.square().sum().backward()
         return [out.detach(), *(p.grad.clone() for p in model.parameters())]
 
-    for size in ((32, 40), (48, 64), (64, 24)):
+    for size in ((40, 48), (48, 64), (64, 24)):
         x = images(*size)
         for axis in (2, 3):
             torch._dynamo.mark_dynamic(x, axis)

@@ -212,7 +212,8 @@ def test_a_file_without_a_recipe_takes_no_more_workers_than_cores(weights, capsy
 def test_precision_where_it_has_no_say(digits, capsys):
     words = ["validate", "--precision", "bfloat16"]
     mixed = digits.output.parent / "mixed.yaml"
-    mixed.write_text((digits.output / "recipe.yaml").read_text() + "amp_level: O2\namp_dtype: bfloat16\n")
+    recipe = yaml.safe_load((digits.output / "recipe.yaml").read_text())
+    mixed.write_text(yaml.safe_dump(recipe | {"amp_level": "O2", "amp_dtype": "bfloat16"}))
     recorded = ["-c", str(mixed), "--ckpt_path", str(digits.output / "best.pth")]
     for more, reason in ((recorded, "it sets amp_dtype"), (["--framework", "mindspore"], "is of PyTorch on CPU")):
         assert cli.main([*words, *more]) != 0
