@@ -89,6 +89,28 @@ def test_training_with_dynamic_sizes_compiles_once():
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_compiled_or_exported_calls_the_kernels(training):
+    """One operator a block, trained or not: the reference in its place would give the same numbers, slowly."""
+    model = small(depth=3, local_up_to_layer=2).train(training)
+    x = images(32, 32)
+
+    def called(graph):
+        return sum(node.target is torch.ops.convit.gpsa.default for node in graph.nodes if node.op == "call_function")
+
+    recorded = torch._dynamo.testing.AotEagerAndRecordGraphs()
+    torch._dynamo.reset()
+    out = torch.compile(model, fullgraph=True, backend=recorded)(x)
+    graph = recorded.fw_graphs[0].graph
+    assert called(graph) == 3
+    if training:
+        out.sum().backward()
+        names = [str(node.target) for node in recorded.bw_graphs[0].graph.nodes]
+        assert sum(name.startswith("convit.gpsa_backward") for name in names) == 3
+    else:
+        assert called(torch.export.export(model, (x,)).graph) == 3
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_inference_compiles_into_one_graph(context):
     """Where the eager model takes its short cut."""
