@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from test_replaced import Alone
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -124,17 +125,6 @@ class Reentrant(nn.Module):
         return checkpoint(self.module, *args, use_reentrant=self.reentrant)
 
 
-class OneArgument(nn.Module):
-    """A user's own wrapper, as it is written for timm's blocks and attention."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, x):
-        return self.module(x) * 1.25
-
-
 class Compiled(nn.Module):
     def __init__(self, module, backend):
         super().__init__()
@@ -219,7 +209,7 @@ ANY = {
     "compiled inside": replaced(lambda module: Compiled(module, "eager")),
     "compiled in place": lambda parent, name, module: module.compile(backend="eager"),
     "in place before": replaced(writing),
-    "wrapper of one argument": replaced(OneArgument),
+    "wrapper of one argument": replaced(Alone),
     "in place of dropout": lambda parent, name, module: [
         setattr(m, "inplace", True) for m in module.modules() if isinstance(m, nn.Dropout)
     ],

@@ -66,9 +66,29 @@ def read(path: Path, data: memoryview) -> tuple[Tensors, Settings | None]:
     Raises:
         BadFile: It is truncated, damaged or no MindSpore checkpoint.
     """
+    return _tensors(path, _values(path, data))
+
+
+def facts(path: Path, name: str) -> dict[str, Any]:
+    """The object that the string ``name`` holds as JSON; empty if the file has no such string.
+
+    Raises:
+        OSError: The file cannot be opened.
+        BadFile: See ``read``.
+    """
+    values = _values(path, mapped(path))
+    _tensors(path, values)  # within bounds too
+    found = values.get(name)
+    if found is None or found.kind != "str":
+        return {}
+    loaded = parse_json(path, str(b"".join(found.pieces), "utf-32-le", "replace"), shown(name))
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _tensors(path: Path, values: dict[str, _Value]) -> tuple[Tensors, Settings | None]:
     tensors: Tensors = {}
     settings = None
-    for tag, (kind, dims, pieces) in _values(path, data).items():
+    for tag, (kind, dims, pieces) in values.items():
         content = pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
         if kind == "str":
             if tag == SETTINGS:
@@ -84,22 +104,6 @@ def read(path: Path, data: memoryview) -> tuple[Tensors, Settings | None]:
             raise BadFile(path, f"is truncated or damaged: {numbers} {kind} has {len(content)} bytes", shown(tag))
         tensors[tag] = np.frombuffer(content, dtype).reshape(dims)
     return tensors, settings
-
-
-def facts(path: Path, name: str) -> dict[str, Any]:
-    """The object that the string ``name`` holds as JSON; empty if the file has no such string.
-
-    Raises:
-        OSError: The file cannot be opened.
-        BadFile: See ``read``.
-    """
-    data = mapped(path)
-    read(path, data)
-    found = _values(path, data).get(name)
-    if found is None or found.kind != "str":
-        return {}
-    loaded = parse_json(path, str(b"".join(found.pieces), "utf-32-le", "replace"), shown(name))
-    return loaded if isinstance(loaded, dict) else {}
 
 
 def _values(path: Path, data: memoryview) -> dict[str, _Value]:
