@@ -56,13 +56,12 @@ class Bench:
             # a file of tests: the line runs while it is imported, in a shared fixture, or in a process that does not know its test
             whole = {test.split("::")[0] for test in reached if "::" not in test or test.endswith(" (setup)")}
             chosen = [t for t in self.seconds if t in reached or t.split("::")[0] in whole]
-        chosen += [name for name in named if name not in traced]
         kept, spent = [], 0.0
         for test in sorted(chosen, key=lambda t: (t.split("::")[0] not in named, t not in reached, self.cost(t))):
-            spent += self.cost(test)
-            if spent <= self.budget or not kept:
+            if spent + self.cost(test) <= self.budget or not kept:
                 kept.append(test)
-        return kept
+                spent += self.cost(test)
+        return kept + [name for name in named if name not in traced]
 
     def cost(self, test: str) -> float:
         return self.seconds.get(test, UNTRACED_SECONDS)

@@ -1,5 +1,6 @@
 """The benchmark measures what it says: a wrong kernel fails, times are interleaved, and reports hold the JSON's figures."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -183,6 +184,10 @@ def test_every_output_is_checked(monkeypatch, grid):
     import peers
 
     core = peers.Core(2, grid, 2, 8, backward=grid == (4, 5))
+    if core.backward:
+        monkeypatch.setattr(checks, "LARGEST", 20)
+        with pytest.raises(ValueError, match="gradients are checked up to 20 tokens, got 21"):
+            checks._expected(dataclasses.replace(core, grid=(3, 7)), "convit")
     peer = next(p for p in peers.core_peers("cpu") if p.name == "convit sdpa")
     outputs = [x.detach() for x in peer.build(core)()]
     names = checks.OUTPUTS[: len(outputs)]

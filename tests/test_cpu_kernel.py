@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convit
-from convit.dispatch import Problem, choose
+from convit.dispatch import Problem, choose, order
 from convit.kernels.gpsa import cpu_cpp
 
 _missing = cpu_cpp.why_not(Problem("torch", "cpu", "float32", 1, 1, 1, 1, (1, 1)))
@@ -311,13 +311,18 @@ def test_peak_memory_of_a_long_row(train, limit):
 def test_long_rows_of_bfloat16_go_to_a_matrix_unit(monkeypatch):
     """A chip with AMX is stood in for by what the kernel was told of it."""
 
+    def problem(dtype: str, side: int) -> Problem:
+        return Problem("torch", "cpu", dtype, 1, 1, side * side, 16, (side, side))
+
     def chosen(dtype: str, side: int, forced: str | None = None) -> str:
-        return choose(Problem("torch", "cpu", dtype, 1, 1, side * side, 16, (side, side)), forced).__name__.rpartition(".")[2]
+        return choose(problem(dtype, side), forced).__name__.rpartition(".")[2]
 
     for present in (True, False):
         monkeypatch.setattr(cpu_cpp, "_AMX", present)
         assert chosen("bfloat16", 17) == ("any_sdpa" if present else "cpu_cpp")
         assert chosen("bfloat16", 16) == chosen("float32", 17) == chosen("bfloat16", 17, "cpp") == "cpu_cpp"
+        assert order(problem("float32", 17)) == ("cpp", "sdpa", "reference")
+        assert order(problem("bfloat16", 17)) == (("sdpa", "cpp", "reference") if present else ("cpp", "sdpa", "reference"))
 
 
 # ---- the operator ----

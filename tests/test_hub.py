@@ -97,6 +97,16 @@ def test_what_is_no_model_is_said(tmp_path):
         convit.ConViT.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(("error", "reason"), [(OSError("401 for me/toy\nlog in"), "401 for me/toy"), (ValueError(), "ValueError")])
+def test_why_the_hub_gives_nothing_is_said_in_a_line(monkeypatch, error, reason):
+    def snapshot_download(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("convit.engine.pytorch.hub.snapshot_download", snapshot_download)
+    with pytest.raises(OSError, match=f"^me/toy is no file or folder here, and the Hub does not give it: {reason}$"):
+        convit.ConViT.from_pretrained("me/toy")
+
+
 def test_timm_reads_ours(tmp_path):
     """A variant, with its own classes; and what timm would compute otherwise is stored so that it refuses."""
     timm = pytest.importorskip("timm")

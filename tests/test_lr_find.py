@@ -53,6 +53,10 @@ def test_where_the_loss_falls_fastest():
     loss = 2 - 1 / (1 + np.exp(-4 * (np.log10(rates) + 3))) + np.where(rates > 0.1, 5 * rates, 0)
     assert _steepest(list(rates), list(loss)) == pytest.approx(1e-3, rel=0.3)
     assert _steepest(list(rates), list(1 + rates)) is None and _steepest([], []) is None
+    step = np.arange(61)
+    for steepest in (4, 5):  # the first five are of the untrained model's noise, however steep
+        loss = 2 - 0.001 * step - (step >= steepest) - (step > steepest)
+        assert _steepest(list(rates), list(loss)) == rates[5]
 
 
 @pytest.mark.parametrize(

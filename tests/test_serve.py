@@ -372,6 +372,18 @@ def test_what_cannot_be_served_is_said(checkpoint, tmp_path, monkeypatch, capsys
     assert message in capsys.readouterr().err
 
 
+def test_a_port_that_is_taken_is_said(checkpoint, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            assert main(["serve", str(checkpoint), "--port", str(port)]) == 1
+    finally:
+        signal.signal(signal.SIGINT, before)
+    told = capsys.readouterr().err
+    assert "address already in use" in told and f"127.0.0.1:{port} cannot be served" in told
+
+
 def test_a_missing_package_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", "x.pth"]) == 1

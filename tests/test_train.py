@@ -17,8 +17,11 @@ from training import SHARED, assert_same_curve, losses, records, small  # noqa: 
 from convit.engine import run as run_module  # noqa: E402
 from convit.engine.pytorch.build import build_model  # noqa: E402
 from convit.engine.pytorch.checkpoint import load  # noqa: E402
+from convit.engine.pytorch.data import EvalData  # noqa: E402
 from convit.engine.pytorch.train import train  # noqa: E402
 from convit.engine.recipe import load_recipe, packaged_recipes  # noqa: E402
+from convit.engine.world import World  # noqa: E402
+from convit.pytorch.diagnostics import diagnose  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -115,6 +118,18 @@ def test_a_compiled_model_gives_the_same_curve(alone, tmp_path):
 def test_gradient_checkpointing_changes_nothing(alone, tmp_path):
     train(small(**SHARED, grad_checkpointing=True), tmp_path / "run", progress=False)
     assert losses(tmp_path / "run") == losses(alone)
+
+
+def test_an_epochs_record_is_of_its_steps_and_of_its_weights(tmp_path):
+    """The mean of its steps' losses, though there be one; gates, distances and non-locality on the first 32 pictures that validate."""
+    result = train(small(num_samples=32, epoch_size=2, warmup_epochs=0, decay_epochs=2), tmp_path, progress=False)
+    steps, epochs = losses(tmp_path), records(tmp_path, "epoch")
+    assert [epoch["train_loss"] for epoch in epochs] == pytest.approx(steps, rel=1e-6) and len(steps) == 2
+    recipe = small(ckpt_path=str(tmp_path / "last.pth"))
+    pictures = next(iter(EvalData(recipe, World(), torch.device("cpu"))))[0][:32]
+    found = diagnose(build_model(recipe, 10).eval(), pictures)
+    for name in ("gate", "distance", "nonlocality"):
+        np.testing.assert_allclose(result.history[-1][name], found[name], rtol=0, atol=1e-5)
 
 
 def test_the_best_checkpoints_are_kept(tmp_path):

@@ -84,6 +84,7 @@ def test_every_kind_of_checkpoint_validates(folder, weights, name):
     result = validate(recipe(folder, ckpt_path=str(root / name)), progress=False, precision="float32")
     top1, loss = by_hand(model, folder, recipe(folder))
     assert result["samples"] == 15 and result["top5"] == 100.0 and result["bad_images"] == []
+    assert (result["model"], result["checkpoint"]) == ("convit_tiny", str(root / name))
     assert result["top1"] == pytest.approx(top1, abs=1e-9)
     assert result["loss"] == pytest.approx(loss, abs=1e-5)
 

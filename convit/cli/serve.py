@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     graceful = max(1, round(args.timeout))
     server = Server(uvicorn.Config(app, host=args.host, port=args.port, timeout_graceful_shutdown=graceful, access_log=False))
     signal.signal(signal.SIGINT, end_now)  # while the server starts, and after it
-    with suppress(KeyboardInterrupt):
+    with suppress(KeyboardInterrupt, SystemExit):  # uvicorn's own exit says no more than what it has printed
         server.run()
     if not server.started:
         raise OSError(f"{args.host}:{args.port} cannot be served, as the lines above say")

@@ -15,7 +15,7 @@ from convit.engine.recipe import Recipe
 from convit.engine.trained import class_names, recorded_classes
 
 
-def infer(recipe: Recipe, images: list[str], topk: int = 5, progress: bool = False) -> Iterator[dict[str, Any]]:
+def infer(recipe: Recipe, images: list[str], topk: int, progress: bool = False) -> Iterator[dict[str, Any]]:
     """Yield, per image, {image, classes: [{index, name, probability}, ...]} or {image, error}.
 
     Raises:

@@ -17,7 +17,7 @@ from convit.engine.trained import class_names, recorded_classes
 from convit.engine.world import World
 
 
-def infer(recipe: Recipe, images: list[str], topk: int = 5, progress: bool = False, precision: str = "auto") -> Iterator[dict[str, Any]]:
+def infer(recipe: Recipe, images: list[str], topk: int, progress: bool = False, precision: str = "auto") -> Iterator[dict[str, Any]]:
     """Yield, per image, {image, classes: [{index, name, probability}, ...]} or {image, error}; ``precision`` as in ``build.fastest``.
 
     Raises:
