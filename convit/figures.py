@@ -93,6 +93,11 @@ def _is_drawable(value: float) -> bool:
     return not 1e300 < abs(value) < math.inf
 
 
+def _seen(epochs: Sequence[int], line: str = "-") -> str:
+    """The style of a curve: one of a single epoch has no line to see, but its point."""
+    return line + "o" * (len(epochs) == 1)
+
+
 def plot_history(log: str | os.PathLike[str] | Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> Path:
     """Loss and accuracy over the epochs.
 
@@ -105,14 +110,14 @@ def plot_history(log: str | os.PathLike[str] | Sequence[dict[str, Any]], path: s
         for name, label, colour in (("train_loss", "training", _BLUE), ("val_loss", "validation", _ORANGE)):
             epochs, values = _series(records, name)
             if epochs:
-                left.plot(epochs, values, color=colour, label=label, linewidth=1.6)
+                left.plot(epochs, values, _seen(epochs), color=colour, label=label, linewidth=1.6, markersize=4)
         left.set(xlabel="epoch", ylabel="loss", title="Loss", yscale="log" if _spans_decades(records) else "linear")
         left.legend()
         top5 = _series(records, "top5")
         for name, label, colour in (("top1", "top-1", _BLUE), ("top5", "top-5", _GREEN)):
             epochs, values = _series(records, name)
             if epochs and not (name == "top5" and min(top5[1]) >= 99.0):
-                right.plot(epochs, values, color=colour, label=label, linewidth=1.6)
+                right.plot(epochs, values, _seen(epochs), color=colour, label=label, linewidth=1.6, markersize=4)
         epochs, values = _series(records, "top1")
         if epochs:
             best = int(np.argmax(values))
@@ -169,7 +174,7 @@ def plot_comparison(runs: Mapping[str, Sequence[dict[str, Any]]], path: str | os
             for axes, key, style in ((left, "train_loss", ":"), (left, "val_loss", "-"), (right, "top1", "-")):
                 epochs, values = _series(records, key)
                 if epochs:
-                    axes.plot(epochs, values, style, color=colour, linewidth=1.6, marker="o" if len(epochs) == 1 else None, markersize=4)
+                    axes.plot(epochs, values, _seen(epochs, style), color=colour, linewidth=1.6, markersize=4)
                 if epochs and key == "top1":
                     best = int(np.argmax(values))
                     right.plot(epochs[best], values[best], "o", color=colour, markersize=4)
@@ -219,7 +224,7 @@ def plot_gates_over_time(log: str | os.PathLike[str] | Sequence[dict[str, Any]],
         for layer, colour in enumerate(_colours(layers)):
             gates = np.array([record["gate"][layer] for record in records])
             axes.plot(epochs, gates, color=colour, linewidth=0.6, alpha=0.45)
-            axes.plot(epochs, gates.mean(1), color=colour, linewidth=2, marker="o" if len(epochs) == 1 else None)
+            axes.plot(epochs, gates.mean(1), _seen(epochs), color=colour, linewidth=2)
         axes.axhline(0.5, color="0.6", linewidth=0.8, linestyle=":")
         axes.set(xlabel="epoch", ylabel="gate", ylim=(-0.02, 1.02), title="Gates: position (1) or content (0); mean of a layer thick")
         _whole_epochs(axes)
@@ -239,7 +244,7 @@ def plot_locality(log: str | os.PathLike[str] | Sequence[dict[str, Any]], path: 
         for layer, colour in enumerate(_colours(len(last))):
             means = [float(np.mean(record["distance"][layer])) for record in records]
             style = "-" if layer < local else "--"
-            left.plot(epochs, means, style, color=colour, linewidth=1.6, marker="o" if len(epochs) == 1 else None)
+            left.plot(epochs, means, _seen(epochs, style), color=colour, linewidth=1.6)
             right.scatter([layer + 1] * len(last[layer]), last[layer], s=14, color=colour, alpha=0.8)
         right.plot(range(1, len(last) + 1), [float(np.mean(layer)) for layer in last], color="0.3", linewidth=1, marker="_", markersize=12)
         left.set(xlabel="epoch", ylabel="mean distance (patches)", title="Non-locality (MHSA dashed)", ylim=(0, None))

@@ -226,6 +226,9 @@ def test_whole_numbers_are_exact():
     [
         ("a: &a [1, 1]\nb: &b [*a, *a]\nlr: [*b, *b]", "has aliases"),
         ("lr: " + "[" * 20_000, "is not yaml"),
+        ("lr: " + "[" * 20 + "]" * 20, "is nested too deeply"),
+        ("lr: " + "[" * 19 + "]" * 19, "lr: expected float, got a list"),
+        ("lr: [" + "[], " * 100 + "]", "lr: expected float, got a list"),
         ("seed: " + "9" * 5_000, "is not yaml"),
         ("lr: 2001-99-99", "is not yaml"),
         ("x" * 100_000, "has 100,000 bytes, more than the 65,536"),

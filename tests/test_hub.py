@@ -80,6 +80,16 @@ def test_infer_and_validate_call_the_classes_by_the_folders_names(tmp_path, caps
     assert "'tench'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("size", "patch"), [((32, 48), (8, 8)), ((32, 32), (8, 4))])
+def test_what_is_not_square_is_for_serve_and_export(tmp_path, capsys, size, patch):
+    from convit.cli import main
+
+    model_of(img_size=size, patch_size=patch).save_pretrained(tmp_path)
+    assert main(["infer", str(tmp_path), "--ckpt_path", str(tmp_path)]) == 1
+    takes = f"takes images of {size[0]} x {size[1]} in patches of {patch[0]} x {patch[1]}: infer and validate want squares"
+    assert takes in capsys.readouterr().err
+
+
 def test_to_fine_tune(tmp_path):
     model_of().save_pretrained(tmp_path)
     back = convit.ConViT.from_pretrained(tmp_path, num_classes=7, img_size=(40, 64))

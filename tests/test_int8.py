@@ -101,10 +101,17 @@ def test_what_does_not_pay_is_refused_with_the_figures(tmp_path, pictures, monke
     with pytest.raises(ValueError, match=r"not faster on this machine; nothing is written.*(?s:.)*2.0 ms to 1.8 \(0.90 times"):
         export(model(), path, "onnx", int8_data=pictures)
     monkeypatch.setattr(int8, "_timed", timed((1.5, 1.5)))
-    tops = iter(range(99))
-    monkeypatch.setattr(int8, "_top", lambda infer, images: np.full(len(images), next(tops) % 2))
+    compared = []
+
+    def alternate(infer, images):
+        compared.append(images)
+        return np.full(len(images), len(compared) % 2)
+
+    monkeypatch.setattr(int8, "_top", alternate)
     with pytest.raises(ValueError, match=r"another model; nothing is written.*(?s:.)* 0.0% of 40"):
         export(model(), path, "onnx", int8_data=pictures)
+    for side in (compared[::2], compared[1::2]):  # each picture once, by the int8 file and by the float one
+        assert len(np.unique(np.concatenate(side), axis=0)) == sum(map(len, side)) == 40
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"] and path.read_bytes() == b"before"
 
 

@@ -217,17 +217,36 @@ def test_pictures_of_a_run_show_its_numbers(tmp_path, drawn):
     left, right = drawn[-1].axes[:2]
     assert [list(line.get_ydata()) for line in left.lines] == [[1.5, 2.0, 2.5], [4.0] * 3, [6.0] * 3]
     assert [line.get_linestyle() for line in left.lines] == ["-", "-", "--"]  # two layers have gates
+    assert all(list(line.get_xdata()) == [1, 2, 3] for line in left.lines) and list(right.get_xticks()) == [1, 2, 3]
+    assert (list(right.lines[0].get_xdata()), list(right.lines[0].get_ydata())) == ([1, 2, 3], [2.5, 4, 6])
     assert [spots.get_offsets().tolist() for spots in right.collections] == [[[1, 3], [1, 2]], [[2, 3], [2, 5]], [[3, 4], [3, 8]]]
     figures.plot_gates_over_time(log, tmp_path / "a.png")
     assert [list(bar.get_yticks()) for bar in drawn[-1].axes[1:]] == [[1, 2]]  # a colour for each layer with gates
     lines = drawn[-1].axes[0].lines
     thick = [line.get_ydata().tolist() for line in lines if line.get_linewidth() == 2]
     np.testing.assert_allclose(thick, [[0.7, 0.7, 0.7], [0.7, 0.69, 0.68]])
+    assert len(lines) == 2 * (4 + 1) + 1 and all(list(line.get_xdata()) == [1, 2, 3] for line in lines[:-1])
     figures.plot_gates([[0.1, 0.2], [0.3, 0.4]], [[0.9, 0.8], [0.7, 0.6]], tmp_path / "a.png")
     axes = drawn[-1].axes[0]
     spots = [each.get_offsets()[:, 1].tolist() for each in axes.collections if len(each.get_offsets()) == 2]
     assert spots == [[0.1, 0.2], [0.9, 0.8], [0.3, 0.4], [0.7, 0.6]]
+    where = [each.get_offsets()[:, 0].tolist() for each in axes.collections if len(each.get_offsets()) == 2]
+    np.testing.assert_allclose(where, [[0.78, 1.22]] * 2 + [[1.78, 2.22]] * 2)
+    assert list(axes.get_xticks()) == [1, 2]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["before", "after"]
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_run_of_one_epoch_is_seen_as_points(tmp_path, drawn, epochs):
+    log = [record | {"val_loss": 1.0} for record in records(epochs)]
+    figures.plot_history(log, tmp_path / "a.png")
+    figures.plot_comparison({"a": log}, tmp_path / "a.png")
+    figures.plot_locality(log, tmp_path / "a.png")
+    figures.plot_gates_over_time(log, tmp_path / "a.png")
+    thin = [[line for line in axes.lines if list(line.get_xdata()) == list(range(1, epochs + 1))] for axes in drawn[0].axes + drawn[1].axes]
+    left, over = drawn[2].axes[0].lines, [line for line in drawn[3].axes[0].lines if line.get_linewidth() == 2]
+    for lines in (*thin, left, over):
+        assert lines and any(line.get_marker() == "o" for line in lines) == (epochs == 1)
 
 
 @pytest.mark.parametrize("top", [1.0, 255.0, -1.0], ids=["of 0 to 1", "of 0 to 255", "normalised"])

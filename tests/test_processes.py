@@ -35,10 +35,23 @@ from convit.engine.pytorch import train as train_module  # noqa: E402
 from convit.engine.pytorch.build import build_model  # noqa: E402
 from convit.engine.pytorch.checkpoint import load  # noqa: E402
 from convit.engine.pytorch.data import EvalData, TrainData  # noqa: E402
+from convit.engine.pytorch.distributed import choose_device  # noqa: E402
 from convit.engine.pytorch.train import TorchRun, train  # noqa: E402
 from convit.engine.world import World, find_world, first_host, rendezvous  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_each_process_of_a_machine_takes_a_device_of_its_own(monkeypatch):
+    """Two devices are stood in for."""
+    taken = []
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", taken.append)
+    assert [choose_device("cuda", World(rank, 6, rank % 3)) for rank in (0, 4)] == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    with pytest.raises(ValueError, match="process 2 of this machine has no cuda device: there are 2"):
+        choose_device("cuda", World(5, 6, 2))
+    assert taken == [0, 1] and choose_device("cuda:1", World(2, 3, 2)) == torch.device("cuda", 1)
 
 
 def test_two_processes_by_torchrun_give_the_curve_of_one(alone, tmp_path):

@@ -252,7 +252,7 @@ def test_infer_names_the_digits(digits, tmp_path, capsys):
             assert one["probability"] == pytest.approx(expected[one["index"]].item(), abs=1e-5)
 
 
-def test_infer_names_imagenet_and_survives_a_broken_image(folder, tmp_path, capsys):
+def test_infer_names_imagenet_and_survives_a_broken_image(folder, tmp_path, capsys, monkeypatch):
     model = convit.create_model("convit_tiny")
     with torch.no_grad():
         model.head.bias[207] = 50.0
@@ -263,6 +263,9 @@ def test_infer_names_imagenet_and_survives_a_broken_image(folder, tmp_path, caps
     shown = capsys.readouterr()
     assert "golden retriever" in shown.out and "100.00 %" in shown.out and len(shown.out.splitlines()) == 6
     assert "broken.png: UnidentifiedImageError" in shown.err
+    monkeypatch.setattr("convit.weights.load.fetch", lambda name, source: tmp_path / f"{name.removeprefix('convit_')}.pth")
+    assert cli.main(["infer", images[0], "--model", "convit_tiny", "--pretrained"]) == 0
+    assert capsys.readouterr().out == shown.out
 
 
 @pytest.mark.parametrize(

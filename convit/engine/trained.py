@@ -60,8 +60,10 @@ class Trained(NamedTuple):
             keys |= {"mean": list(asked["mean"]), "std": list(asked["std"]), "in_channels": self.shape["in_chans"]}
             keys |= {"patch_size": self.shape["patch_size"][0], "drop_path_rate": 0.0}
         height, width = self.preparation.size
-        if height != width or len(set(self.shape["patch_size"])) > 1:
-            raise ValueError(f"{self.path} takes images of {height} x {width}: infer and validate want squares, serve and export do not")
+        patch = self.shape["patch_size"]
+        if height != width or patch[0] != patch[1]:
+            takes = f"images of {height} x {width} in patches of {patch[0]} x {patch[1]}"
+            raise ValueError(f"{self.path} takes {takes}: infer and validate want squares, serve and export do not")
         keys |= {"model": self.variant or "convit", "image_resize": height}
         return keys | {"num_classes": self.shape["num_classes"] or None}
 
