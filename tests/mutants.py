@@ -38,7 +38,7 @@ TESTS: list[tuple[str, tuple[str, ...] | None]] = [
     ("convit/pytorch/optimize.py", ("tests/test_optimize.py",)),
     ("convit/pytorch/accelerate.py", ("tests/test_accelerate.py",)),
     ("convit/pytorch/diagnostics.py", ("tests/test_plot.py", "tests/test_train.py")),
-    ("convit/pytorch/*", ("tests/test_model.py", "tests/test_accelerate.py", "tests/test_checkpoints.py")),
+    ("convit/pytorch/*", ("tests/test_model.py", "tests/test_accelerate.py", "tests/test_checkpoints.py", "tests/test_compile.py")),
     ("convit/weights/published.py", ("tests/test_published.py",)),
     ("convit/weights/*", ("tests/test_checkpoints.py", "tests/test_bad_checkpoints.py")),
     ("convit/engine/recipe.py", ("tests/test_config.py", "tests/test_train.py")),

@@ -176,6 +176,13 @@ def test_what_is_not_exactly_theirs_is_left_and_said(change, reason, caplog):
     assert reason in caplog.records[-1].getMessage() and caplog.records[-1].levelname == "WARNING"
 
 
+def test_what_lacks_a_part_is_left_and_said():
+    model = timm_model()
+    del model.blocks[0].attn.qk, model.blocks[0].attn.pos_proj
+    (why,) = convit.accelerated(convit.accelerate(model)).left.values()
+    assert why.endswith("GPSA lacks pos_proj, qk")
+
+
 def test_undo():
     model = timm_model().eval()
     before = [type(module) for module in model.modules()]

@@ -302,6 +302,16 @@ def test_what_is_not_exactly_known_is_refused(change):
         convit.optimize(model)
 
 
+def test_timms_gpsa_on_an_image_that_is_no_square_is_refused_with_the_way_out():
+    timm = pytest.importorskip("timm.models.convit")
+    model = timm.ConVit(img_size=(32, 96), patch_size=16, embed_dim=32, depth=2, num_heads=4, local_up_to_layer=1, num_classes=3).eval()
+    with pytest.raises(ValueError, match=r"takes its 2 x 6 grid for a square: convit.accelerate\(model, grid='image'\)"):
+        convit.optimize(model, torch.float32)
+    x = torch.randn(2, 3, 32, 96)
+    convit.accelerate(model, grid="image")
+    torch.testing.assert_close(convit.optimize(model, torch.float32)(x), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_the_default_device_does_not_matter():
     model, x = convit.ConViT(img_size=32, embed_dim=32, depth=2, num_heads=4, local_up_to_layer=1).eval(), torch.randn(1, 3, 32, 32)
     with torch.device("meta"):

@@ -190,6 +190,7 @@ def test_attention_picture_shows_each_head_from_the_marked_patch(tmp_path, drawn
                 panel = next(panels)
                 assert panel.patches[0].get_xy() == (at % 5, at // 5)
                 assert all(shown.get_extent() == [0, 5, 3, 0] for shown in panel.images) and len(panel.images) == (2 if head else 1)
+                assert panel.get_aspect() == 12 * 5 / (20 * 3)  # the image's own
                 if head == 0:
                     assert panel.get_ylabel() == f"layer {layer + 1}"
                     continue
@@ -213,6 +214,9 @@ def test_pictures_of_a_run_show_its_numbers(tmp_path, drawn):
     assert lines == {"training": ([1, 2, 3], [2.0, 1.0, 2 / 3]), "validation": ([1, 2, 3], [2.5, 1.5, 2 / 3 + 0.5])}
     assert list(right.lines[0].get_ydata()) == [10.0, 20.5, 12.0] and right.texts[0].get_text() == "20.50 % (epoch 2)"
     assert (right.lines[1].get_xdata()[0], right.lines[1].get_ydata()[0]) == (2, 20.5)
+    for best, side in ((0, "left"), (2, "right")):  # the figure beside the point, inside the picture
+        figures.plot_history([record | {"top1": float(i == best)} for i, record in enumerate(log)], tmp_path / "a.png")
+        assert drawn[-1].axes[1].texts[0].get_ha() == side
     figures.plot_locality(log, tmp_path / "a.png")
     left, right = drawn[-1].axes[:2]
     assert [list(line.get_ydata()) for line in left.lines] == [[1.5, 2.0, 2.5], [4.0] * 3, [6.0] * 3]

@@ -279,6 +279,17 @@ def test_hostile_uploads(service, body, status, words):
     assert service.ask("POST", "/predict", image(5))[0] == 200
 
 
+def test_an_upload_of_just_the_limit_is_taken(service):
+    data = image(4)
+    for size, status in ((200_000, 200), (200_001, 413)):
+        body = data + bytes(size - len(data))
+        for sent in (body, iter([body[:1000], body[1000:]])):  # its length stated, and not
+            try:
+                assert service.ask("POST", "/predict", sent)[0] == status
+            except ConnectionError:  # the service stopped reading while we still sent
+                assert status == 413
+
+
 def test_slow_and_vanishing_clients(service):
     """A body that never arrives is given up; a client that goes away leaves nothing behind."""
     with socket.create_connection(("127.0.0.1", service.port)) as slow:

@@ -177,10 +177,8 @@ def test_a_resumed_run_goes_on_with_its_loss_scale(tmp_path):
     again = train(small(**keys, epoch_size=5, decay_epochs=4), tmp_path / "run", resume=True, progress=False)
     assert load(tmp_path / "run" / "last.pth")["scaler"]["scale"] <= scale and again.epochs == 5
     train(small(**keys | {"loss_scale": 1.0}, epoch_size=1, decay_epochs=1), tmp_path / "own", progress=False)
-    assert load(tmp_path / "own" / "last.pth")["scaler"]["scale"] in (
-        2**16,
-        2**15,
-    )  # torch's own start, and a power of two: scaling is exact
+    own = load(tmp_path / "own" / "last.pth")["scaler"]["scale"]
+    assert own in (2**16, 2**15)  # torch's own start, and a power of two: scaling is exact
 
 
 def test_a_recipes_model_has_what_the_recipe_says():
