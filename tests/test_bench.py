@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -161,6 +163,43 @@ def test_rounds_interleave_and_replay_exactly(monkeypatch):
     timing.REPLAY.load(samples["a"].wall)
     replayed = [-timing.REPLAY() + timing.REPLAY() for _ in samples["a"].wall]
     assert replayed == samples["a"].wall
+
+
+def test_a_call_shorter_than_a_turn_is_repeated_and_told_by_the_call(monkeypatch):
+    """By a clock of our own: 4 ms a call on the wall, 1 ms of a processor, three times a turn."""
+    monkeypatch.syspath_prepend(BENCH)
+    import timing
+
+    now = {"calls": 0}
+    clock = {"perf_counter": lambda: 0.004 * now["calls"], "process_time": lambda: 0.001 * now["calls"], "sleep": lambda seconds: None}
+    monkeypatch.setattr(timing, "time", types.SimpleNamespace(**clock))
+    samples = timing.interleave({"a": lambda: now.update(calls=now["calls"] + 1)}, "cpu", 3, 1.0, {"a": 0.004})["a"]
+    assert samples.iterations == 3 and samples.wall == pytest.approx([0.004] * 3) and samples.cpu == pytest.approx([0.001] * 3)
+
+
+def test_times_are_compared_within_the_rounds_that_both_took_part_in(report):
+    """On a machine that is ten times as slow in every other round."""
+    import results
+
+    def entry(rounds, seconds):
+        return results.Entry("g", {"rounds": rounds}, tuple(s * (10 if r % 2 else 1) for r, s in zip(rounds, seconds, strict=True)))
+
+    ours, theirs = entry([0, 1, 2, 3, 4], [1.0] * 5), entry([1, 3, 5], [3.0, 3.0, 99.0])
+    assert theirs.over(ours) == pytest.approx(3) and ours.over(theirs) == pytest.approx(1 / 3)
+    assert math.isnan(entry([7], [1.0]).over(ours)) and entry([0, 2, 4], [1.0, 2.0, 60.0]).over(ours) == 2
+
+
+def test_peaks_are_multiply_adds_counted_twice_and_bytes_read_and_written(monkeypatch):
+    """As if each product and each copy took a second."""
+    monkeypatch.syspath_prepend(BENCH)
+    import roofline
+    import torch
+
+    monkeypatch.setattr(roofline, "_best", lambda call, device, seconds: 1.0)
+    threads = torch.get_num_threads()
+    found = roofline.measure()
+    assert found.flops in (2.0 * 1536**3, max(2.0 * 1536**3, 4.0 * threads * 256**2 * 768))
+    assert found.bytes == 2 * 2**27
 
 
 def test_whole_models_are_checked(monkeypatch):

@@ -138,6 +138,46 @@ def test_folders_as_strangers_leave_them(root, tmp_path, caplog):
         open_source(recipe(tmp_path / "deep"), train=True)
 
 
+def test_classes_have_the_order_that_timm_gives_them(tmp_path):
+    """Without regard to case, numbers by their value: class 3 of a checkpoint is class 3 here."""
+    from timm.data import ImageDataset
+
+    for name in ("Zebra", "ant", "Bee", "n10", "n9", "N11"):
+        paint(tmp_path / "val" / name, (0, 0, 0), 1)
+    theirs = ImageDataset(str(tmp_path / "val")).reader.class_to_idx
+    assert open_source(recipe(tmp_path), train=False).classes == sorted(theirs, key=theirs.get)
+
+
+def test_a_share_to_validate_on_has_no_image_of_the_others(root):
+    """Of a folder without splits: every image is in one part, each class in both, the same ones at every call."""
+    keys = recipe(root / "train", val_share=0.3)
+    train, held = (open_source(keys, train=train) for train in (True, False))
+    assert sorted(train.paths + held.paths) == sorted(FolderSource(root / "train").paths)
+    assert [held.targets.count(i) for i in range(3)] == [2, 2, 2] and [train.targets.count(i) for i in range(3)] == [4, 4, 4]
+    assert open_source(keys, train=False).paths == held.paths
+    assert all(Path(path).parent.name == "abc"[target] for path, target in zip(held.paths, held.targets, strict=True))
+
+
+def test_validation_comes_before_test(root, tmp_path):
+    """A data set with both is validated on what is named for it."""
+    for name in ("test", "validation", "train"):
+        shutil.copytree(root / "val", tmp_path / name)
+    assert open_source(recipe(tmp_path), train=False).where == str(tmp_path / "validation")
+    shutil.rmtree(tmp_path / "validation")
+    assert open_source(recipe(tmp_path), train=False).where == str(tmp_path / "test")
+
+
+def test_the_image_in_place_of_an_unreadable_one_has_its_own_label(root, tmp_path):
+    shutil.copytree(root, tmp_path / "data")
+    (tmp_path / "data/train/a/5.png").write_bytes(b"no image")  # the next one is of another class
+    data = TrainData(recipe(tmp_path / "data", shuffle=False), World(), CPU)
+    bad = 0
+    for batch in data.batches(0):
+        assert batch.images.mean((2, 3)).argmax(1).tolist() == batch.targets.tolist()
+        bad += len(batch.bad)
+    assert bad == 1
+
+
 def test_num_samples_are_an_even_share_of_each_class():
     targets = [0] * 50 + [1] * 3 + [2] * 50
     chosen = choose_samples(targets, None, num_samples=13)
@@ -418,6 +458,17 @@ def test_every_epoch_has_an_order_of_its_own(folder):
     assert other.of(0).tolist() != orders[0]
 
 
+def test_every_epoch_has_augmentations_of_its_own(folder):
+    """In one order: of pictures the policy's draws, of digits the shifts, which stay within the margin."""
+    data = TrainData(pictures(folder, shuffle=False, batch_size=8, mixup=0, cutmix=0), World(), CPU)
+    first, second = (next(data.batches(epoch)) for epoch in (0, 1))
+    assert torch.equal(first.targets, second.targets)
+    assert not any(torch.equal(a, b) for a, b in zip(first.images, second.images, strict=True))
+    order = TrainData(load_recipe("digits", {"shift": 2}), World(), CPU).order
+    shifts = [order.shifts(epoch) for epoch in (0, 1)]
+    assert all((each.min(), each.max()) == (0, 4) for each in shifts) and (shifts[0] != shifts[1]).mean() > 0.5
+
+
 def test_training_transforms_do_what_the_recipe_says():
     """Flips, the crop's area and shape, erasing: seen on an image whose pixels tell their place, bright enough not to pass for erased."""
     y, x = np.mgrid[:64, :64]
@@ -447,6 +498,18 @@ def test_training_transforms_do_what_the_recipe_says():
         assert 0.07 < rows * columns / 32**2 < 0.18 and 3 < columns / rows < 6
         assert erased.sum() == rows * columns
     assert not (data_module.train_transform(load_recipe(None, still))(image)[2] == 0).any()
+    noise = data_module.train_transform(load_recipe(None, erasing | {"re_value": "random"}))(image)
+    assert noise.min() < -1 and noise.max() > 1.5 and (noise < 0).float().mean() < 0.1
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_an_image_to_train_on_is_resized_and_normalised_as_one_to_validate(interpolation):
+    """Where nothing is drawn: the whole of a square image, in the recipe's filter, by its mean and std."""
+    whole = {"image_resize": 32, "scale": "[1, 1]", "ratio": "[1, 1]", "hflip": 0, "color_jitter": None, "re_prob": 0, "crop_pct": 1.0}
+    chosen = load_recipe(None, whole | {"mean": [0.2, 0.4, 0.6], "std": [0.5, 0.3, 0.2], "interpolation": interpolation})
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    trained, evaluated = data_module.train_transform(chosen)(image), data_module.eval_transform(chosen)(image)
+    torch.testing.assert_close(trained, evaluated, rtol=0, atol=1e-5)
 
 
 def test_two_processes_share_the_batches_of_one(folder):

@@ -83,7 +83,7 @@ def test_a_corrupt_image_is_replaced_and_counted(folder, tmp_path, caplog):
     (root / "train/blue/03.jpg").write_bytes(good[: len(good) // 2])
     (root / "train/red/05.jpg").write_bytes(b"not an image")
     (root / "val/red/01.jpg").write_bytes(b"")
-    result = train(pictures(root), tmp_path / "run", progress=False)
+    result = train(pictures(root, max_bad_images=2), tmp_path / "run", progress=False)
     assert [record["bad_images"] for record in result.history] == [2, 2]
     assert "blue/03.jpg" in caplog.text and "red/05.jpg" in caplog.text and "left out the unreadable validation image" in caplog.text
     with pytest.raises(ValueError, match="unreadable images in epoch 0; max_bad_images allows 1"):

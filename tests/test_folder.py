@@ -181,6 +181,8 @@ def test_what_differs_is_said(caplog):
     run.plan = types.SimpleNamespace(classes=["cat", "cow"], samples=8)
     with pytest.raises(ValueError, match="trained on other classes than the data has now: 2 and 2; gone: dog; new: cow"):
         run._compare({"classes": ["cat", "dog"]})
+    with pytest.raises(ValueError, match="trained on other classes"):  # the same ones, with each other's numbers
+        run._compare({"classes": ["cow", "cat"]})
     with caplog.at_level("INFO", "convit"):
         run._compare({"classes": ["cat", "cow"], "samples": 9, "processes": 2})
     assert "has 8 samples, and had 9" in caplog.text and "2 process(es) trained so far, 1 from here" in caplog.text

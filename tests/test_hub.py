@@ -39,6 +39,7 @@ def same(a, b):
         {"img_size": 32, "global_pool": "avg", "reg_tokens": 2},
         {"local_up_to_layer": 0, "qkv_bias": True, "mlp_ratio": 2.0},
         {"use_pos_embed": False, "img_size": 224},
+        {"patch_size": (8, 16), "img_size": (32, 64)},  # a square of patches, no square of pixels
         {"act_layer": lambda: torch.nn.GELU("tanh"), "norm_layer": lambda dim, **where: torch.nn.LayerNorm(dim, 1e-5, **where)},
     ],
 )

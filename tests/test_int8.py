@@ -115,6 +115,30 @@ def test_what_does_not_pay_is_refused_with_the_figures(tmp_path, pictures, monke
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"] and path.read_bytes() == b"before"
 
 
+def test_agreement_is_with_the_float_file_on_every_image_to_compare(tmp_path, monkeypatch):
+    """A stand-in for the quantised model that is wrong about three images of twelve, the last one among them."""
+    right = lambda images: np.stack([images, -images], -1)  # noqa: E731
+    monkeypatch.setattr(int8, "_timed", timed((1.5, 1.5)))
+    monkeypatch.setattr(int8, "_with_onnxruntime", lambda path, made, images: made)
+    monkeypatch.setattr(int8, "_onnxruntime", lambda path: right)
+    monkeypatch.setattr(int8, "_floats", lambda path, form: {"float": right})
+    monkeypatch.setattr(int8, "_runs", lambda made, form: {"int8": lambda images: right(np.where(abs(images) < 2, images, -images))})
+    compare = np.array([1.0, -1, 1, 3, -1, 1, 1, 1, -3, -1, 1, 3])
+    (tmp_path / "inner").mkdir()
+    with pytest.raises(ValueError, match=r"another model(?s:.)* 75\.0% of 12 others"):
+        int8.quantise(tmp_path / "inner" / "a.onnx", "onnx", np.ones(5), compare)
+
+
+def test_one_slow_call_changes_no_figure(monkeypatch):
+    """Medians throughout; and who was fastest at the first batch is timed at the others."""
+    found = {1: {"a": [1.0, 1.0, 90.0], "b": [2.0, 2.0, 2.0], "f": [3.0, 3.0, 3.0], "g": [4.0, 90.0, 4.0]}}
+    found[8] = {"a": [8.0, 8.0, 8.0], "b": [1.0] * 3, "f": [20.0, 90.0, 20.0], "g": [1.0] * 3}
+    monkeypatch.setattr(int8, "_interleaved", lambda calls, images: found[len(images)])
+    name, against, timings = int8._timed({"a": None, "b": None}, {"f": None, "g": None}, np.zeros((3, 1)))
+    assert (name, against) == ("a", "f")
+    assert timings == [int8.Timing(1, 1e3, 3e3, 3.0), int8.Timing(8, 8e3, 20e3, 2.5)]
+
+
 def test_the_clock(monkeypatch):
     """The fastest of each side, every one of them timed in turn, the ratio within rounds."""
     import time

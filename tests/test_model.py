@@ -91,8 +91,14 @@ def test_initialisation_is_the_papers():
     ours.local_init()
     torch.testing.assert_close(ours.pos_proj.weight, theirs.pos_proj.weight, rtol=0, atol=0)
     assert torch.equal(ours.v.weight, torch.eye(144)) and torch.equal(ours.gating_param, torch.ones(9))
-    for block in small(depth=2, local_up_to_layer=2, global_pool="avg").blocks:
-        assert torch.equal(block.attn.v.weight, torch.eye(24))
+    model = small(depth=2, local_up_to_layer=2, global_pool="avg", reg_tokens=2, qkv_bias=True, embed_dim=96)
+    for name, parameter in model.named_parameters():
+        if name.endswith("attn.v.weight"):
+            assert torch.equal(parameter, torch.eye(96))
+        elif name.endswith("bias") and "patch_embed" not in name:
+            assert not parameter.any(), name
+        elif parameter.ndim > 1 and "pos_proj" not in name and "patch_embed" not in name:
+            assert 0.015 < parameter.std() < 0.025, name
 
 
 @pytest.mark.parametrize("heads", range(1, 26))
@@ -120,6 +126,10 @@ def test_any_image_size(size):
     moved.set_input_size(size)
     dynamic = small(dynamic_img_size=True)
     dynamic.load_state_dict(model.state_dict())
+    frozen = copy.deepcopy(model)
+    frozen.pos_embed.requires_grad_(False)
+    frozen.set_input_size(size)
+    assert moved.pos_embed.requires_grad and not frozen.pos_embed.requires_grad
     built = small(img_size=size)
     built.load_state_dict(moved.state_dict(), strict=True)
     with convit.use_backend("reference"):
@@ -320,15 +330,17 @@ def test_no_decay_for_tokens():
 
 
 def test_gradient_checkpointing_changes_no_bit():
+    """And a block is run again for its gradient, in place of keeping what it computed."""
     model = small(drop_path_rate=0.5, proj_drop_rate=0.2).train()
-    gradients = []
+    gradients, runs = [], []
+    model.blocks[1].mlp.fc1.register_forward_hook(lambda *_: runs.append(enable))
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
         model.zero_grad()
         torch.manual_seed(5)
         model(images()).sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True)) and runs == [False, True, True]
 
 
 METHODS = ("set_grad_checkpointing", "prune_intermediate_layers", "get_intermediate_layers", "forward_intermediates", "forward_head")
@@ -397,12 +409,15 @@ def test_dropouts_act_while_training_only(rate):
 def test_timm_groups_parameters_by_layer():
     from timm.optim import param_groups_layer_decay
 
-    model = small()
+    model = small(reg_tokens=1)
     groups = param_groups_layer_decay(model, weight_decay=0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.5)
     undecayed = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
-    assert {id(model.cls_token), id(model.pos_embed)} <= undecayed
+    stem = [model.cls_token, model.pos_embed, model.reg_token, model.patch_embed.proj.weight]
+    assert {id(p) for p in stem[:3]} <= undecayed
     scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
-    assert scales[id(model.patch_embed.proj.weight)] < scales[id(model.blocks[0].mlp.fc1.weight)] < scales[id(model.head.weight)]
+    assert len({scales[id(p)] for p in stem}) == 1
+    assert scales[id(stem[0])] < scales[id(model.blocks[0].mlp.fc1.weight)] < scales[id(model.blocks[1].mlp.fc1.weight)]
+    assert scales[id(model.blocks[-1].mlp.fc1.weight)] <= scales[id(model.norm.weight)] < scales[id(model.head.weight)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

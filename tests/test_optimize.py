@@ -81,6 +81,16 @@ def with_scales(model):
     return model
 
 
+def of_its_own(model):
+    """Every layer with an epsilon and a GELU that no other has."""
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    for i, norm in enumerate(norms):
+        norm.eps = 0.02 * (i + 1)
+    for i, block in enumerate(model.blocks):
+        block.mlp.act.approximate = ("none", "tanh")[i % 2]
+    return model
+
+
 MODELS = {
     "ours": ours,
     "timm": theirs,
@@ -94,6 +104,7 @@ MODELS = {
     "all GPSA": lambda: ours(local_up_to_layer=4, global_pool="avg"),
     "all MHSA": lambda: ours(local_up_to_layer=0, patch_size=(8, 32)),
     "scales of its own": lambda: with_scales(ours()),
+    "epsilons and GELUs of its own": lambda: of_its_own(ours()),
     "one block": lambda: ours(depth=1, local_up_to_layer=0, num_heads=1, in_chans=1),
     "odd widths": lambda: ours(embed_dim=33, num_heads=3, mlp_ratio=1.7, act_layer=lambda: nn.GELU("tanh"), img_size=32),
 }

@@ -1,5 +1,6 @@
 """``convit serve``: real requests to a real process, many at once, hostile ones, a signal in mid-request, and the page in a browser."""
 
+import base64
 import concurrent.futures
 import contextlib
 import http.client
@@ -167,7 +168,9 @@ def test_attention(service, model):
     np.testing.assert_allclose(found, attention.numpy(), atol=2e-5)
     gates = [head["gate"] for head in answer["layers"][1]["heads"]]
     assert gates == pytest.approx(model.blocks[1].attn.gating_param.sigmoid().tolist(), abs=1e-4)
-    assert answer["picture"].startswith("data:image/png;base64,")
+    kind, _, encoded = answer["picture"].partition(",")
+    seen = Preparation((32, 32), crop_pct=0.9, interpolation="bilinear").crop(Image.open(io.BytesIO(image(3))))
+    assert kind == "data:image/png;base64" and Image.open(io.BytesIO(base64.b64decode(encoded))).tobytes() == seen.tobytes()
     assert service.ask("POST", "/attention?query=4,0", image(3))[0] == 400
     assert service.ask("POST", "/attention?query=a", image(3))[0] == 422
 

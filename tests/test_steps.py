@@ -1,5 +1,6 @@
 """One recipe, one meaning: schedules, the moving average, a step written out by hand, what resuming changes, what diverging leaves."""
 
+import contextlib
 import json
 import math
 
@@ -17,6 +18,7 @@ from convit.engine.pytorch.checkpoint import load  # noqa: E402
 from convit.engine.pytorch.train import TorchRun, train  # noqa: E402
 from convit.engine.recipe import load_recipe  # noqa: E402
 from convit.engine.schedule import average_decay, rates  # noqa: E402
+from convit.engine.world import World  # noqa: E402
 
 SMALL = {"embed_dim": 8, "depth": 2, "num_heads": 2, "local_up_to_layer": 1, "patch_size": 8, "batch_size": 16, "num_samples": 48}
 SMALL |= {"epoch_size": 2, "warmup_epochs": 0, "decay_epochs": 2, "log_interval": 1, "drop_path_rate": 0, "val_while_train": False}
@@ -48,15 +50,18 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.parametrize("prefix", [False, True])
 @pytest.mark.parametrize("stair", [False, True])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_schedules_are_mindcvs(name, stair):
-    """Written out: a linear warm-up of 3 epochs, then the decay counted from its end. MindSpore's tests hold them against MindCV's own."""
+def test_schedules_are_mindcvs(name, stair, prefix):
+    """Written out: a linear warm-up of 3 epochs, then the decay counted from its end, without ``warmup_prefix`` from the start; milestones
+    in any order. MindSpore's tests hold them against MindCV's own."""
     keys = {"scheduler": name, "warmup_epochs": 3, "warmup_factor": 0.1, "decay_epochs": 4, "min_lr": 0.001, "decay_rate": 0.5}
-    recipe = load_recipe(None, {**keys, "epoch_size": EPOCHS, "multi_step_decay_milestones": "[3, 6]", "lr_epoch_stair": stair})
+    keys |= {"multi_step_decay_milestones": "[6, 3]", "lr_epoch_stair": stair, "warmup_prefix": prefix}
     epochs = [step // STEPS if stair else step / STEPS for step in range(EPOCHS * STEPS)]
-    expected = [LR * (0.1 + 0.9 * e / 3) if e < 3 else SCHEDULES[name](e - 3) for e in epochs]
-    np.testing.assert_allclose(rates(recipe, LR, STEPS), expected, rtol=1e-12)
+    decayed = SCHEDULES[name] if prefix or name != "polynomial_decay" else lambda e: LR * (1 - e / 12) ** 0.5
+    expected = [LR * (0.1 + 0.9 * e / 3) if e < 3 else decayed(e - 3 * prefix) for e in epochs]
+    np.testing.assert_allclose(rates(load_recipe(None, {**keys, "epoch_size": EPOCHS}), LR, STEPS), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("prefix", [False, True])
@@ -194,6 +199,77 @@ def test_steps_by_hand(tmp_path, monkeypatch, keys):
         assert off <= tolerance * moved + 1e-6, (name, off, moved)
 
 
+def prepared(tmp_path, **keys):
+    """A run that is ready for its first step."""
+    run = TorchRun(small(**keys), tmp_path / "run", False, False, False)
+    try:
+        run._prepare()
+    finally:
+        run.leave()
+    return run
+
+
+def test_what_is_random_differs_between_epochs_steps_passes_and_processes(tmp_path, monkeypatch):
+    """Dropout and mixing each draw from a seed of their own everywhere, and from the same one when a step is made again."""
+    run = prepared(tmp_path, mixup=0.2, gradient_accumulation_steps=2, batch_size=8)
+    seeds = {"dropout": [], "mixing": []}
+    run.mixup = lambda x, y: seeds["mixing"].append(torch.initial_seed()) or (x, torch.nn.functional.one_hot(y, 10).float())
+    run.model.register_forward_pre_hook(lambda *_: seeds["dropout"].append(torch.initial_seed()))
+    monkeypatch.setattr(run, "total", lambda values: values)
+    monkeypatch.setattr(run, "_last_part", lambda last: contextlib.nullcontext())
+
+    def step(epoch, number, rank):
+        run.progress.epoch, run.progress.step, run.world = epoch, number, World(rank, 2)
+        run.gradients(run.batches(epoch, number))
+
+    places = [(epoch, number, rank) for epoch in (0, 1) for number in (0, 1) for rank in (0, 1)]
+    with torch.random.fork_rng([]):
+        for place in places:
+            step(*place)
+        first = {name: list(found) for name, found in seeds.items()}
+        assert len({*first["dropout"], *first["mixing"]}) == 2 * 2 * len(places)
+        step(*places[3])
+    assert all(found[-2:] == first[name][6:8] for name, found in seeds.items())
+
+
+def test_labels_stay_smoothed_where_nothing_is_mixed_any_more(tmp_path):
+    run = prepared(tmp_path, mixup=0.8, label_smoothing=0.2, mixup_off_epoch=2)
+    images, targets = torch.rand(4, 1, 32, 32), torch.tensor([1, 2, 3, 4])
+    smooth = torch.nn.functional.one_hot(targets, 10) * 0.8 + 0.2 / 10
+    for epoch, count, mixed in ((1, 4, True), (1, 3, False), (2, 4, False)):  # of three, no pairs can be made
+        run.progress.epoch = epoch
+        found = run._mix(images[:count].clone(), targets[:count], 0)
+        assert torch.equal(found[0], images[:count]) != mixed and torch.allclose(found[1], smooth[:count]) != mixed
+
+
+# --- what a run keeps and tells ---
+
+
+def test_epochs_are_validated_told_and_averaged(tmp_path, monkeypatch):
+    """Every second epoch and the last are validated; the loss is the mean of the steps that were made; images are those of all passes."""
+    gradients, calls = TorchRun.gradients, []
+
+    def poisoned(self, batches):
+        calls.append(1)
+        loss, bad, waited = gradients(self, batches)
+        return (math.nan if len(calls) == 2 else loss), bad, waited
+
+    monkeypatch.setattr(TorchRun, "gradients", poisoned)
+    keys = {"val_while_train": True, "val_interval": 2, "batch_size": 8, "gradient_accumulation_steps": 2, "ema": True}
+    result = train(small(**keys, epoch_size=5, ckpt_save_policy=None, keep_checkpoint_max=1), tmp_path / "run", progress=False)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert ["top1" in record for record in result.history] == [False, True, False, True, True]
+    for record in result.history:
+        steps = [each["loss"] for each in log if each["kind"] == "step" and each["epoch"] == record["epoch"]]
+        assert len(steps) == 3 and record["train_loss"] == pytest.approx(np.nanmean(steps))
+        assert record["images_per_second"] == pytest.approx(48 / record["seconds"], rel=0.02)
+    # without a policy all are kept; what is kept to be used is the average
+    assert sorted(path.name for path in (tmp_path / "run").glob("epoch_*.pth")) == [f"epoch_{i}.pth" for i in range(1, 6)]
+    last, kept = load(tmp_path / "run" / "last.pth"), torch.load(tmp_path / "run" / "epoch_5.pth", weights_only=True)
+    assert all(torch.equal(kept["state_dict"][name], average) for name, average in last["state_dict_ema"].items())
+    assert not torch.equal(kept["state_dict"]["head.weight"], last["state_dict"]["head.weight"])
+
+
 # --- resuming with other keys ---
 
 
@@ -261,6 +337,28 @@ def test_an_infinite_gradient_skips_the_step_though_the_loss_is_finite(tmp_path,
     assert [record["skipped_steps"] for record in result.history] == [1, 1]
     assert all(torch.isfinite(p).all() for p in result.model.parameters())
     assert "the norm of the gradient is inf; skipped this step" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("keys", "tolerated"), [({}, 2), ({"amp_level": "O2", "amp_dtype": "float16", "loss_scale": 4}, 4)], ids=["32", "16"]
+)
+def test_so_many_steps_in_a_row_may_be_skipped_and_no_more(tmp_path, monkeypatch, keys, tolerated):
+    """In float16 the halvings of a loss scale come before; but below one it is not the scale that overflows."""
+    gradients, left = TorchRun.gradients, []
+
+    def poisoned(self, batches):
+        found = gradients(self, batches)
+        if left:
+            next(self.model.parameters()).grad.view(-1)[0] = left.pop()
+        return found
+
+    monkeypatch.setattr(TorchRun, "gradients", poisoned)
+    left[:] = [math.inf] * tolerated
+    result = train(small(**keys, max_skipped_steps=2, batch_size=8), tmp_path / "run", progress=False)
+    assert [record["skipped_steps"] for record in result.history] == [tolerated, 0]
+    left[:] = [math.inf] * (tolerated + 1)
+    with pytest.raises(FloatingPointError, match="not finite in 3 steps in a row"):
+        train(small(**keys, max_skipped_steps=2, batch_size=8), tmp_path / "other", progress=False)
 
 
 def test_a_run_that_diverges_names_a_state_that_is_there_and_finite(tmp_path):

@@ -68,8 +68,9 @@ def test_the_schedule_of_mindcv(tmp_path):
 
 
 def test_the_schedule_of_fair(tmp_path):
-    """Once per epoch, the warm-up inside the cosine, the rate scaled with the batch."""
+    """Once per epoch, the warm-up inside the cosine, the rate scaled with the batch of all passes."""
     keys = {"lr_epoch_stair": True, "warmup_prefix": False, "warmup_factor": 0.5, "scale_lr": True, "scale_lr_batch": 64}
+    keys |= {"batch_size": 16, "gradient_accumulation_steps": 2}
     lr = rates(tmp_path, epoch_size=4, warmup_epochs=2, decay_epochs=4, lr=0.02, min_lr=0.0, **keys)
     expected = [0.005, 0.0075, 0.005, 0.005 * (1 + np.cos(np.pi * 0.75))]
     np.testing.assert_allclose(lr, np.repeat(expected, 11), rtol=1e-9)
@@ -151,9 +152,10 @@ def test_the_latest_checkpoints_are_kept(tmp_path, keys, kept):
 
 
 def test_the_latest_are_kept_though_the_first_were_best(tmp_path, monkeypatch):
+    """Of equal scores the first is the best."""
     from convit.engine.pytorch import train as module
 
-    scores = iter((90.0, 80.0, 70.0, 60.0))
+    scores = iter((90.0, 80.0, 90.0, 60.0))
     monkeypatch.setattr(module.TorchRun, "evaluate", lambda self: {"top1": next(scores), "top5": 99.0, "val_loss": 1.0})
     keys = {"keep_checkpoint_max": 2, "ckpt_save_policy": "latest_k", "epoch_size": 4, "decay_epochs": 3, "num_samples": 64}
     train(small(**keys), tmp_path / "run", progress=False)
