@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from convit.kernels.gpsa.gpu_triton import launch as launcher
-from convit.kernels.gpsa.gpu_triton.configs import OPTIONS, TRITON, Content, Device
+from convit.kernels.gpsa.gpu_triton.configs import OPTIONS, TRITON, Config, Content, Device, Row
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -38,6 +38,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED = {"sm80": 166912, "sm90": 232448, "sm100": 232448, "gfx942": 65536}  # bytes a block may have
+CORES = 132  # multiprocessors of an H100
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -49,14 +50,25 @@ class Case(NamedTuple):
     dtype: str = "bfloat16"
     tf32: bool = False
     content: str = "loop"  # or "sdpa", on grids past the tiles
+    persistent: bool = False
 
     def __str__(self) -> str:
         kind = self.dtype + (" tf32" if self.tf32 else "") + (" content by SDPA" if self.content == "sdpa" else "")
         return f"B*H={self.batch * self.heads} {self.grid[0]}x{self.grid[1]} D={self.dim} {kind}"
 
 
+# what bench/gpu.sh tries beside the table's rows where it passes the gates
+PERSISTENT = [
+    Row("sm80", "half", 64, Config(32, 256, 4, 2, 0)),
+    *(Row(family, "half", 64, Config(128, 256, 8, 2, 0)) for family in ("sm90", "sm100")),
+]
+
 SETS = {
-    "tile": [Case(256, 4, (14, 14), 48), Case(64, 16, (14, 14), 64)],
+    "tile": [
+        Case(256, 4, (14, 14), 48),
+        Case(64, 16, (14, 14), 64),
+        *(Case(heads=h, batch=1024 // h, grid=(14, 14), dim=d, persistent=True) for h, d in ((4, 48), (16, 64))),
+    ],
     "loop": [Case(64, 16, (56, 56), dim, content=content) for content in ("loop", "sdpa") for dim in (48, 64)],
     "dtypes": [
         Case(64, 16, grid, 64, dtype, tf32)
@@ -73,7 +85,11 @@ SETS = {
     "odd": [Case(2, 3, (7, 30), 20), Case(2, 3, (1, 300), 20), Case(1, 1, (3, 4), 16), Case(1, 1, (65536, 1), 16)],
     "one": [Case(1, 1, (1, 1), 16, dtype) for dtype in ("bfloat16", "float32")],  # every size is 1, which Triton makes a constant
 }
-SETS["versions"] = [Case(64, 16, (14, 14), 64), Case(64, 16, (56, 56), 64)]  # for every Triton that is claimed
+SETS["versions"] = [
+    Case(64, 16, (14, 14), 64),
+    Case(64, 16, (56, 56), 64),
+    Case(64, 16, (14, 14), 64, persistent=True),
+]  # for every Triton that is claimed
 SETS["tiny"] = [Case(1, 1, (2, 3), 16, "float32")]
 SETS["profile"] = [Case(128, 9, (14, 14), 48), Case(4, 9, (56, 56), 48)]  # of bench/gpu.sh
 SETS["models"] = [*SETS["tile"], *SETS["loop"]]
@@ -95,7 +111,7 @@ def launches(case: Case, family: str) -> list[Launch]:
     def record(call, *tensors):
         recorded.append(Launch(call.kernel, call.programs, call.config, (*tensors, *call.numbers), call.constants))
 
-    chip = Device("Meta", lambda index: family, lambda: None)
+    chip = Device("Meta", lambda index: family, lambda: None, cores=lambda index: CORES)
     content = [Content("", dtype, 256, 257, case.content) for dtype in ("half", "float32")]
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = case.tf32
@@ -105,7 +121,8 @@ def launches(case: Case, family: str) -> list[Launch]:
         q, k, v = torch.empty(shape, dtype=getattr(torch, case.dtype), device="meta").permute(2, 0, 3, 1, 4)
         w, gating = torch.empty(case.heads, 3, device="meta"), torch.empty(case.heads, device="meta")
         scale = case.dim**-0.5
-        with launcher.trial(through=record, devices={"meta": chip}, content=content):
+        rows = {"fwd_tile": PERSISTENT if case.persistent else []}
+        with launcher.trial(through=record, devices={"meta": chip}, rows=rows, content=content):
             out, lse = launcher.forward(q, k, v, w, gating, gh, gw, scale)
             launcher.backward(torch.empty_like(out), q, k, v, w, gating, out, lse, gh, gw, scale)
     finally:
@@ -134,7 +151,7 @@ def source(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
 
 
-def trips(launch: Launch, case: Case) -> tuple[int, int]:
+def trips(launch: Launch, case: Case) -> tuple[float, float]:
     """How often the kernel's outer loop runs, and the loop inside it."""
     name, c, tokens, fixed = launch.kernel.__name__, launch.config, case.grid[0] * case.grid[1], launch.constants
     if name == "dkdv_tile_kernel":
@@ -151,10 +168,12 @@ def trips(launch: Launch, case: Case) -> tuple[int, int]:
         size, count = case.grid[is_x], case.grid[not is_x]
         lines, blocks = min(fixed["LINES"], count), -(-size // c.keys)
         return (lines, blocks) if name == "mix_kernel" else (blocks, lines)
+    if fixed.get("STEPS") == 0:  # the blocks of a head times the heads, over the programs
+        return case.batch * case.heads * -(-case.grid[0] // (fixed["BM"] // fixed["GWP"])) / launch.programs, 1
     return fixed.get("STEPS", 1), 1
 
 
-def instructions(sass: str, repeats: tuple[int, int]) -> collections.Counter:
+def instructions(sass: str, repeats: tuple[float, float]) -> collections.Counter:
     """Executed instructions of a warp: bodies of backward branches counted ``repeats`` times, outer and inner."""
     operations, labels, branches = [], {}, []
     for line in sass.splitlines():
@@ -184,6 +203,8 @@ def compile_launch(launch: Launch, case: Case, chip: str) -> dict:
     row = {"chip": chip, "case": str(case), "kernel": launch.kernel.__name__.removesuffix("_kernel"),
            "config": list(launch.config), "programs": launch.programs, "triton": triton.__version__}  # fmt: skip
     row["kernel"] += "".join(f" {n}" for n in ("X", "TRANSPOSE", "SUMS", "CONTENT") if launch.constants.get(n))
+    if launch.constants.get("STEPS") == 0:
+        row["kernel"] += " persistent"
     if launch.constants.get("POSITION") is False:
         row["kernel"] += " without position"
     row["bytes"] = sum(x.numel() * x.element_size() for x in launch.args if isinstance(x, torch.Tensor))
@@ -205,7 +226,7 @@ def compile_launch(launch: Launch, case: Case, chip: str) -> dict:
     count = instructions(disassembled(compiled)[1], trips(launch, case))
     total = sum(count.values())
     exps = count["MUFU"]
-    rate = 132 * 4 * 1.7e9
+    rate = CORES * 4 * 1.7e9
     row["instructions"], row["issue_us"] = total, total * launch.programs * launch.config.warps / rate * 1e6
     row["exp_us"] = exps * 8 * launch.programs * launch.config.warps / rate * 1e6
     row["top"] = dict(count.most_common(14))
@@ -353,7 +374,7 @@ def report(found: list[dict]) -> str:
     lines += ["| Triton | case | forward | the same without position | backward |", "|---|---|---|---|---|"]
     for version, case in dict.fromkeys((version, case) for version, case, _ in plain):
         rows_ = [r for r in found if (r["chip"], r["triton"], r["case"]) == ("sm90", version, case) and "error" not in r]
-        mine = {r["kernel"]: r["issue_us"] for r in rows_}
+        mine = {r["kernel"]: r["issue_us"] for r in rows_ if "persistent" not in r["kernel"]}  # which is not in the table
         base = sum(time for kernel, time in mine.items() if "without" in kernel)
         ours = sum(time for kernel, time in mine.items() if kernel in FORWARD)
         back = sum(time for kernel, time in mine.items() if kernel not in FORWARD and "without" not in kernel)

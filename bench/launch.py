@@ -52,7 +52,7 @@ def pretend(launched: Callable = lambda *args: None) -> Iterator[None]:
     sys.modules["convit._C"] = None  # type: ignore[assignment]  # or the CPU kernel would take the CPU tensors
     driver.set_active(_Driver(launched))
     ORDER["torch", "cpu"] = ("triton",)
-    with launch.trial(devices={"cpu": Device("CPU", lambda index: "sm90", lambda: None, direct=True)}):
+    with launch.trial(devices={"cpu": Device("CPU", lambda index: "sm90", lambda: None, direct=True, cores=lambda index: 132)}):
         launch.register("cpu")
         yield
 

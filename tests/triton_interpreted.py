@@ -17,7 +17,7 @@ import convit
 from convit.kernels.gpsa import gpu_triton
 from convit.kernels.gpsa.gpu_triton import configs, launch
 from convit.kernels.gpsa.gpu_triton.common import reduce_kernel
-from convit.kernels.gpsa.gpu_triton.configs import Content
+from convit.kernels.gpsa.gpu_triton.configs import Config, Content, Row
 
 # Half precision: whole rows in one tile up to 256 padded slots, beyond them, or with a line of more than 64, the loop over blocks of 64
 # keys. float32: the loop over blocks of 32. Grids that pad badly, one row, one column, one patch, D that fills no tile, blocks that N
@@ -282,6 +282,58 @@ def test_gradients_of_huge_logits(case, dtype, logit):
         assert relative_error(ours[name], truth[name]) <= (exact if name == "out" else 0.05), name
     for name, other in (("dq", inputs.k), ("dk", inputs.q)):  # nothing but rounding: one key has all the weight
         assert ours[name].norm() <= (5e-2 if dtype == torch.float16 else 1e-4) * other.float().norm() * grad.norm(), name
+
+
+PERSISTENT = {"fwd_tile": [Row("", "half", 128, Config(32, 256, 4, 2, 0))]}
+
+
+@pytest.fixture
+def few_cores(monkeypatch):
+    """Fewer than there are heads, so that some programs have more of them than others."""
+    with launch.trial(rows=PERSISTENT, devices={"cpu": configs.DEVICES["cpu"]._replace(cores=lambda index: 1)}):
+        yield
+
+
+@pytest.mark.parametrize("case", [*TILE, Case(3, 1, 16, (3, 15)), Case(5, 2, 100, (2, 8))], ids=str)
+def test_persistent_programs(case, few_cores):
+    inputs, grad = make_inputs(case, dtype=torch.float16)
+    seen = []
+    with launch.trial(through=lambda call, *tensors: (seen.append(call), launch.launch(call, *tensors))):
+        ours = run(triton, inputs, grad, case.grid)
+    check(ours, inputs, grad, case.grid)
+    forward = seen[0]
+    assert forward.constants["STEPS"] == 0
+    blocks = -(-case.grid[0] // (forward.constants["BM"] // forward.constants["GWP"]))
+    slots = forward.constants["GHP"] * forward.constants["GWP"]
+    assert forward.programs == blocks * min(case.batch * case.heads, max(256 // slots // blocks, 1))
+
+
+def test_persistent_programs_give_the_same_bits_for_any_input(few_cores, bfloat16):
+    """As the present form, whose tests this leans on: scales, gates, large scores, strides, without position."""
+
+    def outputs(inputs, case, scale, position=True):
+        found = []
+
+        def through(call, *tensors):
+            call.constants["POSITION"] = position
+            launch.launch(call, *tensors)
+
+        for rows in ({}, {"fwd_tile": [PERSISTENT["fwd_tile"][0]._replace(config=Config(32, 256, 4, 1, 1))]}):
+            with launch.trial(through=through, rows=rows):
+                found.append(launch.forward(*inputs, *case.grid, scale))
+        return found
+
+    case = Case(3, 2, 20, (3, 15))  # two blocks, of three heads each program
+    inputs, _ = make_inputs(case, dtype=torch.float16)
+    apart = inputs._replace(q=inputs.q.contiguous(), k=inputs.k.transpose(-1, -2).contiguous().transpose(-1, -2))
+    gates = inputs._replace(gating=torch.tensor([40.0, -float("inf")]), q=inputs.q * 100)
+    tries = [(inputs, 0.2), (inputs, -3.0), (inputs, 0.0), (apart, 0.2), (gates, 1.0), (inputs.cast(torch.bfloat16), 0.2)]
+    for some, scale in tries:
+        (out, lse), (expected, expected_lse) = outputs(some, case, scale)
+        assert torch.equal(out, expected) and torch.equal(lse, expected_lse) and out.isfinite().all()
+    (out, _), (expected, _) = outputs(inputs, case, 0.2, position=False)
+    plain = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in inputs[:3]), scale=0.2)
+    assert torch.equal(out, expected) and relative_error(out, plain) <= 1e-3
 
 
 @KINDS

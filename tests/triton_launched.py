@@ -10,6 +10,7 @@ from triton.runtime import driver
 import convit
 from convit.dispatch import Problem
 from convit.kernels.gpsa.gpu_triton import compile_ahead, launch
+from convit.kernels.gpsa.gpu_triton.configs import Config, Row
 from convit.kernels.gpsa.gpu_triton.tile import fwd_tile_kernel
 
 
@@ -42,10 +43,15 @@ def compare(seen: list[tuple]) -> None:
             differ += 1
             print(call.kernel, plain(ours), plain(theirs), sep="\n", file=sys.stderr)
 
-    with launch.trial(through=twice):
-        for case in (Case(1, 2, 16, (4, 5)), Case(3, 1, 24, (17, 16)), Case(1, 1, 16, (1, 300))):
+    def passes(*cases: Case) -> None:
+        for case in cases:
             inputs, grad = make_inputs(case, dtype=torch.bfloat16)
             run(convit.gpsa, inputs, grad, case.grid)
+
+    with launch.trial(through=twice):
+        passes(Case(1, 2, 16, (4, 5)), Case(3, 1, 24, (17, 16)), Case(1, 1, 16, (1, 300)))
+    with launch.trial(through=twice, rows={"fwd_tile": [Row("", "half", 64, Config(64, 256, 4, 1, 0))]}):
+        passes(Case(2, 3, 16, (4, 5)))
 
     # a tensor that begins between multiples of 16 bytes needs another kernel, and comes back to the first one after it
     case = Case(1, 2, 16, (4, 5))

@@ -14,7 +14,7 @@ from gpsa_cases import Case, make_inputs
 from triton.runtime.interpreter import InterpreterBuilder
 
 from convit.kernels.gpsa.gpu_triton import launch
-from convit.kernels.gpsa.gpu_triton.configs import Content
+from convit.kernels.gpsa.gpu_triton.configs import Config, Content, Row
 from convit.kernels.gpsa.gpu_triton.loop import mix_kernel
 
 
@@ -118,6 +118,7 @@ CASES = [
     ("tile", Case(1, 2, 16, (3, 5)), {}),
     ("tile", Case(2, 1, 20, (7, 11)), {"many": True}),
     ("tile", Case(1, 1, 16, (3, 5)), {"scale": -0.5, "size": 300.0}),
+    ("tile", Case(5, 1, 20, (7, 11)), {"persistent": True}),
     ("loop", Case(1, 2, 16, (3, 5)), {}),
     ("loop", Case(2, 1, 20, (2, 40)), {"many": True}),
     ("loop", Case(1, 1, 16, (5, 1)), {"scale": -0.5, "size": 1e4}),
@@ -139,7 +140,9 @@ def test_every_access_is_inside_its_tensors_and_written_before_it_is_read(kind, 
         rows = [Content("", "float32", 64, 1, "sdpa")]
         real = launch._as_heads  # through which what the framework's attention wrote comes to the kernels
         monkeypatch.setattr(launch, "_as_heads", lambda x: memory.given(real(x)))
-    passes(memory, case, inputs, grad, options.get("scale", 0.25), *rows)
+    persistent = [Row("", "half", 64, Config(64, 256, 4, 2, 0))] if options.get("persistent") else []
+    with launch.trial(rows={"fwd_tile": persistent}):
+        passes(memory, case, inputs, grad, options.get("scale", 0.25), *rows)
     assert memory.reads > 20
 
 

@@ -11,13 +11,17 @@ from stage import Stage, device_seconds, pooled, workers
 def _candidates(rehearse: bool) -> dict[str, list[tuple[int, ...]]]:
     """Kernel -> (rows, keys, warps, stages, steps) to try beside the table's own."""
     if rehearse:
-        return {kernel: [(16, 16, 4, 1, 16)] for kernel in ("fwd_tile", "dq_tile", "fwd_loop", "mix")}
+        return {kernel: [(16, 16, 4, 1, 16)] for kernel in ("dq_tile", "fwd_loop", "mix")} | {
+            "fwd_tile": [(16, 16, 4, 1, 16), (16, 16, 4, 1, 0)]
+        }
 
     def grid(rows, keys, warps, stages, steps=(16,)):
         return [(r, k, w, s, t) for r in rows for t in steps for k in keys for w in warps for s in stages]
 
     return {
-        "fwd_tile": grid((32, 64), (256,), (4, 8), (1, 2), (1, 2, 4)) + grid((128,), (256,), (8,), (1,), (1, 2)),
+        "fwd_tile": grid((32, 64), (256,), (4, 8), (1, 2), (1, 2, 4))
+        + grid((128,), (256,), (8,), (1,), (1, 2))
+        + [(128, 256, 8, 2, 0), (32, 256, 4, 2, 0), (64, 256, 4, 2, 0)],  # persistent
         "dq_tile": grid((32, 64), (32, 64, 128), (4, 8), (1, 2)) + grid((128,), (32, 64), (8,), (1,)),
         "dkdv_tile": grid((16, 32, 64), (64, 128, 256), (4, 8), (1,)) + grid((32,), (64, 128), (4, 8), (2,)),
         "fwd_loop": grid((64, 128), (32, 64, 128), (4, 8), (1, 2, 3)),
@@ -198,6 +202,9 @@ def sweep(stage: Stage) -> None:
             for config in all_
             if config[3] <= configs.most_stages(family) and config not in tried[kernel]
         ]
+        if reason := configs.why_not_persistent(family):
+            refused |= {f"{job[0]} {dtype} {job[3]}": reason for job in jobs if job[3][4] == 0}
+            jobs = [job for job in jobs if job[3][4] != 0]
         jobs.sort(key=lambda job: candidates[job[0]].index(job[3]))  # every kernel gets its turn before time is up
         answers = pooled(stage, _compile_one, jobs, workers(stage, len(jobs)), 0.6 * share) if jobs else []
         usable = {

@@ -8,6 +8,7 @@ Py is exp((j - j*) (w + w2 (j + j* - 2i))) with j* the key of the largest logit,
 1. float16 and bfloat16 on a padded grid of at most 256 slots (``tile``): a program holds BM query rows against all keys, laid on a
    grid padded to powers of two, so that its tile of P is the outer product of a row of Py and one of Px. The gate is folded into
    the row of Py; one product with v remains. Backward: dq with the gate and weight gradients; dk and dv; a reduction.
+   Or, where a row of ``configs.CONFIGS`` has 0 steps, as many programs as run at once, which load the next head's q, k, v meanwhile.
 2. Otherwise (``loop``): P v by one small product along each axis, then a plain online softmax that adds it in the epilogue.
    Backward: P^T dO by the same products, the weight gradient from moments of one axis at a time, then dq; dk and dv.
    Or, where the table ``configs.CONTENT`` says so, content and its gradients are torch's, and the last product adds position to them.

@@ -47,6 +47,9 @@ class Device(NamedTuple):
     programs: int = 2**31 - 1  # the most of one launch
     largest_d: int = LARGEST_D  # head dimension
     selects: bool = True  # whether a kernel may select one of two addresses as it runs
+    cores: Callable[[int], int] | None = (
+        None  # index of a device -> programs of SLOTS keys that run at once, where persistent rows are taken
+    )
 
 
 @functools.cache
@@ -59,6 +62,11 @@ def _gpu_family(index: int) -> str:
             f"convit: cuda:{index} has compute capability {major}.{minor}, and the Triton kernels need 8.0; use backend='sdpa' there"
         )
     return f"sm{major}0"
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 @functools.cache
@@ -114,12 +122,12 @@ NPU = Device(
     selects=False,
 )
 DEVICES: dict[str, Device] = {
-    "cuda": Device("CUDA", _gpu_family, _no_gpu, _DIRECT),
+    "cuda": Device("CUDA", _gpu_family, _no_gpu, _DIRECT, cores=_multiprocessors),
     "xpu": Device("XPU", lambda index: "xpu", _no_xpu, tf32=lambda: False),
     "npu": NPU,
 }
 if INTERPRET:
-    DEVICES = {"cpu": Device("CPU", lambda index: "interpret", lambda: None)}
+    DEVICES = {"cpu": Device("CPU", lambda index: "interpret", lambda: None, cores=lambda index: 2)}
 
 
 # ------------------------------------------------------------------------------------------------------------------ tile sizes
@@ -128,7 +136,7 @@ class Config(NamedTuple):
     keys: int  # BN: keys of a tile; of mix and moments, BK: the patches of a line that are summed over
     warps: int
     stages: int
-    steps: int = 1  # tiles of query rows that a program of the tile family takes at most
+    steps: int = 1  # tiles of query rows that a program of the tile family takes at most; of fwd_tile 0, see why_not_persistent
 
 
 class Row(NamedTuple):
@@ -264,8 +272,25 @@ def most_stages(family: str) -> int:
     return 1 if family == "sm90" and TRITON < (3, 7, 1) else 8
 
 
+def why_not_persistent(family: str) -> str | None:
+    """Why rows of fwd_tile with 0 steps are passed over, if they are.
+
+    With such a row as many programs are started as run at once, each goes through one tile of queries of many heads, and with two stages
+    loads the next head's while it computes. None is in the table until bench/gpu.sh has found one to be faster.
+    """
+    if family in ("npu", "xpu"):
+        return f"how many programs run at once is not known of {family}"
+    if TRITON < (3, 6):
+        return f"Triton {triton.__version__} keeps every address in registers"
+    if family == "sm90" and TRITON < (3, 9):
+        return f"Triton {triton.__version__} does not hold two warp groups together on Hopper, and the registers of one are too few"
+    return None
+
+
 def choose(kernel: str, family: str, arithmetic: str, block_d: int) -> Config:
     for row in CONFIGS[kernel]:
+        if kernel == "fwd_tile" and row.config.steps == 0 and why_not_persistent(family):
+            continue
         if row.family in ("", family) and row.arithmetic in ("", arithmetic) and block_d <= row.largest:
             return row.config._replace(stages=min(row.config.stages, most_stages(family)))
     raise AssertionError(f"no configuration of {kernel} for {family}, {arithmetic}, D <= {block_d}")

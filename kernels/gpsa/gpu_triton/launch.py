@@ -158,12 +158,13 @@ class Plan:
         return max(min(slots, rows * columns), columns, 16)
 
     def query_blocks(self, config: Config) -> tuple[int, int, int]:
-        """Query slots of a step, steps of a program, programs of a head: as few programs as still fill the chip."""
+        """Query slots of a step, steps of a program, programs of a head: as few programs as still fill the chip. Where no number of
+        steps is set (0, see ``configs.why_not_persistent``), a program takes one of each of its heads."""
         assert self.padded is not None
         slots = self.tile_rows(config.rows)
         blocks = -(-self.grid[0] // (slots // self.padded[1]))
-        steps = min(blocks, config.steps) if self.batch * self.heads >= MANY else 1
-        return slots, steps, -(-blocks // steps)
+        steps = min(blocks, config.steps) if self.batch * self.heads >= MANY else min(config.steps, 1)
+        return slots, steps, -(-blocks // max(steps, 1))
 
     def line_blocks(self, x: bool, rows: int) -> int:
         """Programs of a head over the lines of one axis, ``rows`` patches of ``lines`` lines each."""
@@ -174,9 +175,14 @@ class Plan:
     def fwd_tile(self) -> Call:
         c = self.config("fwd_tile")
         rows, steps, blocks = self.query_blocks(c)
-        numbers = *self.strides, self.scale_log2, self.heads
+        programs = heads = self.batch * self.heads
+        if steps == 0:
+            assert self.padded is not None and self.kind.cores is not None
+            resident = self.kind.cores(self.index) * (configs.SLOTS // (self.padded[0] * self.padded[1]))
+            programs = min(heads, max(resident // blocks, 1))
+        numbers = *self.strides, self.scale_log2, self.heads, 0 if steps else heads  # 0: no other batch needs another kernel
         constants = {"BM": rows, "STEPS": steps, "NEGATIVE": self.scale < 0, "POSITION": True, **self.tile}
-        return self.call(fwd_tile_kernel, blocks, c, *numbers, **constants)
+        return self.launch(fwd_tile_kernel, programs * blocks, c, numbers, constants)
 
     @functools.cached_property
     def dq_blocks(self) -> int:

@@ -43,67 +43,112 @@ def _slots(first, SLOTS: tl.constexpr, GH: tl.constexpr, GW: tl.constexpr, GWP: 
 
 
 @triton.jit
-def fwd_tile_kernel(
-    q_ptr, k_ptr, v_ptr, w_ptr, gating_ptr,  # [B,H,N,D] x3, [H,3], [H]
-    out_ptr, lse_ptr,  # [B,N,H,D], [B,H,N]
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    scale_log2, H,
-    GH: tl.constexpr, GW: tl.constexpr, GHP: tl.constexpr, GWP: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
-    NEGATIVE: tl.constexpr, POSITION: tl.constexpr,
+def _head(
+    k_ptr, v_ptr, w_ptr, gating_ptr, b, h, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    GH: tl.constexpr, GW: tl.constexpr, GHP: tl.constexpr, GWP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    POSITION: tl.constexpr,
 ):  # fmt: skip
-    """One program: STEPS blocks of BM query slots. Queries and keys lie on the padded grid: a block has BM / GWP rows of Py and
-    all of them share the rows of Px."""
-    N: tl.constexpr = GH * GW
+    """What all query blocks of a head share in the forward pass: k, v, w1, w2, the gate before the sigmoid, its odds, and Px."""
     BN: tl.constexpr = GHP * GWP
-    BY: tl.constexpr = BM // GWP
-    block, bh, b, h = place(tl.program_id(0), (GH + BY * STEPS - 1) // (BY * STEPS), H)
     d = tl.arange(0, BD)
     j, key_mask = _slots(0, BN, GH, GW, GWP)
     kv_mask = key_mask[:, None] & (d < D)[None, :]
     k = tl.load(addresses(k_ptr + b * stride_kb + h * stride_kh, j, stride_kn, d), mask=kv_mask, other=0.0)  # [BN, BD]
     v = tl.load(addresses(v_ptr + b * stride_vb + h * stride_vh, j, stride_vn, d), mask=kv_mask, other=0.0)  # [BN, BD]
-    q_ptr += b * stride_qb + h * stride_qh
-    out_ptr += (b * N * H + h) * D
-    lse_ptr += bh * N
     if POSITION:
         w0, w1, w2 = _pos_weight(w_ptr, h)
         lam = tl.minimum(tl.load(gating_ptr + h), 60.0)
-        odds = exp(lam)
-        px = _pin(_table(w0, w2, tl.arange(0, GWP), GW, GWP))  # [GWP, GWP]
-    for step in range(STEPS):
-        y0 = (block * STEPS + step) * BY
-        i, query_mask = _slots(y0, BM, GH, GW, GWP)
-        q_mask = query_mask[:, None] & (d < D)[None, :]
-        q = tl.load(addresses(q_ptr, i, stride_qn, d), mask=q_mask, other=0.0)  # [BM, BD]
-        if NEGATIVE:
-            q = -q
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
-        s = tl.where(key_mask[None, :], s, float("-inf"))
-        m = tl.max(s, 1)
-        factor = cap(tl.abs(m), scale_log2, FORWARD_LIMIT)
-        if POSITION:
-            # The mix times l, and times 1 / max(g, 1 - g) so that it neither overflows float16 nor vanishes: with lam = gating,
-            #     e^-max(lam, 0) p + (e^lam e^-max(lam, 0) l) Py Px,    normalised by l' (1 + e^lam), l' = e^-max(lam, 0) l.
-            # The first factor is a shift of the exponent, the second goes into the row of Py. Past 60 the shift changes nothing.
-            raised = tl.maximum(lam, 0.0) * LOG2E
-            shift = m * factor + raised
-            p = tl.exp2(s * factor[:, None] - shift[:, None])
-            total = tl.sum(p, 1)
-            py = _pin(_table(w1, w2, y0 + tl.arange(0, BY), GH, GHP))  # [BY, GHP]
-            py = py[:, None, :] * tl.reshape(total * odds, (BY, GWP))[:, :, None]  # [BY, GWP, GHP]
-            p += tl.reshape(py[:, :, :, None] * px[None, :, None, :], (BM, BN))
-            inverse = 1.0 / (total * (1.0 + odds))
-            lse = m * scale_log2 + raised + tl.log2(total)
-        else:
-            shift = m * factor
-            p = tl.exp2(s * factor[:, None] - shift[:, None])
-            total = tl.sum(p, 1)
-            inverse = 1.0 / total
-            lse = m * scale_log2 + tl.log2(total)
-        o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * inverse[:, None]
-        tl.store(addresses(out_ptr, i, H * D, d), o.to(v.dtype), mask=q_mask)
-        tl.store(lse_ptr + i, lse * LN2, mask=query_mask)
+        return k, v, w1, w2, lam, exp(lam), _pin(_table(w0, w2, tl.arange(0, GWP), GW, GWP))  # [GWP, GWP]
+    else:
+        return k, v, 0.0, 0.0, 0.0, 0.0, 0.0
+
+
+@triton.jit
+def _attend(
+    q_ptr, k, v, w1, w2, lam, odds, px, out_ptr, lse_ptr, b, bh, h, y0, stride_qb, stride_qh, stride_qn, scale_log2, H,
+    GH: tl.constexpr, GW: tl.constexpr, GHP: tl.constexpr, GWP: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr, POSITION: tl.constexpr,
+):  # fmt: skip
+    """The forward pass of BM query slots from row ``y0`` of the grid on, with all keys of their head."""
+    N: tl.constexpr = GH * GW
+    BN: tl.constexpr = GHP * GWP
+    BY: tl.constexpr = BM // GWP
+    d = tl.arange(0, BD)
+    i, query_mask = _slots(y0, BM, GH, GW, GWP)
+    q_mask = query_mask[:, None] & (d < D)[None, :]
+    q = tl.load(addresses(q_ptr + b * stride_qb + h * stride_qh, i, stride_qn, d), mask=q_mask, other=0.0)  # [BM, BD]
+    if NEGATIVE:
+        q = -q
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+    s = tl.where(_slots(0, BN, GH, GW, GWP)[1][None, :], s, float("-inf"))
+    m = tl.max(s, 1)
+    factor = cap(tl.abs(m), scale_log2, FORWARD_LIMIT)
+    if POSITION:
+        # The mix times l, and times 1 / max(g, 1 - g) so that it neither overflows float16 nor vanishes: with lam = gating,
+        #     e^-max(lam, 0) p + (e^lam e^-max(lam, 0) l) Py Px,    normalised by l' (1 + e^lam), l' = e^-max(lam, 0) l.
+        # The first factor is a shift of the exponent, the second goes into the row of Py. Past 60 the shift changes nothing.
+        raised = tl.maximum(lam, 0.0) * LOG2E
+        shift = m * factor + raised
+        p = tl.exp2(s * factor[:, None] - shift[:, None])
+        total = tl.sum(p, 1)
+        py = _pin(_table(w1, w2, y0 + tl.arange(0, BY), GH, GHP))  # [BY, GHP]
+        py = py[:, None, :] * tl.reshape(total * odds, (BY, GWP))[:, :, None]  # [BY, GWP, GHP]
+        p += tl.reshape(py[:, :, :, None] * px[None, :, None, :], (BM, BN))
+        inverse = 1.0 / (total * (1.0 + odds))
+        lse = m * scale_log2 + raised + tl.log2(total)
+    else:
+        shift = m * factor
+        p = tl.exp2(s * factor[:, None] - shift[:, None])
+        total = tl.sum(p, 1)
+        inverse = 1.0 / total
+        lse = m * scale_log2 + tl.log2(total)
+    o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * inverse[:, None]
+    tl.store(addresses(out_ptr + (b * N * H + h) * D, i, H * D, d), o.to(v.dtype), mask=q_mask)
+    tl.store(lse_ptr + bh * N + i, lse * LN2, mask=query_mask)
+
+
+@triton.jit
+def fwd_tile_kernel(
+    q_ptr, k_ptr, v_ptr, w_ptr, gating_ptr,  # [B,H,N,D] x3, [H,3], [H]
+    out_ptr, lse_ptr,  # [B,N,H,D], [B,H,N]
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    scale_log2, H, BH,
+    GH: tl.constexpr, GW: tl.constexpr, GHP: tl.constexpr, GWP: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    NEGATIVE: tl.constexpr, POSITION: tl.constexpr,
+):  # fmt: skip
+    """One program: STEPS blocks of BM query slots. Queries and keys lie on the padded grid: a block has BM / GWP rows of Py and
+    all of them share the rows of Px.
+
+    Where STEPS is 0 it takes one block, of every so many of the BH heads of all images: with two stages the next head's q, k and v are
+    loaded while this one's are computed with. (Addresses hoisted out of that loop would take registers that it has not.)
+    """
+    BY: tl.constexpr = BM // GWP
+    ROWS: tl.constexpr = BY * STEPS if STEPS else BY
+    blocks: tl.constexpr = (GH + ROWS - 1) // ROWS
+    if STEPS:
+        block, bh, b, h = place(tl.program_id(0), blocks, H)
+        k, v, w1, w2, lam, odds, px = _head(
+            k_ptr, v_ptr, w_ptr, gating_ptr, b, h, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+            GH, GW, GHP, GWP, D, BD, POSITION,
+        )  # fmt: skip
+        for step in range(STEPS):
+            _attend(
+                q_ptr, k, v, w1, w2, lam, odds, px, out_ptr, lse_ptr, b, bh, h, (block * STEPS + step) * BY,
+                stride_qb, stride_qh, stride_qn, scale_log2, H, GH, GW, GHP, GWP, D, BD, BM, PRECISION, NEGATIVE, POSITION,
+            )  # fmt: skip
+    else:
+        block = tl.program_id(0) % blocks
+        for at in tl.range(tl.program_id(0) // blocks, BH, tl.num_programs(0) // blocks, disable_licm=True):
+            _, bh, b, h = place(at, 1, H)
+            k, v, w1, w2, lam, odds, px = _head(
+                k_ptr, v_ptr, w_ptr, gating_ptr, b, h, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+                GH, GW, GHP, GWP, D, BD, POSITION,
+            )  # fmt: skip
+            _attend(
+                q_ptr, k, v, w1, w2, lam, odds, px, out_ptr, lse_ptr, b, bh, h, block * BY,
+                stride_qb, stride_qh, stride_qn, scale_log2, H, GH, GW, GHP, GWP, D, BD, BM, PRECISION, NEGATIVE, POSITION,
+            )  # fmt: skip
 
 
 @triton.jit
