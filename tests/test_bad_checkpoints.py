@@ -296,6 +296,16 @@ def test_archives_of_other_things_are_told_apart(tmp_path):
             read(tmp_path / f"{name}.pth")
 
 
+def test_dimensions_are_read_in_either_of_protobufs_ways(tmp_path):
+    """One by one, as MindSpore writes them, and packed, as a reader of protobuf must take them too."""
+    array = np.arange(600, dtype=np.float32).reshape(3, 200)
+    field = mindspore_file._field
+    for dims in (b"\x08\x03\x08\xc8\x01", field(1, b"\x03\xc8\x01")):
+        tensor = dims + field(2, b"Float32") + field(3, array.tobytes())
+        (tmp_path / "a.ckpt").write_bytes(field(1, field(1, b"a") + field(2, tensor)))
+        np.testing.assert_array_equal(read_file(tmp_path / "a.ckpt")[0]["a"], array)
+
+
 def test_facts_of_mindspores_files_are_read_within_bounds(tmp_path):
     """Without MindSpore, whose reader believes what a file says of its sizes."""
     write_file(tmp_path / "a.ckpt", {"a": np.ones(2, np.float32)}, {"act": "gelu", "norm_eps": 1e-6})

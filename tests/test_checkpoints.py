@@ -1,6 +1,7 @@
 """Reading, converting, fitting and loading checkpoints. tests/data/make_mindcv.py says how the MindSpore files were made."""
 
 import argparse
+import pickle
 import subprocess
 import sys
 
@@ -210,6 +211,14 @@ def test_training_checkpoints(tmp_path):
     assert load.settings_of(load_checkpoint(tiny(), tmp_path / "ours.pth")) == {"act": "gelu_tanh", "norm_eps": 1e-5}
 
 
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_every_protocol_of_pickle(tmp_path, protocol):
+    model = randomised()
+    beside = {"args": argparse.Namespace(lr=1e-3, betas=(0.9, 0.99)), "kinds": {"a", "b"}, "frozen": frozenset({1})}
+    torch.save(beside | {"model": model.state_dict(), "epoch": 3}, tmp_path / "a.pth", pickle_protocol=protocol)
+    assert torch.equal(load_checkpoint(tiny(), tmp_path / "a.pth").head.weight, model.head.weight)
+
+
 def test_settings_are_set_back():
     """A timm checkpoint on a model that held MindCV's weights restores the exact GELU and 1e-6."""
     model = load_checkpoint(tiny(), DATA / "mindcv_tiny.ckpt")
@@ -265,6 +274,9 @@ def test_optimisers_state_is_left_out(tmp_path):
     write_file(tmp_path / "held.ckpt", held | {"accumulation_step": np.zeros((), np.int32)}, None)
     for key in (None, "ema"):
         assert same_bits(read(tmp_path / "held.ckpt", key=key).tensors, read(tmp_path / "a.ckpt", key=key).tensors)
+    # weights beside an optimiser's copies of them
+    write_file(tmp_path / "both.ckpt", weights | {f"optimizer.{name}": array + 1 for name, array in weights.items()}, None)
+    assert same_bits(read(tmp_path / "both.ckpt").tensors, read(tmp_path / "a.ckpt").tensors)
     write_file(tmp_path / "b.ckpt", weights | {"blocks.0.attn.extra.weight": np.ones(3, np.float32)}, None)
     with pytest.raises(ValueError, match="not in the model: blocks.0.attn.extra.weight"):
         load_checkpoint(tiny(), tmp_path / "b.ckpt")

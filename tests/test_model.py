@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import re
 
 import pytest
 import torch
@@ -204,8 +205,9 @@ def test_forward_intermediates_as_timms():
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     (patches, prefix), (last, cls) = ours.get_intermediate_layers(x, [0, 3], return_prefix_tokens=True, norm=True)
     assert patches.shape == last.shape == (2, 16, 48) and prefix.shape == (2, 0, 48) and cls.shape == (2, 1, 48)
-    with pytest.raises(ValueError, match="indices must choose among 4 blocks, got 9"):
-        ours.get_intermediate_layers(x, 9)
+    for wrong in (9, [4], [-5]):
+        with pytest.raises(ValueError, match=f"indices must choose among 4 blocks, got {re.escape(str(wrong))}"):
+            ours.get_intermediate_layers(x, wrong)
 
 
 @pytest.mark.parametrize("forced", ["reference", "sdpa"])

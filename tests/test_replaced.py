@@ -234,6 +234,13 @@ def test_ours_never_lays_patches_otherwise_than_the_image():
     ):
         ours(x.mT)
     ours.patch_embed = seeded(Stem)
+    ours.blocks[0].attn = ours.blocks[0].attn.module
+    ours.patch_embed.grid_size = (2, 8)
+    seen = []
+    ours.blocks[0].attn.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+    ours(x)
+    close(seen[0][1], ours.blocks[0].attn(seen[0][0], grid=(2, 8)))  # as its grid_size says
+    del ours.patch_embed.grid_size
     with pytest.raises(
         ValueError, match="Stem, in the place of patch_embed, gives N = 16 patches of images of 32 x 128, and has no grid_size"
     ):

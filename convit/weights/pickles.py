@@ -53,7 +53,7 @@ _INERT = tuple(
     f"{module}.{name}"
     for modules, names in (
         ("argparse", "Namespace"),
-        ("builtins __builtin__", "bytearray complex dict int list object set"),
+        ("builtins __builtin__", "bytearray complex dict frozenset int list object set"),
         ("collections", "Counter defaultdict"),
         ("_codecs", "encode"),
         ("copyreg copy_reg", "_reconstructor"),
@@ -233,9 +233,7 @@ class Machine:
             return function
         raise self.bad(f"a call of {name} that does not fit it")
 
-    def make(self, keywords: bool = False) -> None:
-        if keywords:
-            self.stack.pop()
+    def make(self) -> None:
         self.stack.pop()
         made = self.stack.pop()
         if not isinstance(made, Global):
@@ -339,7 +337,6 @@ class Machine:
         0x93: stack_global,
         0x52: reduce,
         0x81: make,
-        0x92: lambda m: m.make(keywords=True),
         0x62: build,
         0x51: persistent,
     }
