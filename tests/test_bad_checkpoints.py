@@ -53,7 +53,8 @@ def bad_files(folder):
     header = {"a": {"dtype": "F32", "shape": [1 << 40, 1 << 40], "data_offsets": [0, 8]}}
     overlap = {name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for name in "ab"}
     negative = {"a": {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}}
-    for name, entry in (("huge", header), ("overlap", overlap), ("negative", negative), ("odd", {"a": [1]})):
+    minus = {"a": {"dtype": "F32", "shape": [2, -1, -1], "data_offsets": [0, 8]}}
+    for name, entry in (("huge", header), ("overlap", overlap), ("negative", negative), ("minus", minus), ("odd", {"a": [1]})):
         text = json.dumps(entry).encode()
         (folder / f"{name}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
     return sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("good"))
@@ -70,9 +71,13 @@ def test_bad_files_leave_the_model_alone(tmp_path):
             load_checkpoint(model, path)
         message = str(error.value)
         assert path.name in message and len(message) < 700 and "weights_only" not in message, (path, message)
-        for word in {"malicious": ["refused", "mkdir"], "cut": ["truncated"], "page": ["web page"], "lfs": ["git-lfs"]}.get(
-            path.name.split(".")[0].rstrip("0"), []
-        ):
+        for word in {
+            "malicious": ["refused", "mkdir"],
+            "cut": ["truncated"],
+            "page": ["web page"],
+            "lfs": ["git-lfs"],
+            "minus": ["numbers from 0"],
+        }.get(path.name.split(".")[0].rstrip("0"), []):
             assert word in message, (path, message)
         assert unchanged(model, before), path
     assert not (tmp_path / "ran").exists()
@@ -337,11 +342,11 @@ class _Pickler(pickle.Pickler):
 
 
 class _Rebuilt:
-    def __init__(self, stored):
-        self.stored = stored
+    def __init__(self, stored, *layout):
+        self.stored, self.layout = stored, layout or (0, (4,), (1,))
 
     def __reduce__(self):
-        return torch._utils._rebuild_tensor_v2, (self.stored, 0, (4,), (1,), False, {})
+        return torch._utils._rebuild_tensor_v2, (self.stored, *self.layout, False, {})
 
 
 def _archive(path, content):
@@ -363,6 +368,23 @@ def test_a_storage_is_what_torch_writes_or_refused(tmp_path, identity):
     _archive(tmp_path / "bad.pth", {"head.weight": _Rebuilt(_Stored("storage", torch.FloatStorage, *identity))})
     with pytest.raises(ValueError, match=r"bad\.pth"):
         torch_file.check(tmp_path / "bad.pth")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [(0, (4,), 1), (0, 4, (1,)), (0, (4,), (1, 1)), (0, (4,), [1]), (0, (2, 2), (2,)), (0, (-4,), (1,)), (-1, (4,), (1,)), (1, (4,), (1,))]
+    + [(0, (4,), (2,)), (0, (4,), (-1,)), (0, (True,), (1,)), (0.0, (4,), (1,)), (0, (1,) * 33, (1,) * 33), (0, (0, -1), (1, 1))],
+    ids=str,
+)
+def test_a_layout_lies_in_its_storage_or_is_refused(tmp_path, layout):
+    """Offset, shape and strides; what fits is taken."""
+    stored = _Stored("storage", torch.FloatStorage, "0", "cpu", 4)
+    for fits, values in (((3, (1,), (7,)), [3.0]), ((0, (2, 2), (1, 2)), [[0, 2], [1, 3]]), ((1, (3,), (1,)), [1, 2, 3])):
+        _archive(tmp_path / "good.pth", {"head.weight": _Rebuilt(stored, *fits)})
+        np.testing.assert_array_equal(read_file(tmp_path / "good.pth")[0]["head.weight"], values)
+    _archive(tmp_path / "bad.pth", {"head.weight": _Rebuilt(stored, *layout)})
+    with pytest.raises(ValueError, match=r"bad\.pth, 'head\.weight' is "):
+        read_file(tmp_path / "bad.pth")
 
 
 def test_a_key_that_may_take_for_ever_to_hash_is_refused(tmp_path):
