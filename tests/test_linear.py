@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import convit
 from convit import ops
+from convit.kernels import eager
 from convit.kernels.linear import cpu_onednn
 
 if reason := cpu_onednn.why_not(torch.zeros(1, 1), torch.zeros(1, 1)):
@@ -218,3 +219,17 @@ def test_every_layer_of_a_model(products):
         assert len(products) == 10 * 5 + 2 * 4
         with convit.use_backend("reference"):
             assert error(ours, model.double()(x.double())) < 2e-6
+
+
+@pytest.mark.parametrize("name", ["_complete", "_function_mode_stack", "_DeviceContext"])
+def test_where_torch_lacks_a_name_the_call_takes_the_plain_path(monkeypatch, name):
+    """Of another version, which may have none of what says whether anybody watches."""
+    x, layer = torch.ones(2, 3), torch.nn.Linear(3, 3)
+    with torch.device("cpu"):  # a mode, but one that changes nothing
+        assert eager.eager(x) and eager.bare(layer, torch.nn.Linear)
+        monkeypatch.setattr(eager, name, None)
+        assert not eager.eager(x)
+    monkeypatch.delattr(torch.nn.modules.module, "_global_forward_hooks")
+    assert not eager.bare(layer, torch.nn.Linear)
+    monkeypatch.undo()
+    assert eager.eager(x) and eager.bare(layer, torch.nn.Linear)
