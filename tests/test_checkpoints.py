@@ -176,6 +176,11 @@ def test_convert_command(tmp_path, capsys):
     assert "suffix" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "none.pth"), str(tmp_path / "z.pth")]) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.pth", "x.safetensors", "y.ckpt"]
+    model, other = randomised(0), randomised(1)
+    torch.save({"state_dict": other.state_dict(), "state_dict_ema": model.state_dict()}, tmp_path / "ema.pth")
+    for words, expected in (([], model), (["--key", "state_dict"], other)):
+        assert main(["convert", str(tmp_path / "ema.pth"), str(tmp_path / "y.ckpt"), "--force", *words]) == 0
+        assert torch.equal(load_checkpoint(tiny(), tmp_path / "y.ckpt").head.weight, expected.head.weight)
 
 
 def test_no_framework_is_needed(tmp_path):

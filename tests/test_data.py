@@ -148,16 +148,6 @@ def test_classes_have_the_order_that_timm_gives_them(tmp_path):
     assert open_source(recipe(tmp_path), train=False).classes == sorted(theirs, key=theirs.get)
 
 
-def test_a_share_to_validate_on_has_no_image_of_the_others(root):
-    """Of a folder without splits: every image is in one part, each class in both, the same ones at every call."""
-    keys = recipe(root / "train", val_share=0.3)
-    train, held = (open_source(keys, train=train) for train in (True, False))
-    assert sorted(train.paths + held.paths) == sorted(FolderSource(root / "train").paths)
-    assert [held.targets.count(i) for i in range(3)] == [2, 2, 2] and [train.targets.count(i) for i in range(3)] == [4, 4, 4]
-    assert open_source(keys, train=False).paths == held.paths
-    assert all(Path(path).parent.name == "abc"[target] for path, target in zip(held.paths, held.targets, strict=True))
-
-
 def test_validation_comes_before_test(root, tmp_path):
     """A data set with both is validated on what is named for it."""
     for name in ("test", "validation", "train"):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 
 import pytest
 
@@ -36,6 +37,8 @@ def test_a_constant_rate_is_a_training_run(tmp_path):
     found = lr_find(small(**keys, shuffle=False), 1e-9, 1.001e-9, 10)
     assert torch.equal(before, torch.get_rng_state())
     np.testing.assert_allclose(found.losses, losses(tmp_path / "run"), rtol=1e-5)
+    weights = 0.9 ** np.arange(10)[::-1]  # a mean over what has been, without a pull towards zero
+    np.testing.assert_allclose(found.smoothed, [np.average(found.losses[:n], weights=weights[-n:]) for n in range(1, 11)], rtol=1e-9)
 
 
 def test_the_command_draws_and_tells_a_rate_that_trains(tmp_path, capsys, monkeypatch):
@@ -46,6 +49,16 @@ def test_the_command_draws_and_tells_a_rate_that_trains(tmp_path, capsys, monkey
     assert np.allclose(np.diff(np.log(told["rates"])), math.log(1e7) / 59) and told["rates"][0] == 1e-5
     assert 1e-4 < told["steepest"] < 1 and told["smoothed"][-1] > 2 * min(told["smoothed"])
     assert os.listdir(tmp_path) == ["lr_find.png"]
+
+
+def test_the_rate_that_is_told_is_the_recipes_own(tmp_path, capsys, monkeypatch):
+    """Where the recipe scales its rate with the batch, the one to give is smaller by that factor."""
+    monkeypatch.chdir(tmp_path)
+    keys = SMALL | {"scale_lr": "true", "scale_lr_batch": 16}
+    words = [word for name, value in keys.items() for word in (f"--{name}", str(value))]
+    assert cli.main(["lr-find", "-c", "digits", *words, "--opt", "adamw", "--low", "1e-5", "--high", "1", "--steps", "30"]) == 0
+    fastest, told = re.search(r"fastest at (\S+): --lr (\S+)", capsys.readouterr().out).groups()
+    assert float(told) == pytest.approx(float(fastest) / 2, rel=0.06)
 
 
 def test_where_the_loss_falls_fastest():

@@ -133,7 +133,7 @@ def test_command_says_what_is_wrong(tmp_path, capsys):
         main(["plot", str(tmp_path), "--query", "three"])
 
 
-def test_command_names_an_unreadable_image(tmp_path, capsys):
+def test_command_names_an_unreadable_image(tmp_path, capsys, monkeypatch):
     """In a real run's folder: what is no image is named, and no picture of it is left; a real one is drawn."""
     pytest.importorskip("timm")
     pytest.importorskip("sklearn")
@@ -152,6 +152,11 @@ def test_command_names_an_unreadable_image(tmp_path, capsys):
     pillow.new("L", (8, 8), 100).save(tmp_path / "good.png")
     assert main(["plot", str(tmp_path / "run"), "-o", str(tmp_path / "plots"), "--image", str(tmp_path / "good.png")]) == 0
     assert (tmp_path / "plots" / "attention.png").stat().st_size > 1000
+    asked = []
+    monkeypatch.setattr(figures, "plot_attention", lambda *args, **named: asked.append((args, named)) or tmp_path)
+    assert main(["plot", str(tmp_path / "run"), "--image", str(tmp_path / "good.png"), "--query", "1,0"]) == 0
+    (_, image, _), named = asked[0]
+    assert named["query"] == (1, 0) and image.shape == (1, 16, 16) and (named["picture"] == 100).all()
     with pytest.raises(SystemExit):
         main(["plot", str(tmp_path / "run"), "--format", "gif"])
     assert "invalid choice: 'gif'" in capsys.readouterr().err

@@ -16,6 +16,7 @@ import ten_steps  # noqa: E402
 from convit.engine.pytorch.build import build_loss, build_model, build_optimizer  # noqa: E402
 from convit.engine.pytorch.checkpoint import load  # noqa: E402
 from convit.engine.pytorch.train import TorchRun, train  # noqa: E402
+from convit.engine.pytorch.validate import validate  # noqa: E402
 from convit.engine.recipe import load_recipe  # noqa: E402
 from convit.engine.schedule import average_decay, rates  # noqa: E402
 from convit.engine.world import World  # noqa: E402
@@ -263,11 +264,23 @@ def test_epochs_are_validated_told_and_averaged(tmp_path, monkeypatch):
         steps = [each["loss"] for each in log if each["kind"] == "step" and each["epoch"] == record["epoch"]]
         assert len(steps) == 3 and record["train_loss"] == pytest.approx(np.nanmean(steps))
         assert record["images_per_second"] == pytest.approx(48 / record["seconds"], rel=0.02)
-    # without a policy all are kept; what is kept to be used is the average
+    # without a policy all are kept; what is kept to be used, and was measured, is the average
     assert sorted(path.name for path in (tmp_path / "run").glob("epoch_*.pth")) == [f"epoch_{i}.pth" for i in range(1, 6)]
     last, kept = load(tmp_path / "run" / "last.pth"), torch.load(tmp_path / "run" / "epoch_5.pth", weights_only=True)
     assert all(torch.equal(kept["state_dict"][name], average) for name, average in last["state_dict_ema"].items())
     assert not torch.equal(kept["state_dict"]["head.weight"], last["state_dict"]["head.weight"])
+    again = validate(small(ckpt_path=str(tmp_path / "run" / "epoch_5.pth"), batch_size=64), progress=False)
+    assert (again["loss"], again["top1"]) == (pytest.approx(result.val_loss, rel=1e-4), result.top1)
+
+
+def test_the_optimiser_and_the_mixing_have_the_recipes_numbers():
+    model = build_model(small(), 10)
+    for keys in ({"opt": "sgd"}, {"opt": "momentum"}, {"opt": "sgd", "use_nesterov": True}):
+        groups = build_optimizer(small(momentum=0.7, **keys), model, 0.01).param_groups
+        assert {(group["momentum"], group["nesterov"]) for group in groups} == {(0.7, keys.get("use_nesterov", False))}
+    mixing, _ = build_loss(small(mixup=0.2, cutmix=0.9, cutmix_prob=0.4, label_smoothing=0.3), 10)
+    found = mixing.mixup_alpha, mixing.cutmix_alpha, mixing.mix_prob, mixing.label_smoothing, mixing.num_classes
+    assert found == (0.2, 0.9, 0.4, 0.3, 10)
 
 
 # --- resuming with other keys ---

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 for package in ("timm", "yaml", "matplotlib", "fastapi", "httpx", "prometheus_client", "multipart", "PIL"):
     pytest.importorskip(package)
@@ -106,6 +107,31 @@ def test_a_chosen_recipe_keeps_what_fits(pictures, config, keys, changes):
     recipe = load_recipe(config, {"data_dir": str(pictures), **keys})
     fitted, _ = fit.fit(recipe, keys)
     assert {name: getattr(fitted, name) for name in vars(recipe) if getattr(fitted, name) != getattr(recipe, name)} == changes
+
+
+def test_what_is_fitted_to_few_pictures(pictures):
+    """A batch that 160 images fill four times, a rate by its root, as many epochs as 40,000 images, a twentieth of them to warm up."""
+    recipe = load_recipe("small", {"data_dir": str(pictures)})
+    fitted, _ = fit.fit(recipe, {}, free=True)
+    assert (fitted.batch_size, fitted.lr) == (32, pytest.approx(1e-3 / 2**0.5, abs=1e-6))
+    assert (fitted.epoch_size, fitted.warmup_epochs, fitted.decay_epochs, fitted.num_parallel_workers) == (200, 10, 190, 0)
+    together, _ = fit.fit(recipe, {}, processes=2, free=True)
+    assert (together.batch_size, together.lr) == (16, fitted.lr)
+    shorter, _ = fit.fit(load_recipe("small", {"data_dir": str(pictures), "epoch_size": 10, "lr": 0.5}), {"epoch_size", "lr"}, free=True)
+    assert (shorter.epoch_size, shorter.warmup_epochs, shorter.decay_epochs, shorter.lr) == (10, 2, 8, 0.5)
+
+
+def test_a_checkpoint_goes_on_with_the_pictures_it_knows(pictures, tmp_path, capsys):
+    """Fine-tuned on, its size and its normalisation are its own, not the recipe's; so they are where it is measured."""
+    model = convit.ConViT(img_size=48, patch_size=16, embed_dim=24, num_heads=3, depth=3, local_up_to_layer=2, num_classes=4)
+    model.pretrained_cfg = {"mean": (0.1, 0.2, 0.3), "std": (0.6, 0.5, 0.4), "crop_pct": 0.7, "interpolation": "bilinear"}
+    model.save_pretrained(tmp_path / "m", classes=list(COLOURS))
+    own = {"image_resize": 48, "mean": [0.1, 0.2, 0.3], "std": [0.6, 0.5, 0.4], "embed_dim": 24, "depth": 3, "num_heads": 3}
+    for command, more in (("train", {}), ("validate", {"crop_pct": 0.7, "interpolation": "bilinear", "num_classes": 4})):
+        words = ["--data_dir", str(pictures), "--ckpt_path", str(tmp_path / "m"), "--print-config"]
+        assert main([command, *words]) == 0
+        told = yaml.safe_load(capsys.readouterr().out)
+        assert {name: told[name] for name in own | more} == own | more
 
 
 @pytest.mark.parametrize(
