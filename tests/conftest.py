@@ -5,10 +5,21 @@ import importlib.util
 import platform
 
 import pytest
+from forks import end_all_children, inherit_orphans
 
 collect_ignore = []
 if importlib.util.find_spec("torch") is None:
     collect_ignore_glob = ["test_*.py"]
+
+
+def pytest_configure() -> None:
+    inherit_orphans()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """After a failure, a hang, Ctrl-C or SIGTERM too."""
+    end_all_children()
 
 
 def pytest_report_header() -> str:
