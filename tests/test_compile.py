@@ -18,13 +18,16 @@ def in_a_fresh_process(code):
 
 
 def test_compile_and_export_first_thing_in_a_process(tmp_path):
-    """Nothing has run before; then also types and dropout that the first kernel refuses, and another backend by context."""
+    """Nothing has run before; then also types and dropout that the first kernel refuses, other grids, and another backend by context."""
     out = in_a_fresh_process(f"""
 import torch, convit
 m, x = convit.GPSA(48, 4), torch.randn(2, 16, 48)
 compiled = lambda m: torch.compile(m, fullgraph=True, backend="aot_eager")
 f = compiled(m)
 assert torch.allclose(f(x), m(x), atol=1e-5)
+d = convit.GPSA(48, 4).double()
+assert torch.allclose(compiled(d)(x.double()), d(x.double()))
+compiled(convit.GPSA(48, 4, attn_drop=0.3))(x).sum().backward()
 for y in (torch.randn(3, 25, 48), torch.randn(1, 9, 48)):  # of other grids
     assert torch.allclose(f(y), m(y), atol=1e-5)
 with convit.use_backend("sdpa"):
@@ -34,9 +37,6 @@ with convit.use_backend("akg"):
         f(x)
     except Exception as error:
         print("refused")
-d = convit.GPSA(48, 4).double()
-assert torch.allclose(compiled(d)(x.double()), d(x.double()))
-compiled(convit.GPSA(48, 4, attn_drop=0.3))(x).sum().backward()
 for transform in (lambda x: torch.func.jvp(m, (x,), (x,))[1], torch.func.grad(lambda x: m(x).square().sum())):
     assert torch.allclose(compiled(transform)(x), transform(x), atol=1e-4)
 program = torch.export.export(m, (x,), strict=True)

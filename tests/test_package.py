@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import convit
-from convit.cli import COMMANDS
+from convit.cli import COMMANDS, main
 
 
 def python(code: str, **kwargs) -> str:
@@ -58,43 +58,45 @@ def convit_command(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "convit", *words], capture_output=True, text=True)
 
 
-def test_env_lists_each_backend_with_its_reason():
-    report = json.loads(convit_command("env", "--json").stdout)
+@pytest.fixture(scope="module")
+def environment() -> dict:
+    """What ``convit env --json`` tells of a fresh process."""
+    return json.loads(convit_command("env", "--json").stdout)
+
+
+def test_env_lists_each_backend_with_its_reason(environment, capsys):
+    report = environment
     cpu = next(device for device in report["devices"] if device["framework"] == "torch")
     assert cpu["chosen"] in ("cpp", "sdpa")
     assert set(cpu["why_not"]) >= set(convit.backends())
-    text = convit_command("env").stdout
+    assert main(["env"]) == 0
+    text = capsys.readouterr().out
     assert all(f"\n  {name}" in text for name in convit.backends())
     assert f"instruction set {report['extension']['instruction set']}, " in text
 
 
-def test_env_names_the_threads():
+def test_env_names_the_threads(environment):
     """Those that PyTorch runs; the C++ kernels are asked after it is loaded, since they use the same runtime."""
     torch = pytest.importorskip("torch")
-    report = json.loads(convit_command("env", "--json").stdout)
-    threads, told = report["threads"], torch.__config__.parallel_info()
+    threads, told = environment["threads"], torch.__config__.parallel_info()
     assert threads["torch"] == torch.get_num_threads()
     if "parallel backend: OpenMP" in told:
         assert threads["runtime"].startswith("OpenMP ") and threads["runtime"] in told
         if sys.platform == "linux":
-            assert threads["libraries"] and report["extension"]["threads"] == "OpenMP"
+            assert threads["libraries"] and environment["extension"]["threads"] == "OpenMP"
 
 
 @pytest.mark.parametrize("command", ["env", "plot", "infer"])
-def test_of_several_processes_one_prints(command):
+def test_of_several_processes_one_prints(command, monkeypatch, capsys):
     words = {"env": [], "plot": ["nowhere"], "infer": ["nowhere.png"]}[command]
-    told = [
-        subprocess.run(
-            [sys.executable, "-m", "convit", command, *words],
-            env={**os.environ, "RANK": rank, "WORLD_SIZE": "2"},
-            capture_output=True,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    assert told[0].stdout if command == "env" else told[0].returncode == 1
-    assert told[1].stdout == "" and told[1].returncode == 0
-    assert told[1].stderr == f"convit {command}: process 1 of 2 leaves this to process 0\n"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main([command, *words]) == (command != "env")
+    told = capsys.readouterr()
+    assert told.out if command == "env" else told.err.startswith(f"convit {command}: ")
+    monkeypatch.setenv("RANK", "1")
+    assert main([command, *words]) == 0
+    assert capsys.readouterr() == ("", f"convit {command}: process 1 of 2 leaves this to process 0\n")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
