@@ -105,6 +105,7 @@ MODELS = {
     "all MHSA": lambda: ours(local_up_to_layer=0, patch_size=(8, 32)),
     "scales of its own": lambda: with_scales(ours()),
     "epsilons and GELUs of its own": lambda: of_its_own(ours()),
+    "wide MLPs, odd patches": lambda: ours(mlp_ratio=20, patch_size=5, img_size=20, depth=2, local_up_to_layer=1),  # in parts of 768
     "one block": lambda: ours(depth=1, local_up_to_layer=0, num_heads=1, in_chans=1),
     "odd widths": lambda: ours(embed_dim=33, num_heads=3, mlp_ratio=1.7, act_layer=lambda: nn.GELU("tanh"), img_size=32),
 }

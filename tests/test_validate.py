@@ -25,6 +25,7 @@ from convit.engine.pytorch.data import EvalData, eval_transform  # noqa: E402
 from convit.engine.pytorch.train import train  # noqa: E402
 from convit.engine.pytorch.validate import evaluate, validate  # noqa: E402
 from convit.engine.recipe import load_recipe  # noqa: E402
+from convit.engine.trained import weights_at  # noqa: E402
 from convit.engine.world import World  # noqa: E402
 from convit.weights.load import save_checkpoint  # noqa: E402
 
@@ -219,6 +220,19 @@ def test_precision_where_it_has_no_say(digits, capsys):
     for more, reason in ((recorded, "it sets amp_dtype"), (["--framework", "mindspore"], "is of PyTorch on CPU")):
         assert cli.main([*words, *more]) != 0
         assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("level", "precision"), [(None, "bfloat16"), ("O0", "float32")])
+def test_a_recipe_may_be_validated_in_another_precision_than_it_trains_in(folder, weights, level, precision):
+    keys = {"amp_level": "O2", "amp_dtype": "bfloat16", "val_amp_level": level, "ckpt_path": str(weights[1] / "timm.pth")}
+    asked = {"precision": "float32"} if level else {}
+    assert validate(recipe(folder, **keys), progress=False, **asked)["precision"] == precision
+
+
+def test_the_best_of_a_folder_is_taken_before_the_last(tmp_path):
+    for name in ("model.safetensors", "last.ckpt", "best.ckpt", "last.pth", "best.pth"):
+        (tmp_path / name).touch()
+        assert weights_at(tmp_path).name == name  # each better than those before it
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
