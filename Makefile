@@ -5,7 +5,7 @@ BIN := .venv/bin
 TRITONS ?= 3.3.1 3.6.0 3.9.0
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: triton-versions fuzz mutate demo test test-torch test-mindspore test-oldest sanitize ascend-check aot dev check bench clean
+.PHONY: triton-versions triton-sanitize fuzz mutate demo test test-torch test-mindspore test-oldest sanitize ascend-check aot dev check bench clean
 
 demo: .venv/ready
 	$(BIN)/convit demo
@@ -66,6 +66,15 @@ aot: .venv/ready
 # the gates on what is compiled, and the launches, under every Triton that is claimed: the oldest, that of torch 2.11, the newest
 triton-versions: .venv/ready
 	CONVIT_TRITON="$(TRITONS)" $(BIN)/pytest tests/test_triton_aot.py -k version
+
+# every access of every Triton kernel, solved for by triton-viz's sanitizer, which is installed without what its pages need. Of its releases 3.0
+# neither loads beside Triton 3.8 nor takes tl.dot of a transposed tile
+TRITON_VIZ ?= git+https://github.com/Deep-Learning-Profiling-Tools/triton-viz@203b0c7cbb35448d53f3cf5359db55e0d4fb3522
+triton-sanitize: build/triton-viz
+	cd tests && TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONPATH=../build/triton-viz ../$(BIN)/pytest -p no:cacheprovider triton_sanitized.py
+
+build/triton-viz: .venv/ready
+	$(BIN)/pip install -q --no-deps --target $@ "triton-viz @ $(TRITON_VIZ)" z3-solver==4.15.3.0 anytree ml_dtypes
 
 # one virtual environment for everything on PyTorch; the extension must build here
 dev: .venv/ready
