@@ -1,11 +1,13 @@
 """Several processes: the curve of one, uneven rests, processes that die, every launcher."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -26,7 +28,6 @@ from training import (  # noqa: E402
     records,
     small,
     together,
-    torchrun,
 )
 
 from convit.engine import sources  # noqa: E402
@@ -40,6 +41,7 @@ from convit.engine.pytorch.train import TorchRun, train  # noqa: E402
 from convit.engine.world import World, find_world, first_host, rendezvous  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+GUIDE = Path(__file__).parents[1] / "docs" / "guide.md"
 
 
 def test_each_process_of_a_machine_takes_a_device_of_its_own(monkeypatch):
@@ -54,20 +56,29 @@ def test_each_process_of_a_machine_takes_a_device_of_its_own(monkeypatch):
     assert taken == [0, 1] and choose_device("cuda:1", World(2, 3, 2)) == torch.device("cuda", 1)
 
 
+def torchrun(number, output, **changes):
+    """The command of the guide's torchrun line of this number, with options changed, that trains a small run."""
+    lines = re.findall("^torchrun (.*) -m convit train ", GUIDE.read_text(encoding="utf-8"), re.M)
+    words = lines[number].split()
+    options = dict(zip(words[::2], words[1::2], strict=True)) | {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
+    head = [sys.executable, "-m", "torch.distributed.run", *(word for pair in options.items() for word in pair)]
+    return [*head, *command(output, **SHARED | {"batch_size": 16})[1:]]
+
+
 def test_two_processes_by_torchrun_give_the_curve_of_one(alone, tmp_path):
-    done = torchrun(tmp_path / "run", 2, **SHARED | {"batch_size": 16})
+    words = torchrun(0, tmp_path / "run", rdzv_backend="c10d", rdzv_endpoint=f"127.0.0.1:{free_port()}")
+    done = subprocess.run(words, capture_output=True, text=True, env=CPU, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "2 processes (torchrun)" in done.stderr
     assert_same_curve(alone, tmp_path / "run")
 
 
 def test_two_machines_by_torchrun_give_the_curve_of_one(alone, tmp_path):
-    """Two agents, one per machine, that meet at a rendezvous; here both are on this one."""
-    head = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-    head += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "test"]
-    words = [*head, *command(tmp_path / "run", **SHARED | {"batch_size": 16})[1:]]
-    logs = [tmp_path / f"agent{i}.txt" for i in range(2)]
-    agents = [subprocess.Popen(words, stdout=log.open("w"), stderr=subprocess.STDOUT, env=CPU) for log in logs]
+    """Two agents, one per machine; here both are on this one."""
+    logs, port = [tmp_path / f"agent{i}.txt" for i in range(2)], str(free_port())
+    commands = [torchrun(1, tmp_path / "run", node_rank=str(i), master_port=port) for i in range(2)]
+    started = zip(commands, logs, strict=True)
+    agents = [subprocess.Popen(words, stdout=log.open("w"), stderr=subprocess.STDOUT, env=CPU) for words, log in started]
     try:
         deadline = time.monotonic() + 600
         while any(agent.poll() is None for agent in agents) and time.monotonic() < deadline:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -67,11 +66,6 @@ def assert_same_curve(alone, together):
     assert len(losses(together)) == len(losses(alone)) == 22
     assert np.abs(np.array(losses(together)) - losses(alone)).max() < 1e-4
     assert records(together, "epoch")[-1]["top1"] == pytest.approx(records(alone, "epoch")[-1]["top1"], abs=0.3)
-
-
-def torchrun(output, processes, *words, **keys):
-    head = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]
-    return subprocess.run([*head, *command(output, *words, **keys)[1:]], capture_output=True, text=True, env=CPU, timeout=600)
 
 
 def free_port():
