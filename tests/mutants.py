@@ -25,7 +25,10 @@ TESTS: list[tuple[str, tuple[str, ...] | None]] = [
     ("convit/mindspore/*", None),
     ("convit/engine/mindspore/*", None),
     ("convit/export/mindir.py", None),
-    ("kernels/gpsa/gpu_triton/*", ("tests/triton_interpreted.py", "tests/triton_memory.py", "tests/test_triton.py")),
+    (
+        "kernels/gpsa/gpu_triton/*",
+        ("tests/triton_interpreted.py", "tests/triton_memory.py", "tests/test_triton.py", "tests/test_triton_aot.py", "tests/test_npu.py"),
+    ),
     ("kernels/gpsa/definition.py", ("tests/test_gpsa_numerics.py",)),
     ("kernels/linear/*", ("tests/test_linear.py", "tests/test_optimize.py")),
     ("kernels/eager.py", ("tests/test_linear.py", "tests/test_autograd.py", "tests/test_accelerate.py", "tests/test_compile.py")),

@@ -1,6 +1,7 @@
 """Reading, converting, fitting and loading checkpoints. tests/data/make_mindcv.py says how the MindSpore files were made."""
 
 import argparse
+import json
 import pickle
 import subprocess
 import sys
@@ -214,6 +215,17 @@ def test_training_checkpoints(tmp_path):
         read(tmp_path / "ema.pth", key="ema")
     torch.save({"model": model.state_dict(), "convit": {"act": "gelu_tanh", "norm_eps": 1e-5}}, tmp_path / "ours.pth")
     assert load.settings_of(load_checkpoint(tiny(), tmp_path / "ours.pth")) == {"act": "gelu_tanh", "norm_eps": 1e-5}
+
+
+def test_tensors_of_a_safetensors_file_are_aligned(tmp_path):
+    """Whatever their types and order: readers map them where they lie."""
+    kinds = {"a": np.float16, "b": np.float64, "c": np.uint8, "d": np.float32, "e": np.int64}
+    write_file(tmp_path / "a.safetensors", {name: np.ones(3, kind) for name, kind in kinds.items()}, None)
+    data = (tmp_path / "a.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert length % 8 == 0
+    assert all(header[name]["data_offsets"][0] % np.dtype(kind).itemsize == 0 for name, kind in kinds.items())
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))

@@ -379,6 +379,29 @@ def test_a_shard_is_read_whole_or_not_at_all(tmp_path, caplog):
     assert "train-1.tar: left out 1 images without a .cls label, the first is 5" in caplog.text
 
 
+@pytest.mark.parametrize("over", [0, 1])
+def test_names_and_padding_up_to_their_bounds(tmp_path, over):
+    """A member's names of 8 KiB, and 1 MiB of zeros behind the last; not a byte more."""
+    path = tmp_path / "train-0.tar"
+
+    def check(message):
+        if over:
+            with pytest.raises(ValueError, match=rf"train-0\.tar.*{message}"):
+                open_source(recipe(tmp_path), train=True)
+        else:
+            assert open_source(recipe(tmp_path), train=True).targets == [0, 1]
+
+    name = "n" * (8192 + over - len("8192 path=.jpg\n"))  # with which the record of pax has 8,192 bytes
+    shard(path, b"1", images=("0", "1", name))
+    check("has 8,193 bytes of names")
+    shard(path, b"1")
+    with tarfile.open(path) as tar:
+        tar.getmembers()
+        end = tar.offset
+    path.write_bytes(path.read_bytes()[:end] + bytes((1 << 20) + over))
+    check(f"what follows byte {end:,} is neither a file nor the end")
+
+
 def test_rows_that_name_files_open_only_files(tmp_path):
     datasets = pytest.importorskip("datasets")
     os.mkfifo(tmp_path / "pipe")

@@ -9,6 +9,7 @@ import torch
 
 import convit
 from convit.cli import main
+from convit.engine.preparation import Preparation
 from convit.export import export, int8
 from convit.weights.load import save_checkpoint
 
@@ -91,6 +92,17 @@ def test_an_int8_file(tmp_path, pictures, format, monkeypatch):
     assert 0 < error < 0.2
     assert {file.name for file in tmp_path.iterdir()} >= {path.name, plain.name}
     assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+
+
+def test_of_many_pictures_384_are_taken_evenly(tmp_path):
+    """A third to calibrate, two to compare, from all of the folder."""
+    pillow = pytest.importorskip("PIL.Image")
+    for i in range(420):
+        pillow.new("L", (2, 2), i * 255 // 419).save(tmp_path / f"{i:03d}.png")
+    calibrate, compare = int8.read_images(tmp_path, Preparation((2, 2), (0.0,), (1.0,), 1.0, "bilinear"))
+    assert (len(calibrate), len(compare)) == (128, 256)
+    for taken in (calibrate, compare):
+        assert taken.min() < 0.02 and taken.max() > 0.98 and abs(float(np.mean(taken)) - 0.5) < 0.01
 
 
 def test_what_does_not_pay_is_refused_with_the_figures(tmp_path, pictures, monkeypatch):

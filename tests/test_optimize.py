@@ -151,6 +151,9 @@ def test_any_size_and_batch():
         with torch.no_grad():
             torch.testing.assert_close(snapshot(x), model(x), rtol=1e-4, atol=1e-5)
     assert snapshot(images(model, 0)).shape == (0, 7)
+    for side in range(32, 32 + 16 * 9, 16):
+        snapshot(images(model, 1, (side, 16)))
+    assert len(snapshot._network.positions) == 8  # grids of which it keeps the embedding
     x = images(model, 2)
     for other in (x.to(memory_format=torch.channels_last), x.flip(3).contiguous().flip(3), x.repeat(2, 1, 1, 1)[::2], x.double()):
         torch.testing.assert_close(snapshot(other)[0], snapshot(x)[0])

@@ -225,6 +225,13 @@ def test_what_a_run_tells(tmp_path, capsys, caplog):
     assert records(tmp_path / "told", "epoch")[:2] == log and len(records(tmp_path / "told", "epoch")) == 3
 
 
+@pytest.mark.parametrize("distribute", [True, None])
+def test_one_process_is_told_that_it_is_alone_where_several_were_asked_for(tmp_path, caplog, distribute):
+    caplog.set_level("INFO", "convit")
+    train(small(distribute=distribute, num_samples=32, epoch_size=1, warmup_epochs=0, decay_epochs=1), tmp_path, progress=False)
+    assert ("distribute is set, but one process was started" in caplog.text) == bool(distribute)
+
+
 def test_the_bar_of_a_terminal_counts_every_step(monkeypatch):
     pytest.importorskip("rich")
     from convit.engine.shown import Bar

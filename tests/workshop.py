@@ -89,7 +89,8 @@ class Workshop:
         shown = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True)
         lines = [shlex.split(line) for line in (shown.stdout + shown.stderr).splitlines() if re.match(r"\S*(g\+\+|gcc|cc|clang\S*) ", line)]
         (self.folder / "build/commands.json").write_text(json.dumps(lines))
-        shutil.copytree(self.folder / "build", self.folder / "build/clean", ignore=shutil.ignore_patterns("[!lt]*"), dirs_exist_ok=True)
+        for part in (*(self.folder / "build").glob("lib.*"), *(self.folder / "build").glob("temp.*")):
+            shutil.copytree(part, self.folder / "build/clean" / part.name, dirs_exist_ok=True)
         return shown.returncode == 0
 
     def build_changed(self, changed: str) -> bool:
@@ -247,7 +248,8 @@ def pytest_sessionfinish() -> None:
 class _Chosen:
     """These tests, in this order, and what failed."""
 
-    def __init__(self, tests: list[str]) -> None:
+    def __init__(self, tests: list[str], running: Path) -> None:
+        self.running = running
         self.place = {test: i for i, test in enumerate(tests)}
         self.failed: list[str] = []
 
@@ -257,6 +259,9 @@ class _Chosen:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = sorted((item for item in items if self.where(item) is not None), key=lambda item: self.where(item) or 0)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.running.write_text(nodeid)  # a crash leaves no other trace of its test
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
@@ -269,7 +274,7 @@ def _run(tests: list[str], stop: bool, out: Path) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    chosen = _Chosen(tests)
+    chosen = _Chosen(tests, out / "running")
     files = list(dict.fromkeys(test.split("::")[0] for test in tests))
     status = pytest.main([*["-x"] * stop, "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *files], plugins=[chosen])
     (out / "failed.json").write_text(json.dumps(chosen.failed))
@@ -316,7 +321,10 @@ def serve() -> None:
             os.killpg(child, signal.SIGKILL)
         if status is None:
             os.waitpid(child, 0)
-        failed = json.loads((out / "failed.json").read_text()) if (out / "failed.json").exists() else []
+        if (out / "failed.json").exists():
+            failed = json.loads((out / "failed.json").read_text())
+        else:
+            failed = [(out / "running").read_text()] if status is not None else []
         print(json.dumps({"status": status, "failed": failed[0] if failed else "", "all_failed": failed}), flush=True)
 
 

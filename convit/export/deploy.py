@@ -108,7 +108,7 @@ class Deployed(nn.Module):
     prefix_tokens: Tensor
     pos_embed: Any  # a tensor or None
 
-    def __init__(self, model: Any, *, dynamic_size: bool = False, fused: bool = False) -> None:
+    def __init__(self, model: Any, *, dynamic_size: bool, fused: bool) -> None:
         super().__init__()
         model = copy.deepcopy(model).float().eval().requires_grad_(False)
         depth = len(model.blocks)
