@@ -256,7 +256,8 @@ def test_epochs_are_validated_told_and_averaged(tmp_path, monkeypatch):
         return (math.nan if len(calls) == 2 else loss), bad, waited
 
     monkeypatch.setattr(TorchRun, "gradients", poisoned)
-    keys = {"val_while_train": True, "val_interval": 2, "batch_size": 8, "gradient_accumulation_steps": 2, "ema": True}
+    keys = {"val_while_train": True, "val_interval": 2, "batch_size": 8, "gradient_accumulation_steps": 2}
+    keys |= {"ema": True, "ema_warmup": False, "ema_decay": 0.9}
     result = train(small(**keys, epoch_size=5, ckpt_save_policy=None, keep_checkpoint_max=1), tmp_path / "run", progress=False)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert ["top1" in record for record in result.history] == [False, True, False, True, True]

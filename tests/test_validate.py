@@ -361,6 +361,13 @@ def test_mean_and_std_of_either_scale(mean, std, unit):
     assert preparation.unit_scale(mean, std) == unit
 
 
+def test_other_channels_than_colours_have_the_mean_of_the_colours_statistics():
+    colours = {"mean": (0.2, 0.4, 0.6), "std": (0.1, 0.2, 0.6)}
+    for channels in (1, 4):
+        made = Preparation.of_config(colours, (8, 8), channels)
+        assert made.mean == pytest.approx((0.4,) * channels) and made.std == pytest.approx((0.3,) * channels)
+
+
 @pytest.mark.parametrize("crop", [0.8, 1.3])
 def test_a_strip_costs_what_its_crop_costs(monkeypatch, crop):
     """Resized whole, a strip of a million pixels would take gigabytes; its crop is that of the whole, but for roundings."""
