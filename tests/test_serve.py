@@ -4,6 +4,7 @@ import base64
 import concurrent.futures
 import contextlib
 import http.client
+import inspect
 import io
 import json
 import os
@@ -384,6 +385,26 @@ def test_what_cannot_be_served_is_said(checkpoint, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     assert main(["serve", *(word.format(checkpoint) for word in words)]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_commands_limits_are_the_functions_and_what_help_says(monkeypatch, checkpoint, capsys):
+    import uvicorn
+
+    asked = {}
+    monkeypatch.setattr("convit.serve.create_app", lambda model, **limits: asked.update(limits) or model)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self: setattr(self, "started", True))
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert main(["serve", str(checkpoint)]) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    defaults = {name: each.default for name, each in inspect.signature(create_app).parameters.items() if name != "model"}
+    assert asked == defaults and (asked["max_upload"], asked["max_pixels"]) == (10_000_000, 50_000_000)
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for said in ("[16]", "[64]", "largest request [10]", "millions of pixels [50]", "may take [30]"):
+        assert said in told
 
 
 def test_a_port_that_is_taken_is_said(checkpoint, capsys):

@@ -16,12 +16,24 @@ pytest.importorskip("triton")
 HERE = Path(__file__).resolve().parent
 
 
-@pytest.mark.parametrize("file", ["triton_interpreted.py", "triton_memory.py"])
-def test_in_the_interpreter(file):
+# a part of the tests, so that workers share them
+_PART = """
+import sys, pytest
+class Part:
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        items[:] = items[int(sys.argv[1]) :: int(sys.argv[2])]
+sys.exit(pytest.main(sys.argv[3:], plugins=[Part()]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "part", "of"), [*(("triton_interpreted.py", part, 3) for part in range(3)), ("triton_memory.py", 0, 1)], ids=str
+)
+def test_in_the_interpreter(file, part, of):
     """Every kernel and every gradient against float64, and every address; in processes of their own, see the files."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "-q", "-x", "-p", "no:cacheprovider", str(HERE / file)]
+    command = [sys.executable, "-c", _PART, str(part), str(of), "-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly", str(HERE / file)]
     done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
