@@ -410,6 +410,9 @@ def test_lazy_negation_and_batches_of_gradients():
     assert complex_.imag.is_neg()
     out = cpp(complex_.imag, *leaves[1:], (4, 5))
     assert torch.equal(out, cpp(*leaves, (4, 5)))
+    with torch.no_grad():  # contiguous, so that nothing need copy it
+        assert torch.equal(out, cpp(torch._neg_view(-leaves[0]), *leaves[1:], (4, 5)))
+        assert torch.equal(out, cpp(leaves[0], leaves[1], torch._neg_view(-leaves[2]), *leaves[3:], (4, 5)))
     grads = torch.randn(3, *out.shape, generator=torch.Generator().manual_seed(0))
     (ours,) = torch.autograd.grad(out, leaves[2], grads, is_grads_batched=True, retain_graph=True)
     for mine, grad in zip(ours, grads, strict=True):
