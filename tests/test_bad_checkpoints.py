@@ -13,7 +13,7 @@ import pytest
 from checkpoints import DATA, randomised, snapshot, tiny, torch, unchanged
 
 from convit.engine.pytorch import checkpoint
-from convit.weights import load, mindspore_file, torch_file
+from convit.weights import files, load, mindspore_file, torch_file
 from convit.weights.load import load_checkpoint, read, read_file, write_file
 
 
@@ -309,6 +309,24 @@ def test_dimensions_are_read_in_either_of_protobufs_ways(tmp_path):
         tensor = dims + field(2, b"Float32") + field(3, array.tobytes())
         (tmp_path / "a.ckpt").write_bytes(field(1, field(1, b"a") + field(2, tensor)))
         np.testing.assert_array_equal(read_file(tmp_path / "a.ckpt")[0]["a"], array)
+
+
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+def test_as_many_tensors_as_said_and_no_more(tmp_path, monkeypatch, suffix):
+    write_file(tmp_path / f"a.{suffix}", {name: np.ones(2, np.float32) for name in "abc"}, None)
+    for most in (3, 2):
+        for module in (mindspore_file, files):
+            monkeypatch.setattr(module, "MAX_TENSORS", most)
+        if most == 3:
+            assert len(read_file(tmp_path / f"a.{suffix}")[0]) == 3
+        else:
+            with pytest.raises(ValueError, match=rf"a\.{suffix}.*(at most 2 tensors|tensor after 2 others)"):
+                read_file(tmp_path / f"a.{suffix}")
+
+
+def test_what_a_message_shows_of_a_number_is_short():
+    assert files.shown((1 << 128) - 1) == str((1 << 128) - 1) and files.shown(1 << 128) == "a number of 129 bits"
+    assert files.shown(-(1 << 200)) == "a number of 201 bits" and files.shown(True) == "True"
 
 
 def test_facts_of_mindspores_files_are_read_within_bounds(tmp_path):

@@ -103,6 +103,9 @@ def test_export(tmp_path, photographs, format, dynamic_size):
     model.patch_embed.dynamic = True
     with torch.no_grad():
         expected = model.eval()(images).numpy()
+    if format == "torch-export":
+        ranges = {range_.upper for range_ in torch.export.load(path).range_constraints.values()}
+        assert ({65536, 1024} if dynamic_size else {65536}) <= ranges  # images at once, patches a side
     found = run_file(format, path, images)
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
     if format == "onnx":

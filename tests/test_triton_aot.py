@@ -99,6 +99,17 @@ def test_as_few_launches_as_stated(grid, forward, backward, monkeypatch):
     assert len(names) == forward + backward
 
 
+@pytest.mark.parametrize(("batch", "heads", "several"), [(32, 16, True), (1, 512, True), (73, 7, False), (511, 1, False)])
+def test_programs_take_several_blocks_where_there_are_512_heads_or_more(batch, heads, several, monkeypatch):
+    """Fewer leave multiprocessors without work."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    aot = importlib.import_module("aot")
+    forward = next(launch for launch in aot.launches(aot.Case(batch, heads, (14, 14), 64), "sm90"))
+    blocks = -(-14 // (forward.constants["BM"] // forward.constants["GWP"]))
+    assert blocks > 1 and (forward.programs < blocks * batch * heads) == several
+    assert forward.programs == -(-blocks // forward.constants["STEPS"]) * batch * heads
+
+
 def test_one_patch(tmp_path):
     found = compile_for(["sm90"], "one", tmp_path / "one.json")
     assert {"dq_tile", "moments", "reduce"} <= {row["kernel"] for row in found}

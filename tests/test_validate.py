@@ -298,6 +298,21 @@ def test_infer_says_what_is_missing(words, message, capsys):
 # --- reading images ---
 
 
+def test_as_many_pixels_as_a_file_of_its_length_can_hold(tmp_path, monkeypatch):
+    """200 a byte, where they are many; few are read from any file."""
+    Image.new("L", (200, 100)).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    for many, length, fits in ((100, 100, True), (100, 99, False), (20_000, 99, True), (19_999, 99, False)):
+        monkeypatch.setattr("convit.engine.images._LARGE", many)
+        (tmp_path / "a.png").write_bytes(data + bytes(length - len(data)))
+        assert len((tmp_path / "a.png").read_bytes()) == length
+        if fits:
+            assert read_image(tmp_path / "a.png").size == (200, 100)
+        else:
+            with pytest.raises(ValueError, match="pixels"):
+                read_image(tmp_path / "a.png")
+
+
 def test_one_reader_for_every_kind_of_image(tmp_path):
     """The same picture, upright and in colour, whatever the file: orientation, palette, 16 bit, CMYK, grey with transparency."""
     pixels = np.zeros((8, 16, 3), np.uint8)
