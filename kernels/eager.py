@@ -4,8 +4,8 @@ Where a version of torch lacks such a name, the answer is the plain path: throug
 """
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -38,6 +38,10 @@ _functionalize = _named("_C._functorch.TransformType.Functionalize")
 _tracing_state = _named("_C._get_tracing_state")
 _profiler = _named("_C._autograd._profiler_enabled")
 _legacy_batched = _named("_C._functorch.is_legacy_batchedtensor")
+_key_set = _named("_C.DispatchKeySet")
+_with_keys = _named("_C._ForceDispatchKeyGuard")
+_keys_in = _named("_C._dispatch_tls_local_include_set")
+_keys_out = _named("_C._dispatch_tls_local_exclude_set")
 _complete = None not in (_dispatch_modes, _function_modes, _transforms, _tracing_state, _profiler, _legacy_batched) and hasattr(
     forward_ad, "_current_level"
 )
@@ -158,6 +162,17 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     if device not in ("cpu", "cuda") and not torch.amp.autocast_mode.is_autocast_available(device):
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+@contextmanager
+def recorded() -> Iterator[None]:
+    """Autograd at work in an operator's kernel too, which torch runs below it. (``torch.func`` refuses there under hooks on saved tensors,
+    and fails under a mode.)"""
+    keys: AbstractContextManager[Any] = nullcontext()
+    if None not in (_key_set, _with_keys, _keys_in, _keys_out):
+        keys = _with_keys(_keys_in(), _keys_out() - _key_set(torch._C.DispatchKey.AutogradFunctionality))
+    with keys, torch.enable_grad():
+        yield
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:

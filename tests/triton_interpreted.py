@@ -11,9 +11,11 @@ import pytest
 import torch
 from gpsa_cases import Case, check, make_inputs, reference64, relative_error, run
 from test_gpsa_numerics import check_gates, check_levels
+from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime import interpreter
 
 import convit
+from convit.dispatch import Problem
 from convit.kernels.gpsa import gpu_triton
 from convit.kernels.gpsa.gpu_triton import configs, launch
 from convit.kernels.gpsa.gpu_triton.common import reduce_kernel
@@ -199,6 +201,35 @@ def test_derivatives_with_content_from_the_framework():
     expected = [*found(lambda *args: convit.gpsa(*args, backend="reference")), *truth]
     for mine, theirs in zip(ours, expected, strict=True):
         assert mine.dtype == torch.float32 and relative_error(mine, theirs) <= 3e-6
+
+
+def test_gradients_of_the_frameworks_content_under_hooks_and_modes():
+    """Inside hooks on saved tensors, in a mode, and where a call is compiled ahead in inference mode."""
+    inputs, grad = make_inputs(SMALL)
+    with launch.trial(content=FROM_SDPA):
+        expected = run(triton, inputs, grad, SMALL.grid)
+        for context in (torch.autograd.graph.save_on_cpu(), FlopCounterMode(display=False)):
+            with context:
+                ours = run(triton, inputs, grad, SMALL.grid)
+            assert all(torch.equal(ours[name], expected[name]) for name in ours)
+        with torch.inference_mode():
+            assert gpu_triton.compile_ahead(Problem("torch", "cpu", "float32", 1, 1, 6, 16, (2, 3))) > 0
+
+
+@pytest.mark.parametrize(
+    "dtype, table",
+    [(torch.float16, {}), (torch.float32, {}), (torch.float32, {"content": FROM_SDPA})],
+    ids=["tile", "loop", "framework"],
+)
+def test_a_gate_that_is_not_a_number_stays_in_its_head(dtype, table):
+    inputs, grad = make_inputs(SMALL, dtype=dtype)
+    with launch.trial(**table):
+        expected = run(triton, inputs, grad, SMALL.grid)
+        ours = run(triton, inputs._replace(gating=torch.tensor([float("nan"), inputs.gating[1]])), grad, SMALL.grid)
+    for name in ours:
+        heads = 1 if ours[name].dim() > 2 else 0
+        assert ours[name].select(heads, 0).isnan().all(), name
+        assert torch.equal(ours[name].select(heads, 1), expected[name].select(heads, 1)), name
 
 
 def test_the_table_says_where_content_comes_from():
@@ -404,8 +435,6 @@ def test_a_tiny_convit_trains_as_with_the_reference():
 
 
 def test_the_interpreter_takes_the_cpu_from_the_cpp_kernel():
-    from convit.dispatch import Problem
-
     problem = Problem("torch", "cpu", "float32", 1, 1, 4, 16, (2, 2))
     assert convit.why_not("triton", problem) is None
     assert "TRITON_INTERPRET" in convit.why_not("cpp", problem)

@@ -59,6 +59,7 @@ def why_not(problem: Problem) -> str | None:
 gpsa = torch_operator.gpsa
 
 
+@torch.inference_mode(False)  # in which no gradient is to be had
 def compile_ahead(problem: Problem, training: bool = True) -> float:
     """Compile what a call of ``problem`` will launch, on the current device, by one call on zeros in the layout of ``convit.GPSA``.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from triton.runtime import driver
 
-from convit.kernels.eager import without_autocast
+from convit.kernels.eager import recorded, without_autocast
 from convit.kernels.gpsa import torch_operator
 from convit.kernels.gpsa.gpu_triton import configs
 from convit.kernels.gpsa.gpu_triton.common import LOG2E, reduce_kernel
@@ -385,10 +385,12 @@ def _content_gradients(
     """dq, dk and the content's share of the gate's gradient; returns dv of the content alone, before the gate.
 
     The content is formed again. Its gradients are torch's own, for the output's as it is: the gate's share comes last, in float32, since
-    (1 - g) dO may be nothing in float16. ``torch.func`` finds them inside an operator too, where autograd is off."""
-    content, pull = torch.func.vjp(functools.partial(_content, scale=plan.scale), q, k, v)  # type: ignore[misc]
-    content_dq, content_dk, content_dv = pull(grad_out)
-    _through(plan.delta, grad_out, _as_heads(content), part)
+    (1 - g) dO may be nothing in float16."""
+    with recorded():
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        content = _content(q, k, v, plan.scale)
+        content_dq, content_dk, content_dv = torch.autograd.grad(content, (q, k, v), grad_out)
+    _through(plan.delta, grad_out, _as_heads(content.detach()), part)
     rest = torch.sigmoid(-gating).view(-1, 1, 1)
     torch.mul(content_dq, rest, out=dq)
     torch.mul(content_dk, rest, out=dk)

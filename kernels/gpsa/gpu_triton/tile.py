@@ -57,7 +57,8 @@ def _head(
     v = tl.load(addresses(v_ptr + b * stride_vb + h * stride_vh, j, stride_vn, d), mask=kv_mask, other=0.0)  # [BN, BD]
     if POSITION:
         w0, w1, w2 = _pos_weight(w_ptr, h)
-        lam = tl.minimum(tl.load(gating_ptr + h), 60.0)
+        lam = tl.load(gating_ptr + h)
+        lam = tl.where(lam > 60.0, 60.0, lam)  # tl.minimum would make 60 of a NaN
         return k, v, w1, w2, lam, exp(lam), _pin(_table(w0, w2, tl.arange(0, GWP), GW, GWP))  # [GWP, GWP]
     else:
         return k, v, 0.0, 0.0, 0.0, 0.0, 0.0
