@@ -51,7 +51,11 @@ def test_every_stage_runs_and_the_next_call_goes_on_where_one_stopped(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr + (again / "log.txt").read_text()
     assert {name: end["status"] for name, end in data["stages"].items()} == dict.fromkeys(STAGES, 0)
     assert data["core"]["groups"][0] == first and data["core"]["groups"][1]["name"] == second["name"] != first["name"]
-    assert data["sweep"]["kernels"]["fwd_tile float16"]["tried"] == [swept]
+    tried = data["sweep"]["kernels"]["fwd_tile float16"]["tried"]
+    assert swept in tried and sorted(one["config"] for one in tried) == [
+        [16, 16, 4, 1, 0],
+        [16, 16, 4, 1, 16],
+    ]  # it was left
 
     files = {path.name for path in again.iterdir()}
     assert files == {"run.json", "configs.txt", "log.txt", "kernels.md", "summary.txt", "speed.png", "roofline.png"}

@@ -387,17 +387,22 @@ def test_what_cannot_be_served_is_said(checkpoint, tmp_path, monkeypatch, capsys
     assert message in capsys.readouterr().err
 
 
-def test_the_commands_limits_are_the_functions_and_what_help_says(monkeypatch, checkpoint, capsys):
+@pytest.fixture
+def in_process(monkeypatch):
+    """``convit serve`` in this process: uvicorn leaves its logging, which is pytest's, and ours its signals as they are."""
     import uvicorn
 
+    monkeypatch.setattr(uvicorn.Config, "configure_logging", lambda self: None)
+    before = signal.getsignal(signal.SIGINT)
+    yield uvicorn
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_commands_limits_are_the_functions_and_what_help_says(in_process, monkeypatch, checkpoint, capsys):
     asked = {}
     monkeypatch.setattr("convit.serve.create_app", lambda model, **limits: asked.update(limits) or model)
-    monkeypatch.setattr(uvicorn.Server, "run", lambda self: setattr(self, "started", True))
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        assert main(["serve", str(checkpoint)]) == 0
-    finally:
-        signal.signal(signal.SIGINT, before)
+    monkeypatch.setattr(in_process.Server, "run", lambda self: setattr(self, "started", True))
+    assert main(["serve", str(checkpoint)]) == 0
     defaults = {name: each.default for name, each in inspect.signature(create_app).parameters.items() if name != "model"}
     assert asked == defaults and (asked["max_upload"], asked["max_pixels"]) == (10_000_000, 50_000_000)
     with pytest.raises(SystemExit):
@@ -407,16 +412,11 @@ def test_the_commands_limits_are_the_functions_and_what_help_says(monkeypatch, c
         assert said in told
 
 
-def test_a_port_that_is_taken_is_said(checkpoint, capsys):
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
-            assert main(["serve", str(checkpoint), "--port", str(port)]) == 1
-    finally:
-        signal.signal(signal.SIGINT, before)
-    told = capsys.readouterr().err
-    assert "address already in use" in told and f"127.0.0.1:{port} cannot be served" in told
+def test_a_port_that_is_taken_is_said(in_process, checkpoint, capsys, caplog):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", str(checkpoint), "--port", str(port)]) == 1
+    assert "address already in use" in caplog.text and f"127.0.0.1:{port} cannot be served" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):
