@@ -262,10 +262,12 @@ def test_wrapped_models_load(tmp_path):
     model = randomised()
     averaged = torch.optim.swa_utils.AveragedModel(model)
     torch.save(averaged.state_dict(), tmp_path / "averaged.pth")
-    state = {n.replace("blocks.1.", "blocks.1._orig_mod.").replace("blocks.2.", "blocks.2._checkpoint_wrapped_module."): t
+    state = {n.replace("blocks.1.", "blocks.1._orig_mod.").replace("blocks.2.", "blocks.2._checkpoint_wrapped_module.")
+             .replace("blocks.0.", "blocks.0._fsdp_wrapped_module."): t
              for n, t in model.state_dict().items()}  # fmt: skip
     torch.save({"module." + name: tensor for name, tensor in state.items()}, tmp_path / "inner.pth")
-    for name in ("averaged.pth", "inner.pth"):
+    torch.save({"ema_model." + name: tensor for name, tensor in model.state_dict().items()}, tmp_path / "ema.pth")  # ema_pytorch's
+    for name in ("averaged.pth", "inner.pth", "ema.pth"):
         loaded = load_checkpoint(tiny(), tmp_path / name)
         assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
     torch.save(model.state_dict() | {"module.head.weight": model.head.weight + 1}, tmp_path / "twice.pth")
@@ -332,6 +334,35 @@ def test_own_head_on_request(classes):
     before = snapshot(model)[0]
     load_checkpoint(model, DATA / "mindcv_tiny.ckpt", strict_head=False)
     assert all(torch.equal(before[name], tensor) == name.startswith("head") for name, tensor in model.state_dict().items())
+
+
+def test_a_classifier_is_taken_whole_or_not_at_all(tmp_path):
+    model, tensors = randomised(), read(DATA / "mindcv_tiny.ckpt").tensors
+    before = snapshot(model)[0]
+    write_file(tmp_path / "a.safetensors", {name: array for name, array in tensors.items() if name != "head.bias"}, None)
+    load_checkpoint(model, tmp_path / "a.safetensors", strict_head=False)
+    assert all(torch.equal(before[name], tensor) == name.startswith("head") for name, tensor in model.state_dict().items())
+
+
+def test_the_average_comes_first_and_a_part_of_one_is_filled_up(tmp_path):
+    """In the order that the manual gives, whatever stands beside it; and what has no average, such as frozen layers, has its weights."""
+    keys = ("state_dict_ema", "model_ema", "state_dict", "model")
+    states = {key: {name: tensor + i for name, tensor in randomised().state_dict().items()} for i, key in enumerate(keys)}
+    for i, key in enumerate(keys):
+        torch.save({each: states[each] for each in reversed(keys[i:])}, tmp_path / "a.pth")
+        assert np.array_equal(read(tmp_path / "a.pth").tensors["head.bias"], states[key]["head.bias"].numpy()), key
+    weights, _ = read_file(DATA / "mindcv_tiny.ckpt")
+    write_file(tmp_path / "a.ckpt", weights | {"ema.classifier.bias": weights["classifier.bias"] + 1}, None)
+    found = to_mindcv(read(tmp_path / "a.ckpt", key="ema").tensors)
+    assert all(np.array_equal(found[name], array + (name == "classifier.bias")) for name, array in weights.items())
+
+
+def test_one_broken_tensor_is_warned_of(caplog):
+    model = randomised()
+    tensors = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
+    tensors["norm.bias"][3] = np.nan
+    load.fit(tensors, {name: array.shape for name, array in tensors.items()}, what="a.pth")
+    assert "a.pth has NaN or infinite values in 1 of" in caplog.text and "norm.bias" in caplog.text
 
 
 def test_position_embedding_is_resampled():

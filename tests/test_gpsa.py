@@ -138,6 +138,57 @@ def test_plain_attention_leaves_the_rest_to_pytorch(monkeypatch):
     assert len(seen) == 3 and seen[0]["dropout_p"] == 0.5
 
 
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "cpp"])
+def test_autocast_says_the_type_of_the_input_and_nothing_of_what_follows(backend):
+    case = Case(2, 2, 16, (3, 5))
+    inputs, _ = make_inputs(case)
+    narrow = [x.bfloat16() for x in inputs[:3]]
+    expected = convit.gpsa(*narrow, *inputs[3:], case.grid, backend=backend)
+    with convit.use_backend(backend):
+        plain = ops.attention(*narrow, scale=0.3)
+    with torch.autocast("cpu", torch.bfloat16), convit.use_backend(backend):
+        assert torch.equal(convit.gpsa(*inputs, case.grid), expected)
+        assert torch.equal(ops.attention(*narrow, scale=0.3), plain)
+        if backend != "cpp":  # what has no autocast, torch.float64, is left as it is
+            wide = [x.double() for x in inputs]
+            assert convit.gpsa(*wide, case.grid).dtype == torch.float64
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", None])
+def test_dropout_of_plain_attention_acts_on_the_softmax(backend):
+    """Values that are the identity show it: what is left of a row is doubled, the rest is nothing. Second derivatives keep the mask."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 2, 64, 64, dtype=torch.float64).mul(0.1).unbind(0)
+    v = torch.eye(64, dtype=torch.float64).expand_as(q)
+    attn = (0.3 * q @ k.transpose(-2, -1)).softmax(-1)
+    with convit.use_backend(backend):
+        out = ops.attention(q, k, v, scale=0.3, dropout_p=0.5)
+    left = out != 0
+    assert 0.4 < left.double().mean() < 0.6
+    torch.testing.assert_close(out[left], 2 * attn[left])
+    second = []
+    for attention in (ops.attention, torch.nn.functional.scaled_dot_product_attention):
+        torch.manual_seed(1)
+        x = q.clone().requires_grad_()
+        with convit.use_backend(backend if attention is ops.attention else None):
+            (first,) = torch.autograd.grad(attention(x, k, v, scale=0.3, dropout_p=0.5).square().sum(), x, create_graph=True)
+        second.append(torch.autograd.grad(first.square().sum(), x)[0])
+    if backend != "reference":  # which draws other numbers
+        torch.testing.assert_close(*second)
+
+
+def test_second_derivatives_of_plain_attention_have_its_scale():
+    torch.manual_seed(0)
+    given = torch.randn(3, 1, 2, 9, 8).unbind(0)
+    found = []
+    for attention in (ops.attention, reference.plain_attention):
+        x = [each.clone().requires_grad_() for each in given]
+        first = torch.autograd.grad(attention(*x, scale=0.9).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(sum(each.square().sum() for each in first), x))
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("backend", TORCH_BACKENDS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_inf_propagate_as_in_the_eager_path(backend, bad):
@@ -310,6 +361,12 @@ def test_no_backend_is_the_automatic_choice_whatever_the_environment_says(monkey
     assert forced_backend(None) == "reference" and forced_backend("auto") is None
     monkeypatch.setenv("CONVIT_BACKEND", "auto")
     assert forced_backend(None) is None
+
+
+def test_a_matrix_unit_is_preferred_beyond_256_tokens_and_for_bfloat16_alone(monkeypatch):
+    monkeypatch.setattr("convit.kernels.gpsa.cpu_cpp.slower_than_torch", lambda dtype: True)
+    first = [order(problem(CASES[0], dtype, tokens=n))[0] for dtype in (torch.bfloat16, torch.float32) for n in (196, 256, 257)]
+    assert first == ["cpp", "cpp", "sdpa", "cpp", "cpp", "cpp"]
 
 
 @pytest.mark.parametrize(

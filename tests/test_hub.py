@@ -95,6 +95,10 @@ def test_to_fine_tune(tmp_path):
     model_of().save_pretrained(tmp_path)
     back = convit.ConViT.from_pretrained(tmp_path, num_classes=7, img_size=(40, 64))
     assert back.num_classes == 7 and back.patch_embed.grid_size == (5, 8) and back.pretrained_cfg["label_names"] == list("0123456")
+    model_of().save_pretrained(tmp_path, results={"top1": 81.25})
+    assert convit.ConViT.from_pretrained(tmp_path, num_classes=7).pretrained_cfg["results"] == {}  # they are of the head that has gone
+    kept = convit.ConViT.from_pretrained(tmp_path, num_classes=5)  # as many as it has: nothing to replace
+    assert same(model_of(), kept) and kept.pretrained_cfg["label_names"] == NAMES
     with pytest.raises(ValueError, match="classes must name the 5 outputs"):
         model_of().save_pretrained(tmp_path, classes=["a"])
 

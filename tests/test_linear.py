@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import convit
 from convit import ops
 from convit.kernels import eager
-from convit.kernels.linear import cpu_onednn
+from convit.kernels.linear import cpu_onednn, cpu_packed
 
 if reason := cpu_onednn.why_not(torch.zeros(1, 1), torch.zeros(1, 1)):
     pytest.skip(reason, allow_module_level=True)
@@ -187,6 +187,56 @@ def test_hooks_and_replacements_are_called(products, monkeypatch):
             patch.setattr(owner, name, lambda *args, name=name: seen.append(name))
             ops.linear(layer(), x)
     assert seen == ["layer", "act", "global", "replaced", "compiled", "__call__", "linear", "forward"] and len(products) == 1
+
+
+@pytest.mark.parametrize("when", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_hook_of_any_kind_is_run(products, monkeypatch, when, everywhere):
+    monkeypatch.setattr(nn.modules.module, "_global_is_full_backward_hook", None)  # as it is set back
+    fc, seen = layer(), []
+    owner, name = (nn.modules.module, f"register_module_{when}_hook") if everywhere else (fc, f"register_{when}_hook")
+    handle = getattr(owner, name)(lambda *args: seen.append(when))
+    try:
+        ops.linear(fc, torch.randn(5, 24, requires_grad=True)).sum().backward()
+    finally:
+        handle.remove()
+    assert seen == [when] and not products
+
+
+def test_a_mode_beside_the_default_device_sees_the_call(products):
+    class Watching(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    fc, x, seen = layer(), torch.randn(5, 24), []
+    with torch.device("cpu"):
+        ops.linear(fc, x)
+        assert len(products) == 1
+        with Watching():
+            ops.linear(fc, x)
+    assert nn.functional.linear in seen and len(products) == 1
+
+
+def test_a_gelu_in_the_place_of_torchs_is_called(products, monkeypatch):
+    monkeypatch.setattr(nn.functional, "gelu", lambda x, approximate: x * 0)
+    with torch.no_grad():
+        assert not ops.linear(layer(), torch.randn(5, 24), nn.GELU()).any()
+
+
+def test_products_packed_where_torch_lacks_onednn(monkeypatch):
+    """The same numbers from its own linear layer, and none of the weight's memory."""
+    fc, x = layer(), torch.randn(5, 24)
+    with torch.no_grad():
+        for packs in (True, False):
+            monkeypatch.setattr(cpu_packed, "_packs", lambda dtype, packs=packs: packs)
+            weight, bias = fc.weight.clone(), fc.bias.clone()
+            product = cpu_packed.Packed(weight, bias, torch.float32, 5)
+            weight.zero_()
+            assert torch.equal(product.unpack(), fc.weight)
+            torch.testing.assert_close(product(x), fc(x))
+            for form in ("none", "tanh"):
+                torch.testing.assert_close(product(x, form), nn.functional.gelu(fc(x), approximate=form), rtol=1e-5, atol=1e-6)
 
 
 def test_who_watches_the_operators_sees_them(products):

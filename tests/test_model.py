@@ -296,6 +296,19 @@ def test_another_patch_size():
     assert model(images()).shape == (2, 5) and model.feature_info[0]["reduction"] == 4
 
 
+def test_what_is_made_anew_is_as_what_it_replaces():
+    """Of the model's type and mode, and frozen where that was."""
+    model = small().bfloat16().eval()
+    model.pos_embed.requires_grad_(False)
+    model.patch_embed.proj.weight.requires_grad_(False)
+    model.set_input_size(64, patch_size=4)
+    model.reset_classifier(7)
+    assert not model.training and not model.head.training and not model.patch_embed.proj.training
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not model.pos_embed.requires_grad and not model.patch_embed.proj.weight.requires_grad and model.head.weight.requires_grad
+    assert not model.head.bias.any() and 0.015 < model.head.weight.std() < 0.025
+
+
 @pytest.mark.parametrize("indices, kept, token", [(1, 3, True), ([0, 1], 2, False), ([-2], 2, False)])
 def test_pruning_keeps_what_the_intermediates_need(indices, kept, token):
     model = small(reg_tokens=1)

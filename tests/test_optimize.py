@@ -99,6 +99,7 @@ MODELS = {
     "fair": lambda: randomised(VisionTransformer()),
     "fair accelerated": lambda: convit.accelerate(randomised(VisionTransformer())),
     "average, registers, biases": lambda: ours(global_pool="avg", reg_tokens=2, qkv_bias=True, img_size=(48, 80)),
+    "class token before registers": lambda: ours(reg_tokens=3),
     "tokens": lambda: ours(global_pool="", num_classes=0, use_pos_embed=False),
     "many tokens": lambda: ours(global_pool="", img_size=(128, 104), patch_size=8, depth=2, local_up_to_layer=1),
     "all GPSA": lambda: ours(local_up_to_layer=4, global_pool="avg"),
@@ -155,7 +156,16 @@ def test_any_size_and_batch():
         snapshot(images(model, 1, (side, 16)))
     assert len(snapshot._network.positions) == 8  # grids of which it keeps the embedding
     x = images(model, 2)
-    for other in (x.to(memory_format=torch.channels_last), x.flip(3).contiguous().flip(3), x.repeat(2, 1, 1, 1)[::2], x.double()):
+    for wrong in ((64, 72), (72, 64), (8, 64), (64, 8)):
+        with pytest.raises(ValueError, match="must be a multiple of the patch size 16 x 16"):
+            snapshot(images(model, 1, wrong))
+    for other in (
+        torch._neg_view(-x),
+        x.to(memory_format=torch.channels_last),
+        x.flip(3).contiguous().flip(3),
+        x.repeat(2, 1, 1, 1)[::2],
+        x.double(),
+    ):
         torch.testing.assert_close(snapshot(other)[0], snapshot(x)[0])
 
 
@@ -165,6 +175,10 @@ def test_a_snapshot_follows_nothing():
         model.blocks[1].drop_path.drop_prob = 0.5  # of training alone
     snapshot = convit.optimize(model, torch.float32)
     assert model.training and model.blocks[1].attn.training
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    convit.optimize(model, torch.float32)
+    assert [module.training for module in model.modules()] == modes  # each its own
     x = images(model)
     before = snapshot(x)
     with torch.no_grad():
@@ -179,6 +193,7 @@ def test_a_snapshot_follows_nothing():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_come_back_and_it_pickles(dtype):
     model = MODELS["average, registers, biases"]()
+    model.pretrained_cfg = {"label_names": ["a"] * model.num_classes}
     snapshot = convit.optimize(model, dtype)
     state = snapshot.state_dict()
     assert set(state) == set(model.state_dict())
@@ -187,7 +202,8 @@ def test_weights_come_back_and_it_pickles(dtype):
     model.load_state_dict(state)
     x = images(model)
     for other in (pickle.loads(pickle.dumps(snapshot)), copy.deepcopy(snapshot), convit.optimize(model, dtype)):
-        assert torch.equal(other(x), snapshot(x))
+        assert torch.equal(other(x), snapshot(x)) and other.pretrained_cfg == model.pretrained_cfg
+    assert set(torch.nn.ModuleDict({"net": snapshot}).state_dict()) == {f"net.{name}" for name in state}
     assert str(dtype)[6:] in repr(snapshot) and not list(snapshot.parameters())
 
 

@@ -14,6 +14,7 @@ from convit.weights import load, published
 from convit.weights.load import load_checkpoint, read
 
 torch = pytest.importorskip("torch")
+import convit  # noqa: E402
 
 
 @pytest.fixture
@@ -105,6 +106,19 @@ def test_fetch_checks_mindcvs_name(server, tmp_path, monkeypatch):
     assert sorted(p.name for p in published.cache_folder().iterdir()) == [".short.ckpt.part", good, good + ".sha256"]
 
 
+def test_what_came_first_from_fair_is_said_and_expected_ever_after(server, monkeypatch, caplog):
+    site, address, _ = server
+    (site / "convit_tiny.pth").write_bytes((DATA / "mindcv_tiny.ckpt").read_bytes())
+    monkeypatch.setitem(published.ADDRESSES, "fair", {"convit_tiny": f"{address}/convit_tiny.pth"})
+    path = published.fetch("convit_tiny", "fair")
+    assert f"SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()} is what came now" in caplog.text
+    caplog.clear()
+    assert published.fetch("convit_tiny", "fair") == path and not caplog.text
+    path.write_bytes(path.read_bytes() + b"0")
+    with pytest.raises(ValueError, match="damaged.*delete it"):
+        published.fetch("convit_tiny", "fair")
+
+
 def test_download_goes_on_where_it_broke(server, tmp_path, monkeypatch):
     site, address, asked = server
     data = (DATA / "mindcv_tiny.ckpt").read_bytes()
@@ -159,6 +173,10 @@ def test_load_pretrained(monkeypatch):
     model = load.load_pretrained(tiny(in_chans=5), "convit_base_plus")
     torch.testing.assert_close(model.patch_embed.proj.weight.detach(), weight[:, [0, 1, 2, 0, 1]] * 3 / 5)
     assert asked == ["convit_tiny", "convit_base_plus"]
+    monkeypatch.setattr(
+        "convit.create_model", lambda name, pretrained: convit.ConViT(embed_dim=16, depth=2, num_heads=2, local_up_to_layer=1)
+    )
+    assert not convit.from_pretrained("convit_tiny").training  # ready to use, as from a folder
     with pytest.raises(ValueError, match="strict_head=False"):
         load.load_pretrained(tiny(num_classes=3), DATA / "mindcv_tiny.ckpt")
 

@@ -206,6 +206,43 @@ def test_eight_clients_at_once_share_batches(service, model):
     }
 
 
+def test_the_service_by_default_and_at_its_limits():
+    """In this process, on a picture that is no square: the five most probable classes, equals by number, the middle patch, exact limits."""
+    testclient = pytest.importorskip("starlette.testclient")
+    torch.manual_seed(0)
+    shape = {"img_size": (24, 40), "patch_size": 8, "embed_dim": 16, "num_heads": 2, "depth": 2, "local_up_to_layer": 1, "num_classes": 8}
+    served = convit.ConViT(**shape).eval()
+    torch.nn.init.zeros_(served.head.weight)
+    with torch.no_grad():
+        served.head.bias.copy_(torch.tensor([0.0, 2.0, 0.0, 1.0, 2.0, 0.0, 0.0, -1.0]))
+    with testclient.TestClient(create_app(served, max_pixels=2000, precision="float32")) as client:
+        began, data = time.perf_counter(), image()  # of 2,000 pixels
+        for route in ("/predict", "/attention"):
+            answers = {topk: client.post(f"{route}{topk}", content=data).json() for topk in ("", "?topk=2", "?topk=100")}
+            assert [[one["index"] for one in answers[topk]["classes"]] for topk in answers] == [
+                [1, 4, 3, 0, 2],
+                [1, 4],
+                [1, 4, 3, 0, 2, 5, 6, 7],
+            ]
+            assert client.post(f"{route}?topk=0", content=data).status_code == 422
+        assert (answers[""]["grid"], answers[""]["query"]) == ([3, 5], [1, 2])
+        assert client.get("/healthz").json()["image_size"] == [24, 40]
+        assert client.post("/predict", content=image(size=(23, 87))).status_code == 400  # 2,001 pixels
+        assert client.get("/of/nobody").status_code == client.get("/nor/this").status_code == 404
+        text = client.get("/metrics").text
+        passed = time.perf_counter() - began
+    for route, status, count in (
+        ("/predict", 200, 3),
+        ("/predict", 400, 1),
+        ("/predict", 422, 1),
+        ("/attention", 200, 3),
+        ("other", 404, 2),
+    ):
+        assert f'convit_requests_total{{route="{route}",status="{status}"}} {count}.0' in text
+    assert "/of/nobody" not in text  # or whoever asks for anything makes the service remember it
+    assert 0 < float(re.search(r'^convit_request_seconds_sum{route="/predict"} (\S+)', text, re.M)[1]) < passed
+
+
 def bomb():
     """A PNG of 40,000 x 40,000 pixels in a few bytes."""
 
