@@ -222,6 +222,31 @@ def test_what_is_set_around_it_changes_no_verdict(dtype):
     assert len(done.swapped) == 8 and not done.left
 
 
+def test_the_trial_of_a_class_leaves_nothing_behind():
+    """Neither the numbers drawn afterwards nor the default device have a part in it, and undone, a module holds what it held."""
+    model = timm_model().eval()
+    model.blocks[0].mlp.__class__ = type("Mlp", (timm.layers.Mlp,), {"__module__": "elsewhere"})  # no class of timm's own: tried
+    held = [set(vars(module)) for module in model.modules()]
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    with torch.device("meta"):
+        done = convit.accelerated(convit.accelerate(model))
+    assert torch.equal(torch.rand(3), expected) and len(done.swapped) == 8 and not done.left
+    done.undo()
+    assert [set(vars(module)) for module in model.modules()] == held
+
+
+def test_the_grid_is_that_of_the_innermost_patch_embed():
+    inner, x = nonsquare()
+    around = torch.nn.Module()
+    around.patch_embed, around.inner = torch.nn.Identity(), inner
+    around.patch_embed.grid_size = (8, 2)
+    convit.accelerate(around, grid="image")
+    ours, _ = nonsquare()
+    close(inner(x), convit.accelerate(ours, grid="image")(x))
+
+
 def test_norms_and_hooks_inside_an_mlp_act():
     model = timm_model().eval()
     norm = torch.nn.LayerNorm(model.blocks[0].mlp.fc1.out_features)

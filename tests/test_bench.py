@@ -327,3 +327,19 @@ def test_inference_is_held_against_runtimes_of_its_own_type(report):
         ["timm convit eager", "float32", "float32", "2", "2.00×"],
         ["timm convit eager", "bfloat16", "float32", "1", "4.00×"],
     ]
+
+
+def test_little_data_is_summed_up_over_the_seeds_that_both_models_have(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCH)
+    import sample_efficiency
+
+    accuracies = {("ConViT", 0.1): (80, 84, 82), ("ViT", 0.1): (60, 70), ("ConViT", 1.0): (95,)}
+    records = [
+        {"data": "digits", "share": share, "model": kind, "seed": seed, "images": int(1000 * share), "accuracy": accuracy}
+        for (kind, share), found in accuracies.items()
+        for seed, accuracy in enumerate(found)
+    ]
+    table = sample_efficiency.summarise(records, tmp_path)
+    (row,) = json.loads((tmp_path / "little-data.json").read_text())  # a share that only one has is not compared
+    assert row == {"data": "digits", "share": 0.1, "images": 100, "seeds": 2, "ConViT": [82.0, 1.63], "ViT": [65.0, 5.0]}
+    assert "82.0" in table and "95" not in table

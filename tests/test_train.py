@@ -20,6 +20,7 @@ from convit.engine.pytorch.checkpoint import load  # noqa: E402
 from convit.engine.pytorch.data import EvalData  # noqa: E402
 from convit.engine.pytorch.train import train  # noqa: E402
 from convit.engine.recipe import load_recipe, packaged_recipes  # noqa: E402
+from convit.engine.shown import Boards  # noqa: E402
 from convit.engine.world import World  # noqa: E402
 from convit.pytorch.diagnostics import diagnose  # noqa: E402
 
@@ -265,3 +266,21 @@ def test_epochs_go_to_weights_and_biases(tmp_path, monkeypatch):
     assert said[0]["project"] == "digits" and said[0]["config"]["embed_dim"] == 16
     assert [step for step, _ in said[1:3]] == [11, 22] and said[3:] == ["finished"]
     assert said[2][1]["top1"] == records(tmp_path / "run", "epoch")[1]["top1"]
+
+
+def test_epochs_go_to_tensorboard(tmp_path):
+    """By number of the epoch; what a run that was cut off had written beyond the point it goes on from is dropped."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    numbers = {"train_loss": 3.0, "val_loss": 2.0, "top1": 50.0, "top5": 90.0, "lr": 0.125, "images_per_second": 8.0}
+    for start in (0, 1):  # the second time from the end of the first epoch
+        boards = Boards(small(tensorboard=True), tmp_path, start)
+        for epoch in range(start, 2):
+            boards.write({"epoch": epoch, "update": 11 * (epoch + 1), "other": 1.0} | {n: x + epoch + start for n, x in numbers.items()})
+        boards.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == set(numbers)
+    for name, value in numbers.items():
+        assert [(event.step, event.value) for event in events.Scalars(name)] == [(0, value), (1, value + 2)]
