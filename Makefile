@@ -74,7 +74,9 @@ triton-sanitize: build/triton-viz
 	cd tests && TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONPATH=../build/triton-viz ../$(BIN)/pytest -p no:cacheprovider triton_sanitized.py
 
 build/triton-viz: .venv/ready
-	$(BIN)/pip install -q --no-deps --target $@ "triton-viz @ $(TRITON_VIZ)" z3-solver==4.15.3.0 anytree ml_dtypes
+	rm -rf $@.partial
+	$(BIN)/pip install -q --no-deps --target $@.partial "triton-viz @ $(TRITON_VIZ)" z3-solver==4.15.3.0 anytree ml_dtypes
+	mv $@.partial $@
 
 # one Triton alone; where it does not install, the tests of that version are skipped. Renamed when whole
 build/triton-%/triton: .venv/ready

@@ -99,3 +99,13 @@ def test_every_device_finds_tiles_that_triton_compiles():
 def test_no_driver_is_told():
     problem = Problem("torch", "cuda", "float16", 2, 3, 196, 48, (14, 14))
     assert convit.why_not("triton", problem)
+
+
+def test_compiling_ahead_needs_a_batch_and_a_device_that_runs_it():
+    from convit.kernels.gpsa.gpu_triton import compile_ahead
+
+    problem = Problem("torch", "cuda", "float16", None, 3, 196, 48, (14, 14))
+    with pytest.raises(ValueError, match="compile_ahead needs the batch"):
+        compile_ahead(problem)
+    with pytest.raises(ValueError, match="backend 'triton' cannot run .*tensor is on cpu"):
+        compile_ahead(problem._replace(batch=2, device="cpu"))

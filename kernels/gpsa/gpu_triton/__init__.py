@@ -74,13 +74,14 @@ def compile_ahead(problem: Problem, training: bool = True) -> float:
         The seconds it took.
 
     Raises:
-        ValueError: The kernels do not run this problem.
+        ValueError: The kernels do not run this problem, or it has no batch.
     """
+    if problem.batch is None:
+        raise ValueError(f"compile_ahead needs the batch, which changes how much a program does: {problem}._replace(batch=...)")
     if reason := why_not(problem):
         raise ValueError(f"convit: backend 'triton' cannot run {problem}: {reason}")
     began = time.perf_counter()
     batch, heads, tokens, dim = problem.batch, problem.heads, problem.tokens, problem.head_dim
-    assert batch is not None, "torch always knows it"
     dtype = getattr(torch, problem.dtype)
     q, k = torch.zeros((batch, tokens, 2, heads, dim), dtype=dtype, device=problem.device).permute(2, 0, 3, 1, 4).unbind(0)
     v, grad_out = torch.zeros((2, batch, tokens, heads, dim), dtype=dtype, device=problem.device).transpose(2, 3).unbind(0)
