@@ -356,6 +356,10 @@ def test_more_than_may_wait_is_told_to_come_back(service):
         while 503 not in statuses and time.monotonic() < deadline:
             statuses.add(service.ask("POST", "/predict", image(6))[0])
         assert 503 in statuses and statuses <= {200, 503}
+        refused = http.client.HTTPConnection("127.0.0.1", service.port, timeout=60)
+        refused.request("POST", "/predict", image(6))
+        with contextlib.closing(refused), refused.getresponse() as answer:
+            assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
         assert service.ask("GET", "/healthz")[0] == 200
     finally:
         for one in held:
