@@ -73,15 +73,14 @@ TRITON_VIZ ?= git+https://github.com/Deep-Learning-Profiling-Tools/triton-viz@20
 triton-sanitize: build/triton-viz
 	cd tests && TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONPATH=../build/triton-viz ../$(BIN)/pytest -p no:cacheprovider triton_sanitized.py
 
-build/triton-viz: .venv/ready
+build/triton-viz: | .venv/ready
 	rm -rf $@.partial
 	$(BIN)/pip install -q --no-deps --target $@.partial "triton-viz @ $(TRITON_VIZ)" z3-solver==4.15.3.0 anytree ml_dtypes
 	mv $@.partial $@
 
-# one Triton alone; where it does not install, the tests of that version are skipped. Renamed when whole
-build/triton-%/triton: .venv/ready
-	@test -e $@ || { $(BIN)/pip install -q --no-deps --target build/triton-$*.partial triton==$* && mv build/triton-$*.partial build/triton-$*; } \
-	|| { rm -rf build/triton-$*.partial; echo "Triton $* does not install here: what is said of it is not tested"; }
+# one Triton alone; where it does not install, the tests of that version are skipped
+build/triton-%/triton: | .venv/ready
+	@cd bench && ../$(BIN)/python -c "import aot; aot.installed('$*')" || echo "what is said of Triton $* is not tested"
 
 # one virtual environment for everything on PyTorch; the extension must build here
 dev: .venv/ready

@@ -47,9 +47,8 @@ class Device(NamedTuple):
     programs: int = 2**31 - 1  # the most of one launch
     largest_d: int = LARGEST_D  # head dimension
     selects: bool = True  # whether a kernel may select one of two addresses as it runs
-    cores: Callable[[int], int] | None = (
-        None  # index of a device -> programs of SLOTS keys that run at once, where persistent rows are taken
-    )
+    # index of a device -> programs of SLOTS keys that run at once, where persistent rows are taken
+    cores: Callable[[int], int] | None = None
 
 
 @functools.cache
