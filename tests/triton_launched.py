@@ -64,6 +64,13 @@ def compare(seen: list[tuple]) -> None:
     assert first[4] == second[4] == last[4] != other[4]
     assert isinstance(other[9], torch.Tensor) and not isinstance(last[9], torch.Tensor)
 
+    # so does another type of the same shape, in whatever order they come
+    del seen[:]
+    for dtype in (torch.bfloat16, torch.float16, torch.float16, torch.bfloat16):
+        convit.gpsa(*make_inputs(case, dtype=dtype)[0], case.grid)
+    first, other, again, last = seen
+    assert first[4] == last[4] != other[4] == again[4]
+
     # what was compiled ahead serves the module's own calls: neither pass compiles anything more
     kernels = [launch.fwd_tile_kernel, launch.dq_tile_kernel, launch.dkdv_tile_kernel, launch.reduce_kernel]
 

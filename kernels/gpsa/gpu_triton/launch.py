@@ -97,7 +97,7 @@ class Plan:
     def __init__(
         self,
         shape: torch.Size,
-        half: bool,
+        dtype: torch.dtype,  # not only half or not: a compiled kernel is of one type
         grid: tuple[int, int],
         scale: float,
         strides: tuple[Steps, ...],
@@ -112,6 +112,7 @@ class Plan:
         self.kind = DEVICES[device.type]
         self.family = self.kind.family(self.index)
         self.strides = tuple(step for x in strides for step in x[:3])
+        half = dtype != torch.float32
         # float32 tiles of a whole key row do not fit: it takes the loops at any N
         self.arithmetic = "half" if half else precision
         self.block_d = max(16, configs.power_of_two(dim))
@@ -290,9 +291,7 @@ _cached_plan = functools.lru_cache(maxsize=1024)(Plan)
 
 
 def _plan(q: Tensor, grid_h: int, grid_w: int, scale: float, *strides: Steps) -> Plan:
-    return _cached_plan(
-        q.shape, q.dtype != torch.float32, (grid_h, grid_w), scale, strides, q.device, configs.precision(q.dtype, q.device.type)
-    )
+    return _cached_plan(q.shape, q.dtype, (grid_h, grid_w), scale, strides, q.device, configs.precision(q.dtype, q.device.type))
 
 
 def forward(
