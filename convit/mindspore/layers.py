@@ -94,7 +94,7 @@ class LayerNorm(nn.LayerNorm):
         self.layer_norm = ops.LayerNorm(self.begin_norm_axis, self.begin_params_axis, eps)
 
     def construct(self, x: Tensor) -> Tensor:
-        if cpu_aot.can_run(x.shape, x.dtype):
+        if cpu_aot.can_run(x.shape, x.dtype) and self.gamma.dtype == x.dtype:
             return cpu_aot.layer_norm(x, self.gamma, self.beta, self.epsilon)
         return self.layer_norm(x, self.gamma.astype(x.dtype), self.beta.astype(x.dtype))[0]
 

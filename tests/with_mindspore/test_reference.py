@@ -12,9 +12,10 @@ pytest.importorskip("sklearn")
 
 from mindspore import Parameter, Tensor, nn  # noqa: E402
 
-from convit.engine.mindspore.build import build_model, build_step  # noqa: E402
+from convit.engine.mindspore import build, steps  # noqa: E402
+from convit.engine.mindspore.build import build_model, build_step, check_precision, first_scale, sinks  # noqa: E402
 from convit.engine.mindspore.data import Data  # noqa: E402
-from convit.engine.mindspore.steps import Average, Update  # noqa: E402
+from convit.engine.mindspore.steps import Average, LossScale, Update, WholeStep  # noqa: E402
 from convit.engine.order import mix_seed  # noqa: E402
 from convit.engine.recipe import FIELDS, load_recipe  # noqa: E402
 from convit.engine.schedule import average_decay, rates  # noqa: E402
@@ -108,10 +109,12 @@ def test_the_moving_average_is_mindcvs():
 
 @pytest.mark.parametrize("keys", [{"mixup": 0.4, "cutmix": 1.0}, {"mixup": 0.4, "cutmix_prob": 0.5, "mixup_off_epoch": 1}, {"cutmix": 1.0}])
 def test_mixing_is_mindcvs(keys):
-    """Each batch of two epochs is what MindCV's Mixup makes of the plain one from the same seed; none from mixup_off_epoch on."""
+    """Each batch of two epochs is what MindCV's Mixup makes of the plain one from the same seed, another one for every process; none
+    from mixup_off_epoch on."""
     from mindcv.data.mixup import Mixup
 
-    plain, mixed = (Data(small(num_samples=48, batch_size=16, **more), World()) for more in ({}, keys))
+    rank = len(keys) % 2
+    plain, mixed = (Data(small(num_samples=96, batch_size=16, **more), World(rank, 2)) for more in ({}, keys))
     theirs = Mixup(keys.get("mixup", 0.0), keys.get("cutmix", 0.0), prob=keys.get("cutmix_prob", 1.0), label_smoothing=0.0, num_classes=10)
     for number in range(6):
         epoch, step = divmod(number, 3)
@@ -120,6 +123,98 @@ def test_mixing_is_mindcvs(keys):
         if 0 < keys.get("mixup_off_epoch", 0) <= epoch:
             expected = images, np.eye(10, dtype=np.float32)[targets]
         else:
-            np.random.seed(mix_seed(mixed.recipe.seed, epoch, step, 0, 0, 3) | 1 << 31)
+            np.random.seed(mix_seed(mixed.recipe.seed, epoch, step, 0, rank, 3) | 1 << 31)
             expected = theirs(images.copy(), targets)
         assert np.array_equal(found, expected[0]) and np.array_equal(found_targets, expected[1]), number
+
+
+def test_a_model_is_what_the_recipe_says():
+    """What is passed on; the weights follow from the seed."""
+    keys = {"depth": 3, "local_up_to_layer": 2, "locality_strength": 3.0, "drop_rate": 0.2, "drop_path_rate": 0.4, "seed": 5}
+    one, again, other = (build_model(small(**keys | more), 7) for more in ({}, {}, {"seed": 6}))
+    assert one.locality_strength == 3 and one.pos_drop.p == 0.2 and one.classifier.weight.shape == (7, 16)
+    assert [block.use_gpsa for block in one.blocks] == [True, True, False]
+    np.testing.assert_allclose([block.drop_path.p for block in one.blocks], [0, 0.2, 0.4], rtol=1e-12)
+    weights = [np.concatenate([p.asnumpy().ravel() for p in model.get_parameters()]) for model in (one, again, other)]
+    assert np.array_equal(weights[0], weights[1]) and not np.array_equal(weights[0], weights[2])
+
+
+def test_a_checkpoint_of_other_classes_is_for_training_alone(tmp_path):
+    other = build_model(small(seed=5), 4)
+    ms.save_checkpoint(other, str(tmp_path / "four.ckpt"))
+    recipe = small(ckpt_path=str(tmp_path / "four.ckpt"))
+    with pytest.raises(ValueError, match="Only the classifier differs"):
+        build_model(recipe, 10)
+    mine = build_model(recipe, 10, strict_head=False)
+    assert mine.classifier.weight.shape == (10, 16) and np.array_equal(mine.cls_token.asnumpy(), other.cls_token.asnumpy())
+
+
+@pytest.mark.parametrize(
+    ("target", "keys", "whole"),
+    [
+        ("Ascend", {}, True),
+        ("GPU", {}, True),
+        ("CPU", {}, False),
+        ("Ascend", {"dataset_sink_mode": False}, False),
+        ("Ascend", {"gradient_accumulation_steps": 2}, False),  # MindSpore's loop would take a step a batch
+    ],
+)
+def test_who_feeds_whole_epochs(monkeypatch, target, keys, whole):
+    monkeypatch.setattr(build.ms, "get_context", lambda name: target)
+    assert sinks(small(**keys)) is whole
+
+
+def test_the_first_loss_scale():
+    for keys, expected in (
+        ({"loss_scale": 8}, (8, False)),
+        ({"loss_scale": 8, "loss_scale_type": "dynamic"}, (8, True)),
+        ({"loss_scale": 8, "loss_scale_type": "auto"}, (1, False)),
+        ({"loss_scale": 8, "loss_scale_type": "auto", "amp_level": "O2"}, (2**24, True)),  # MindSpore's own
+    ):
+        assert first_scale(small(**keys)) == expected
+
+
+def test_mixed_precision_that_fails_is_refused_and_the_rest_computes_in_it():
+    for keys in (("O1", None), ("O1", "[nn.Dense, nn.Conv2d]"), ("O2", "nn.Dense")):
+        with pytest.raises(ValueError, match="amp_level O1 fails in MindSpore|amp_cast_list cannot name nn.Dense"):
+            check_precision(*keys)
+    images = Tensor(np.random.default_rng(0).standard_normal((2, 1, 32, 32)), ms.float32)
+    exact = None
+    for level, cells in (("O0", None), ("O2", None), ("O3", None), ("O2", "[nn.LayerNorm]"), ("O1", "[nn.Conv2d]")):
+        check_precision(level, cells)
+        recipe = small(amp_level=level, amp_cast_list=cells, image_resize=32)
+        build_step(recipe, model := build_model(recipe, 10), [0.1] * 4)
+        logits = model.set_train(False)(images)
+        exact = logits.asnumpy() if level == "O0" else exact
+        error = np.abs(logits.asnumpy() - exact).max() / np.abs(exact).max()
+        assert logits.dtype == (ms.float32 if level in ("O0", "O1") else ms.float16) and (level == "O0" or 0 < error < 1e-2), (level, error)
+
+
+def test_a_dynamic_loss_scale(monkeypatch):
+    """As MindCV's: halved by an overflow but not below 1, doubled after so many steps without one in a row."""
+    monkeypatch.setattr(steps, "GROWTH_INTERVAL", 3)
+    scale, fixed = LossScale(8.0, True), LossScale(8.0, False)
+    seen = []
+    for finite in (True, True, False, True, True, True, True, True, False, False, False, False, False):
+        scale(Tensor(finite)), fixed(Tensor(finite))
+        seen.append(float(scale.value.asnumpy()))
+    assert seen == [8, 8, 4, 4, 4, 8, 8, 8, 4, 2, 1, 1, 1] and fixed.value.asnumpy() == 8
+
+
+def test_a_whole_step_that_is_not_finite_changes_no_weight():
+    """Two such steps and a good one, in MindSpore's own loop: counted, the longest row kept, the schedule goes on, the average waits."""
+    recipe = small(opt="momentum", ema=True, image_resize=16)
+    step = build_step(recipe, model := build_model(recipe, 10), [0.1] * 4)
+    average = Average(model.get_parameters())
+    whole = WholeStep(step, LossScale(1.0, False), None, average, 0.5, False).set_train(True)
+    images, targets = Tensor(np.ones((2, 1, 16, 16)), ms.float32), Tensor([3, 4], ms.int32)
+    before = {p.name: p.asnumpy().copy() for p in model.get_parameters()}
+    for _ in range(2):
+        whole(images * float("nan"), targets)
+    assert all(np.array_equal(p.asnumpy(), before[p.name]) for p in model.get_parameters())
+    whole(images, targets)
+    counts = [int(count.asnumpy()) for count in (whole.skipped, whole.skipped_in_row, whole.longest_row, whole.updates)]
+    assert counts == [2, 0, 2, 1] and int(step.optimizer.global_step.asnumpy().item()) == 3
+    for p, mean in zip(model.get_parameters(), average.average, strict=True):
+        np.testing.assert_allclose(mean.asnumpy(), (before[p.name] + p.asnumpy()) / 2, rtol=1e-5, atol=1e-7)
+    assert not np.array_equal(model.classifier.weight.asnumpy(), before["classifier.weight"])

@@ -51,6 +51,14 @@ def check_recipe(recipe: Recipe) -> None:
         raise ImportError(f"training in MindSpore uses MindCV's engine: pip install mindcv 'numpy<2' ({error})") from None
 
 
+def check_precision(level: str, cast_list: str | None) -> None:
+    """Raise ``ValueError`` for mixed precision that does not work: MindSpore rewrites the code of cells for O1, and fails on ConViT's."""
+    if level == "O1" and cast_list is None:
+        raise ValueError("amp_level O1 fails in MindSpore, which would rewrite the model's code for it: use amp_level O2 or O3, or O0")
+    if level in ("O1", "O2") and "nn.Dense" in (cast_list or ""):
+        raise ValueError("amp_cast_list cannot name nn.Dense: the attention takes the weights of its dense layers, which MindCV would hide")
+
+
 def start(recipe: Recipe) -> World:
     """Choose the device and mode, and join the other processes if a launcher (msrun, mpirun) started several."""
     ms.set_context(mode=recipe.mode)

@@ -22,7 +22,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from convit.engine.mindspore import checkpoint
-from convit.engine.mindspore.build import build_model, build_step, check_recipe, first_scale, own_generators, sinks, start
+from convit.engine.mindspore.build import build_model, build_step, check_precision, check_recipe, first_scale, own_generators, sinks, start
 from convit.engine.mindspore.data import Data, EvalData
 from convit.engine.mindspore.steps import Average, Gradients, LossScale, Mean, Norm, Sum, Update, WholeStep
 from convit.engine.mindspore.validate import evaluate, total
@@ -46,6 +46,7 @@ def train(
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     check_recipe(recipe)
+    check_precision(recipe.amp_level, recipe.amp_cast_list)
     return MindSporeRun(recipe, Path(output or recipe.ckpt_save_dir), resume, overwrite, progress).train()
 
 

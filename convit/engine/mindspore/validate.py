@@ -8,7 +8,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from convit.engine.mindspore.build import build_model, check_recipe, own_generators, start
+from convit.engine.mindspore.build import build_model, check_precision, check_recipe, own_generators, start
 from convit.engine.mindspore.checkpoint import facts_of
 from convit.engine.mindspore.data import EvalData
 from convit.engine.recipe import Recipe
@@ -25,6 +25,7 @@ def validate(recipe: Recipe, progress: bool = True) -> dict[str, Any]:
     with own_generators():
         model = build_model(recipe, num_classes or len(data.classes))
     level = recipe.val_amp_level or (recipe.amp_level if ms.get_context("device_target") != "CPU" else "O0")
+    check_precision(level, None)
     if level != "O0":
         model = ms.amp.auto_mixed_precision(model, level)
     began = time.perf_counter()
