@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 
 import pytest
 import torch
@@ -28,7 +29,9 @@ def close(a, b):
     assert (a - b).abs().max() <= MODEL[a.dtype] * b.abs().max()
 
 
-def test_swaps_in_place_and_shares_everything():
+def test_swaps_in_place_and_shares_everything(caplog):
+    """And says so where somebody listens: what it left, as a warning, is nothing here."""
+    caplog.set_level("INFO", "convit")
     model = timm_model().eval()
     expected, before = model(X), dict(model.named_parameters())
     calls = []
@@ -39,6 +42,10 @@ def test_swaps_in_place_and_shares_everything():
     assert not model.blocks[0].attn.training and all(buffer.numel() == 3 for buffer in model.buffers())  # their cache, without its content
     close(model(X), expected)
     assert calls == ["hook"]
+    classes = "3 timm.models.convit.GPSA, 4 timm.layers.mlp.Mlp, 1 timm.models.convit.MHSA"
+    assert [(each.levelname, each.getMessage()) for each in caplog.records] == [
+        ("INFO", f"accelerate: ConVit: swapped {classes}; left none")
+    ]
     fresh = timm_model()
     fresh.load_state_dict(model.state_dict(), strict=True)
 
@@ -64,6 +71,14 @@ def test_before_and_after_to():
         assert next(model.parameters()).dtype == torch.float64
 
 
+def test_positions_that_have_been_rounded_are_still_timms():
+    """Those of 16 x 16 patches, of which bfloat16 cannot hold all."""
+    model = timm_model(img_size=256, depth=1, local_up_to_layer=1).eval()
+    model(torch.zeros(1, 3, 256, 256))
+    model.bfloat16().float()
+    assert not convit.accelerated(convit.accelerate(model)).left
+
+
 def test_twice_and_on_ours_is_harmless():
     model = convit.accelerate(convit.accelerate(timm_model().eval()))
     close(model(X), timm_model().eval()(X))
@@ -83,15 +98,20 @@ def test_patches_stay_on_timms_square_wherever_the_model_stands(wrap):
     model, x = nonsquare()
     expected = model(x)
     wrapped = wrap(model)
-    with pytest.warns(UserWarning, match="2 x 8 patches, and this model's attention lays them on 4 x 4"):
+    with pytest.warns(UserWarning, match="2 x 8 patches, and this model's attention lays them on 4 x 4") as told:
         convit.accelerate(wrapped)
+    assert [each.filename for each in told] == [__file__]  # of the line that called it
     close(next(m for m in wrapped.modules() if isinstance(m, type(model)))(x), expected)
 
 
 @pytest.mark.parametrize("image, layout", [((32, 128), "image"), ((32, 48), "square")], ids=str)
 def test_the_images_own_grid(image, layout):
-    """By an argument, or where timm cannot lay a square; also after deepcopy, and after the input size has changed."""
+    """By an argument, or where timm cannot lay a square; also after deepcopy, and after the input size has changed. What a first call
+    has laid, a second may lay otherwise, as the warning says."""
     model, x = nonsquare(image)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        convit.accelerate(model)
     ours = convit.ConViT(img_size=image, num_classes=7, embed_dim=48, depth=4, num_heads=4, local_up_to_layer=3).eval()
     ours.load_state_dict(model.state_dict())
     moved = copy.deepcopy(convit.accelerate(model, grid=layout))
@@ -142,6 +162,31 @@ def _lookalike(model):
     model.blocks[0].mlp.__class__ = Mlp
 
 
+def _other_in(training):
+    def change(model):
+        class Mlp(torch.nn.Module):
+            __init__ = timm.layers.Mlp.__init__
+
+            def forward(self, x):
+                x = self.drop1(self.act(self.fc1(x)))
+                return self.drop2(self.fc2(x * 1.5 if self.training is training else x))
+
+        model.blocks[0].mlp.__class__ = Mlp
+
+    return change
+
+
+def _further_method(model):
+    class Mlp(torch.nn.Module):
+        __init__, forward = timm.layers.Mlp.__init__, timm.layers.Mlp.forward
+
+        @property
+        def width(self):
+            return self.fc1.out_features
+
+    model.blocks[0].mlp.__class__ = Mlp
+
+
 def _patched(model):
     """As instrumentation does it: a wrapper that bears the name and the module of what it wraps."""
     forward = timm.models.convit.MHSA.forward
@@ -158,6 +203,9 @@ def _patched(model):
         (_further_parameter, "holds more than ours: temperature"),
         (_further_indices, "has rel_indices of its own"),
         (_lookalike, "computes something else"),
+        (_other_in(training=True), "computes something else"),
+        (_other_in(training=False), "computes something else"),
+        (_further_method, "has methods that ours has not: width"),
         (_patched, "has been patched: forward"),
     ],
 )
@@ -199,12 +247,12 @@ def test_undo():
 
 def test_undo_is_refused_where_a_class_would_be_lost():
     model = convit.accelerate(timm_model().eval())
-    torch.nn.utils.parametrize.register_parametrization(model.blocks[0].attn, "gating_param", torch.nn.Tanh())
+    torch.nn.utils.parametrize.register_parametrization(model.blocks[2].attn, "gating_param", torch.nn.Tanh())
     expected = model(X)
-    with pytest.raises(RuntimeError, match="blocks.0.attn has become a ParametrizedGPSA since"):
+    with pytest.raises(RuntimeError, match="blocks.2.attn has become a ParametrizedGPSA since"):
         convit.accelerated(model).undo()
     assert torch.equal(model(X), expected) and len(convit.accelerated(model).swapped) == 8 and not convit.accelerated(model).left
-    torch.nn.utils.parametrize.remove_parametrizations(model.blocks[0].attn, "gating_param")
+    torch.nn.utils.parametrize.remove_parametrizations(model.blocks[2].attn, "gating_param")
     convit.accelerated(model).undo()
     close(model(X), expected)
 
@@ -260,7 +308,8 @@ def test_norms_and_hooks_inside_an_mlp_act():
 
 
 def test_fair_like_modules():
-    """FAIR's modules have other bases, cache the indices as a plain attribute, and its MLPs hold one dropout for both places."""
+    """FAIR's modules have other bases, cache the indices as a plain attribute, and its MLPs hold one dropout for both places; those of
+    timm's past have no place for a norm. What they become can be scripted."""
 
     class GPSA(timm.models.convit.GPSA):
         pass
@@ -276,6 +325,18 @@ def test_fair_like_modules():
             self.fc2 = torch.nn.Linear(hidden_features or in_features, in_features)
             self.drop = torch.nn.Dropout(drop)
 
+    one_drop = Mlp
+
+    class Mlp(torch.nn.Module):
+        def __init__(self, in_features, hidden_features=None, drop=0.0):
+            super().__init__()
+            self.fc1 = torch.nn.Linear(in_features, hidden_features or in_features)
+            self.act, self.drop1 = torch.nn.GELU(), torch.nn.Dropout(drop)
+            self.fc2, self.drop2 = torch.nn.Linear(hidden_features or in_features, in_features), torch.nn.Dropout(drop)
+
+        def forward(self, x):
+            return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+
     model = timm_model().eval()
     expected = model(X)
     for block in model.blocks[:3]:
@@ -284,14 +345,19 @@ def test_fair_like_modules():
         block.attn._buffers.pop("rel_indices", None)  # before 1.0.31 timm's is a plain attribute too
         block.attn.__dict__["rel_indices"] = rel
         block.attn.current_grid_size = 4
-    for block in model.blocks:
-        block.mlp.__class__ = Mlp
-        block.mlp.drop = block.mlp.drop1
-        del block.mlp.drop1, block.mlp.drop2, block.mlp.norm
+    for i, block in enumerate(model.blocks):
+        del block.mlp.norm
+        block.mlp.__class__ = (one_drop, Mlp)[i % 2]
+        if i % 2 == 0:
+            block.mlp.drop = block.mlp.drop1
+            del block.mlp.drop1, block.mlp.drop2
     close(model(X), expected)
-    convit.accelerate(model)
-    assert not any(type(block.mlp) is Mlp for block in model.blocks)
+    assert not convit.accelerated(convit.accelerate(model)).left
+    assert not any(type(block.mlp) in (one_drop, Mlp) for block in model.blocks)
     close(model(X), expected)
+    for block in model.blocks[:2]:
+        x = torch.randn(3, 48)
+        close(torch.jit.script(block.mlp)(x), block.mlp(x))
 
 
 def test_errors():

@@ -1,7 +1,11 @@
 """The deployed form equals the model; exported files run in their runtimes; a failed export leaves nothing."""
 
 import json
+import logging
+import os
 import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +14,9 @@ import torch
 import convit
 from convit import export as exporting
 from convit.cli import main
+from convit.engine.preparation import Preparation
 from convit.export import export, torch_program
-from convit.export.check import write_checked
+from convit.export.check import Report, check_images, check_request, write_checked
 from convit.export.deploy import Deployed
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2", "torchscript": ".pt"}
@@ -72,14 +77,16 @@ def test_deployed_keeps_each_layers_own_scale():
         torch.testing.assert_close(Deployed(model, dynamic_size=False, fused=False)(images), model(images), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("gate", [-100.0, 100.0])
-def test_deployed_at_closed_and_open_gates(gate):
+@pytest.mark.parametrize("dynamic_size", [False, True])
+@pytest.mark.parametrize(("gate", "steep"), [(-100.0, 1.0), (100.0, 1.0), (1.0, 1e4)])
+def test_deployed_at_closed_and_open_gates_and_steep_positions(gate, steep, dynamic_size):
     model = small()
     for block in model.blocks[:2]:
         torch.nn.init.constant_(block.attn.gating_param, gate)
+        block.attn.pos_proj.weight.data *= steep
     images = torch.randn(1, 3, 32, 48)
     with torch.no_grad(), convit.use_backend("reference"):
-        torch.testing.assert_close(Deployed(model, dynamic_size=False, fused=False)(images), model(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(Deployed(model, dynamic_size=dynamic_size, fused=False)(images), model(images), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dynamic_size", [False, True])
@@ -88,18 +95,22 @@ def test_deployed_at_closed_and_open_gates(gate):
 def test_export(tmp_path, photographs, format, dynamic_size):
     for package in exporting.FORMATS[format].needs:
         pytest.importorskip(package)
-    model = small(depth=2, local_up_to_layer=1).train()
-    path = tmp_path / "out" / f"model{SUFFIXES[format]}"
+    # patches that are not square; of a dynamic size the fewest rows and columns that every format takes
+    size, larger = ((16, 32), (24, 64)) if dynamic_size else ((32, 48), None)
+    model = small(img_size=size, patch_size=(8, 16), depth=2, local_up_to_layer=1).train()
+    path = tmp_path / "out" / "deeper" / f"model{SUFFIXES[format]}"
     # 0 to 255 and 0 to 1 alike
     model.pretrained_cfg = {"mean": [127.5, 63.75, 31.875], "std": [51.0, 51.0, 102.0], "crop_pct": 0.9, "interpolation": "bilinear"}
     model.pretrained_cfg["label_names"] = ["a", "b", "ç", "d", "e"]
+    talkative = [logging.getLogger(name).level for name in ("torch.onnx", "onnxscript")]
     report = export(model, path, format, images=photographs, dynamic_size=dynamic_size, opset=20)
+    assert [logging.getLogger(name).level for name in ("torch.onnx", "onnxscript")] == talkative
     assert model.training and not model.patch_embed.dynamic
     assert report.difference <= 1e-5 and report.batches == [1, 2]
-    assert report.sizes == ([(32, 48), (40, 64)] if dynamic_size else [(32, 48)])
+    assert report.sizes == ([size, larger] if dynamic_size else [size])
     assert sorted(path.parent.iterdir()) == sorted(report.files)
     # a batch and (if dynamic) a size that the exporter did not see, in a fresh load of the file
-    images = torch.randn(3, 3, *((64, 24) if dynamic_size else (32, 48)))
+    images = torch.randn(3, 3, *((64, 48) if dynamic_size else size))
     model.patch_embed.dynamic = True
     with torch.no_grad():
         expected = model.eval()(images).numpy()
@@ -109,15 +120,55 @@ def test_export(tmp_path, photographs, format, dynamic_size):
     found = run_file(format, path, images)
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
     if format == "onnx":
-        check_graph(path, blocks=2, tokens=24)
+        check_graph(path, blocks=2, tokens=4 if dynamic_size else 12)
     assert {name: json.loads(value) for name, value in facts(format, path).items()} == {
-        "size": [32, 48],
+        "size": list(size),
         "mean": [0.5, 0.25, 0.125],
         "std": [0.2, 0.2, 0.4],
         "crop_pct": 0.9,
         "interpolation": "bilinear",
         "classes": ["a", "b", "ç", "d", "e"],
     }
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
+def test_what_is_given_goes_before_what_the_model_has(tmp_path, photographs):
+    """Names of classes; and a model in another type and in training, with dropout, is exported in float32 and as evaluated, and stays."""
+    model = small(proj_drop_rate=0.5, attn_drop_rate=0.5, drop_path_rate=0.5).bfloat16().train()
+    model.pretrained_cfg = {"label_names": list("vwxyz")}
+    report = export(model, tmp_path / "m.pt", "torchscript", images=photographs[:1], classes=list("abcde"))
+    assert report.batches == [1, 2]  # one photograph comes with its mirror image
+    assert json.loads(facts("torchscript", tmp_path / "m.pt")["classes"]) == list("abcde")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and all(module.training for module in model.modules())
+    assert model.pretrained_cfg == {"label_names": list("vwxyz")}
+    images = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            run_file("torchscript", tmp_path / "m.pt", images), model.float().eval()(images).numpy(), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_an_image_is_checked_with_its_mirror_image(photographs):
+    one, other = check_images(photographs[:1], Preparation((32, 48)))
+    assert np.array_equal(other, one[:, :, ::-1]) and not np.array_equal(other, one)
+
+
+@pytest.mark.parametrize(
+    ("make", "format", "options", "message"),
+    [
+        (small, "torchscript", {"classes": ["a", "b"]}, "classes must name the 5 outputs of the model, got 2"),
+        (lambda: torch.nn.Linear(2, 2), "torchscript", {}, "must be a convit.ConViT, got Linear; load its checkpoint"),
+        (small, "torchscript", {"int8_data": "."}, "--int8 is for onnx and openvino, got --format torchscript"),
+        (small, "torchscript", {"opset": 24}, "opset must be in 18..23, got 24"),
+        (small, "mindir", {}, "use convit.export.mindir.export_mindir"),
+    ],
+)
+def test_what_the_function_refuses(tmp_path, monkeypatch, make, format, options, message):
+    monkeypatch.setitem(sys.modules, "mindspore", types.ModuleType("mindspore"))
+    with pytest.raises(ValueError, match=message):
+        export(make(), tmp_path / "out" / f"m{exporting.FORMATS[format].suffix}", format, **options)
+    assert not list(tmp_path.iterdir())
+    assert check_request("torchscript", opset=23) == check_request("torchscript") == exporting.FORMATS["torchscript"]
 
 
 def run_file(format, path, images):
@@ -202,29 +253,36 @@ def test_wrong_file_is_not_kept(tmp_path, sign, photographs, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", ["one image", "a batch", "the second size", "a lower value", "the shape", "no number"])
-def test_every_batch_and_size_is_compared(tmp_path, wrong):
+def test_every_batch_and_size_is_compared(tmp_path, wrong, monkeypatch):
+    """To 1e-5 of the largest logit, whatever its sign; the named file appears when what lies beside it is there."""
     batches = [np.full((2, 1, side, side), side, np.float32) for side in (4, 6)]
 
     def eager(images):
-        return np.stack([images[:, 0, 0, 0], -np.ones(len(images))], 1)
+        return np.stack([images[:, 0, 0, 0], np.full(len(images), -8.0)], 1) - 7
 
     def infer(images):
         logits = eager(images)
         places = {"one image": len(images) == 1, "a batch": len(images) == 2, "the second size": images.shape[2] == 6}
         if places.get(wrong, wrong == "a lower value"):
-            logits[-1, 1] -= 1e-3
+            logits[-1, 1] -= 2.5e-4
         if wrong == "no number":
             logits[-1, 1] = np.nan
         return logits[:, :1] if wrong == "the shape" else logits
 
+    def nearly(images):
+        return eager(images) + 1.2e-4
+
     def write(function):
-        return lambda made: made.write_bytes(b"model") and function
+        return lambda made: made.write_bytes(b"model") and made.with_suffix(".bin").write_bytes(b"weights") and function
 
     with pytest.raises(ValueError, match="differs from the eager model by"):
         write_checked(tmp_path / "m.pt", "torchscript", write(infer), eager, batches)
     assert not list(tmp_path.iterdir())
-    report = write_checked(tmp_path / "m.pt", "torchscript", write(eager), eager, batches)
-    assert report == ([tmp_path / "m.pt"], 0.0, [1, 2], [(4, 4), (6, 6)], None) and report.files[0].read_bytes() == b"model"
+    moved, move = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: moved.append(target) or move(source, target))
+    report = write_checked(tmp_path / "m.pt", "torchscript", write(nearly), eager, batches)
+    assert report == ([tmp_path / "m.pt", tmp_path / "m.bin"], pytest.approx(8e-6), [1, 2], [(4, 4), (6, 6)], None)
+    assert moved == [tmp_path / "m.bin", tmp_path / "m.pt"] and [file.read_bytes() for file in report.files] == [b"model", b"weights"]
 
 
 @pytest.mark.parametrize(
@@ -240,6 +298,7 @@ def test_every_batch_and_size_is_compared(tmp_path, wrong):
         (["{}", "--format", "torchscript"], "holds none of best.pth"),
         (["convit_tiny", "--format", "onnx", "--output", "model.pt2"], "onnx files end in .onnx, got 'model.pt2'"),
         (["{}/bad.png", "--format", "torchscript", "--pretrained"], "has its own weights"),
+        (["convit_tiny", "--format", "torchscript", "--pretrained", "--ckpt_path", "w.pth"], "choose --ckpt_path or --pretrained"),
     ],
 )
 def test_bad_input(tmp_path, capsys, monkeypatch, arguments, message):
@@ -305,3 +364,20 @@ def test_command(tmp_path, photographs, capsys):
         torch.testing.assert_close(torch.jit.load(str(tmp_path / "m.pt"))(images), model.eval()(images), rtol=1e-4, atol=1e-5)
     assert main(command) == 1
     assert "--force" in capsys.readouterr().err
+
+
+def test_the_command_hands_on_what_it_is_asked(tmp_path, monkeypatch, capsys):
+    asked = {}
+
+    def exported(model, path, format, **options):
+        asked.update(options, outputs=model.num_classes, size=model.patch_embed.img_size, path=path.name, format=format)
+        path.write_bytes(b"x")
+        return Report([path], 0.0, [1], [(32, 48)])
+
+    monkeypatch.setattr(exporting, "export", exported)
+    monkeypatch.chdir(tmp_path)
+    words = ["--format", "torchscript", "--num_classes", "3", "--image_resize", "32,48", "--dynamic_size", "--opset", "21", "--images", "a"]
+    assert main(["export", "convit_tiny", *words]) == 0
+    options = {"images": [Path("a")], "dynamic_size": True, "opset": 21, "int8_data": None}
+    assert asked == options | {"outputs": 3, "size": (32, 48), "path": "convit_tiny.pt", "format": "torchscript"}
+    assert "the weights are the initial ones" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Eight-bit exports: measured before they are kept, refused with the figures where they do not pay."""
 
 import json
+import logging
 import sys
 
 import numpy as np
@@ -61,7 +62,10 @@ def test_an_int8_file(tmp_path, pictures, format, monkeypatch):
     needs(format)
     path, plain = tmp_path / f"model{SUFFIXES[format]}", tmp_path / f"plain{SUFFIXES[format]}"
     monkeypatch.setattr(int8, "_timed", timed((1.5, 1.2)))
+    logging.disable(logging.DEBUG)
     found = export(model(), path, format, int8_data=pictures).int8
+    assert logging.root.manager.disable == logging.DEBUG and logging.getLogger("nncf").level != logging.ERROR
+    logging.disable(logging.NOTSET)
     assert found.agreement == 1.0 and (found.calibrated, found.compared) == (20, 40)
     assert "100.0% of 40 others" in str(found) and "batch 8 2.0 ms to 2.4 (1.20 times as fast)" in str(found)
     export(model(), plain, format)
@@ -128,7 +132,8 @@ def test_what_does_not_pay_is_refused_with_the_figures(tmp_path, pictures, monke
 
 
 def test_agreement_is_with_the_float_file_on_every_image_to_compare(tmp_path, monkeypatch):
-    """A stand-in for the quantised model that is wrong about three images of twelve, the last one among them."""
+    """A stand-in for the quantised model that is wrong about three images of twelve, the last one among them. What agrees has to be
+    faster at every batch, not only as fast."""
     right = lambda images: np.stack([images, -images], -1)  # noqa: E731
     monkeypatch.setattr(int8, "_timed", timed((1.5, 1.5)))
     monkeypatch.setattr(int8, "_with_onnxruntime", lambda path, made, images: made)
@@ -139,6 +144,32 @@ def test_agreement_is_with_the_float_file_on_every_image_to_compare(tmp_path, mo
     (tmp_path / "inner").mkdir()
     with pytest.raises(ValueError, match=r"another model(?s:.)* 75\.0% of 12 others"):
         int8.quantise(tmp_path / "inner" / "a.onnx", "onnx", np.ones(5), compare)
+    monkeypatch.setattr(int8, "_timed", timed((1.5, 1.0)))
+    with pytest.raises(ValueError, match=r"not faster on this machine(?s:.)* 100\.0% of 12 others"):
+        int8.quantise(tmp_path / "inner" / "a.onnx", "onnx", np.ones(5), compare[abs(compare) < 2].repeat(2)[:12])
+    assert not list((tmp_path / "inner").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float32"])
+def test_what_is_held_against_what(monkeypatch, kind):
+    """OpenVINO as it comes where that is another type than asked for: of floats the fastest there is, for ONNX too."""
+
+    class Stand:
+        def __init__(self, model, config=None):
+            self.type = "float32" if config else kind
+
+    monkeypatch.setattr(int8, "_openvino", Stand)
+    monkeypatch.setattr(int8, "_onnxruntime", lambda path: "onnxruntime")
+    monkeypatch.setattr(int8, "find_spec", lambda name: name)
+    names = {form: [list(int8._runs("model", form)), list(int8._floats("model", form))] for form in int8.FORMATS}
+    loose, held = "OpenVINO in int8 as it comes", "OpenVINO in int8, INFERENCE_PRECISION_HINT f32"
+    other = kind == "bfloat16"
+    assert names == {
+        "onnx": [["ONNX Runtime in int8"], ["ONNX Runtime in float32", *["OpenVINO as it comes, in bfloat16"] * other]],
+        "openvino": [[*[loose] * other, held], [f"OpenVINO as it comes, in {kind}"]],
+    }
+    monkeypatch.setattr(int8, "find_spec", lambda name: None)
+    assert list(int8._floats("model", "onnx")) == ["ONNX Runtime in float32"]
 
 
 def test_one_slow_call_changes_no_figure(monkeypatch):

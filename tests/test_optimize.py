@@ -215,6 +215,21 @@ def test_the_type_follows_the_chip():
             convit.optimize(ours(), wrong)
 
 
+def test_what_is_forced_and_what_is_set_around_it():
+    """PyTorch's operators where their backend is forced, and float32 is float32 in a region of autocast, in either form."""
+    model = ours()
+    x, own = images(model), convit.optimize(model, torch.float32)
+    with convit.use_backend("sdpa"):
+        torchs = convit.optimize(model, torch.float32)
+        assert "products=PyTorch" in repr(torchs)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = torchs(x)
+        assert torch.equal(inside, torchs(x)) and inside.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = own(x)
+    assert torch.equal(inside, own(x))
+
+
 def test_threads_of_python_and_of_torch():
     model = ours(dynamic_img_size=True)
     snapshot = convit.optimize(model, torch.float32)
@@ -261,6 +276,15 @@ def test_what_a_snapshot_cannot_do():
             call()
     with pytest.raises(RuntimeError, match="has no gradient"):
         snapshot(x.requires_grad_())
+    with torch.no_grad():
+        assert torch.equal(snapshot(x), snapshot(x.detach()))
+    for call in (torch.func.vmap(snapshot), lambda x: torch.jit.trace(snapshot, x[0])):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="runs plain tensors, eagerly"):
+            call(x.detach()[None])
+    freed = x.detach().clone()
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="storage of images has been freed"):
+        snapshot(freed)
     with pytest.raises(ValueError, match=r"\[B, 3, H, W\], got \[2, 1, 64, 64\]"):
         snapshot(torch.zeros(2, 1, 64, 64))
     with pytest.raises(ValueError, match="takes images of 64 x 64, got 32 x 64.*dynamic_img_size"):
@@ -313,6 +337,22 @@ def activated(model):
     model.blocks[0].mlp.act = nn.ReLU()
 
 
+def padded(model):
+    model.patch_embed.pad = True
+
+
+def overlapping(model):
+    model.patch_embed.proj.padding = (1, 1)
+
+
+def bare(model):
+    model.blocks[0].norm2 = nn.LayerNorm(48, elementwise_affine=False)
+
+
+def half_biased(model):
+    model.blocks[0].attn.qk.bias = nn.Parameter(torch.zeros(96))
+
+
 def extended(model):
     model.blocks[0].attn.lora = nn.Linear(48, 48)
 
@@ -325,7 +365,10 @@ def subclassed(model):
     model.__class__ = Subclass
 
 
-@pytest.mark.parametrize("change", [hooked, replaced, features, normed, parametrised, activated, extended, grown, subclassed])
+CHANGES = [hooked, replaced, features, normed, parametrised, activated, padded, overlapping, bare, half_biased, extended, grown, subclassed]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_is_not_exactly_known_is_refused(change):
     model = ours()
     change(model)

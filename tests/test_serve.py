@@ -1,5 +1,6 @@
 """``convit serve``: real requests to a real process, many at once, hostile ones, a signal in mid-request, and the page in a browser."""
 
+import asyncio
 import base64
 import concurrent.futures
 import contextlib
@@ -36,6 +37,7 @@ from convit.cli import main  # noqa: E402
 from convit.engine.preparation import Preparation  # noqa: E402
 from convit.engine.pytorch.trained import trained_model  # noqa: E402
 from convit.serve import create_app  # noqa: E402
+from convit.serve.classifier import Classifier  # noqa: E402
 
 NAMES = ["<b>bold</b>", "Käfer", "tench", "x" * 60]
 LIMITS = ["--max-upload", "0.2", "--max-pixels", "0.5", "--timeout", "2", "--max-waiting", "16", "--threads", "1", "--precision", "float32"]
@@ -241,6 +243,30 @@ def test_the_service_by_default_and_at_its_limits():
         assert f'convit_requests_total{{route="{route}",status="{status}"}} {count}.0' in text
     assert "/of/nobody" not in text  # or whoever asks for anything makes the service remember it
     assert 0 < float(re.search(r'^convit_request_seconds_sum{route="/predict"} (\S+)', text, re.M)[1]) < passed
+
+
+def test_batches_are_bounded_and_a_failure_is_everyones_of_its_batch(model):
+    """Five images, at most two at a time; and after a failed batch the next ones are computed."""
+    sizes, images = [], [image(seed) for seed in range(5)]
+    classifier = Classifier(model, 2, 10_000, "float32", sizes.append)
+    prepared, forward = [classifier.prepare(data) for data in images], classifier.fast
+
+    async def ask():
+        return await asyncio.wait_for(asyncio.gather(*map(classifier.probabilities, prepared), return_exceptions=True), 60)
+
+    def failing(batch):
+        classifier.fast = forward
+        raise RuntimeError(f"no room for {len(batch)}")
+
+    for fast in (forward, failing):
+        classifier.fast = fast
+        sizes.clear()
+        answers = asyncio.run(ask())
+        failed = [str(each) for each in answers if isinstance(each, Exception)]
+        assert (failed, sizes) == (([], [2, 2, 1]) if fast is forward else (["no room for 2"] * 2, [2, 1]))
+        for data, answer in list(zip(images, answers, strict=True))[len(failed) :]:
+            np.testing.assert_allclose(answer, expected(model, data), atol=1e-5)
+    classifier.close()
 
 
 def bomb():

@@ -17,12 +17,12 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 torch.manual_seed(0)
 small = {"img_size": 64, "depth": 4, "local_up_to_layer": 3, "num_heads": 4}
 x = torch.randn(2, 3, 64, 64)
-tracer = {"leaf_modules": get_notrace_modules(), "autowrap_functions": get_notrace_functions()}
 
 def traced(model):
-    train, evaluation = get_graph_node_names(model, tracer_kwargs={**tracer, "param_shapes_constant": True})
+    tracer = {"leaf_modules": get_notrace_modules(), "autowrap_functions": get_notrace_functions(), "param_shapes_constant": True}
+    train, evaluation = get_graph_node_names(model, tracer_kwargs=tracer)
     nodes = {"train_return_nodes": [train[-1]], "eval_return_nodes": [evaluation[-1]]}
-    return create_feature_extractor(model, **nodes, tracer_kwargs={**tracer, "param_shapes_constant": True})
+    return create_feature_extractor(model, **nodes, tracer_kwargs=tracer)
 
 def complete(model, out):
     out.mean().backward()
@@ -55,7 +55,17 @@ print("passed")
 """
 
 OURS = """
+import warnings
+warnings.filterwarnings("error", "Overwriting")
 import convit.timm
+def of(home, name):
+    (found,) = (each.default.to_dict() for key, each in home.default_cfgs.items() if key.split(".")[0] == name)
+    keys = ("hf_hub_id", "input_size", "mean", "std", "crop_pct", "interpolation", "first_conv", "classifier")
+    return {key: found.get(key) for key in keys}
+import timm.models.convit
+for name in ("convit_tiny", "convit_small", "convit_base"):
+    expected = of(timm.models.convit, name)
+    assert of(convit.timm, name) == expected, (of(convit.timm, name), expected)
 def build(**kwargs):
     model = timm.create_model("convit_tiny", num_classes=42, embed_dim=32, **small, **kwargs)
     assert isinstance(getattr(model, "model", model), convit.ConViT)
@@ -72,8 +82,4 @@ def build(**kwargs):
 @pytest.mark.parametrize("build", [OURS, ACCELERATED], ids=["ours", "accelerated"])
 def test_what_timm_tests(build):
     imports, rest = CASES.split("\ntorch.manual_seed", 1)
-    body = "torch.manual_seed" + rest.replace("model = build()", build.replace("import convit.timm\n", "") + "\nmodel = build()", 1)
-    first = "import convit.timm\n" if "convit.timm" in build else ""
-    assert (
-        in_a_fresh_process(first + "import convit.pytorch.accelerate as a\n" + imports + "\na._register_with_timm()\n" + body) == "passed\n"
-    )
+    assert in_a_fresh_process(f"{imports}\n{build}\ntorch.manual_seed{rest}") == "passed\n"

@@ -22,7 +22,7 @@ import numpy as np
 
 from convit.engine.images import images_below, read_named
 from convit.engine.preparation import Preparation
-from convit.export.check import Infer
+from convit.export.check import Infer, quiet
 
 FORMATS = {"onnx": ("onnxruntime.quantization", "export"), "openvino": ("nncf", "int8")}  # the tool, and the extra that brings it
 FEWEST, CALIBRATE, COMPARE = 48, 128, 256  # images: at least in the folder, at most for either purpose
@@ -144,8 +144,7 @@ def _with_nncf(path: Path, images: np.ndarray) -> Any:
     import nncf
     import openvino
 
-    nncf.set_log_level(logging.ERROR)
-    with contextlib.redirect_stdout(sys.stderr):  # its progress
+    with quiet("nncf"), contextlib.redirect_stdout(sys.stderr):  # its progress
         data = nncf.Dataset([image[None] for image in images])
         return nncf.quantize(openvino.Core().read_model(path), data, subset_size=len(images), model_type=nncf.ModelType.TRANSFORMER)
 
@@ -162,7 +161,8 @@ def _with_onnxruntime(path: Path, made: Path, images: np.ndarray) -> Path:
             image = next(self.left, None)
             return None if image is None else {"images": image[None]}
 
-    logging.disable(logging.WARNING)  # it advises through the root logger what is done here
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))  # it advises through the root logger what is done here
     try:
         with tempfile.TemporaryDirectory(dir=made.parent.parent, prefix=".export-") as folder:
             ready = Path(folder) / "ready.onnx"
@@ -178,7 +178,7 @@ def _with_onnxruntime(path: Path, made: Path, images: np.ndarray) -> Path:
                 per_channel=True,
             )
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
     return made
 
 

@@ -160,7 +160,7 @@ def export_mindir(
     The file carries what a server needs as ``convit.mean``, ``convit.classes`` and so on in its ``user_info``.
 
     Args:
-        model: A variant, the path of a run folder or any checkpoint, or a MindSpore ConViT.
+        model: A variant, the path of a run folder or any checkpoint, or a MindSpore ConViT; exported in evaluation mode, left as it is.
         path: The file, ending in ``.mindir``; an existing one is replaced.
         pretrained: For a variant: the published weights, else the initial ones.
         images: Image files to check with; default the photographs in scikit-learn.
@@ -170,26 +170,28 @@ def export_mindir(
         preparation: How an image becomes the model's input; default the run's, else ImageNet's normalisation and a crop of 0.875.
 
     Raises:
-        ValueError: The suffix is wrong, an image cannot be read, or the file's logits differ from the eager model's.
+        ValueError: The suffix is wrong, the classes are another number than the outputs, an image cannot be read, or the file's logits
+            differ from the eager model's.
     """
-    path = Path(path)
+    path, recorded = Path(path), list[str]()
     check_request("mindir", path)
     if isinstance(model, Path):
         model, found = trained_model(model)
         if img_size is not None:
             model.set_input_size(img_size)
-        classes, preparation = classes or found.classes, preparation or found.preparation
+        recorded, preparation = found.classes, preparation or found.preparation
     elif isinstance(model, str):
         given: dict[str, Any] = {} if img_size is None else {"image_size": img_size}
         given |= {} if num_classes is None else {"num_classes": num_classes}
         model = create_model(model, pretrained=pretrained, **given)
-    model.set_train(False)
     if model.num_classes == 0:
         raise ValueError("model must have a classifier, got num_classes = 0")
+    if classes is not None and len(classes) != model.num_classes:
+        raise ValueError(f"classes must name the {model.num_classes} outputs of the model, got {len(classes)}")
     size = model.patch_embed.image_size
     asked = Preparation.of_config({}, size, model.in_channels) if preparation is None else preparation._replace(size=size)
     batch = check_images(images, asked)
-    facts = facts_of(asked, class_names(list(classes or []), model.num_classes))
+    facts = facts_of(asked, class_names(list(classes or recorded), model.num_classes))
 
     def record(program: Any) -> None:
         for key, value in facts.items():
@@ -203,4 +205,9 @@ def export_mindir(
         loaded = nn.GraphCell(ms.load(str(made)))
         return lambda images: loaded(Tensor(images)).asnumpy()
 
-    return write_checked(path, "mindir", write, lambda images: model(Tensor(images)).asnumpy(), [batch])
+    training = model.training
+    model.set_train(False)
+    try:
+        return write_checked(path, "mindir", write, lambda images: model(Tensor(images)).asnumpy(), [batch])
+    finally:
+        model.set_train(training)

@@ -1,6 +1,5 @@
 """ONNX files, and OpenVINO's, which are made from them."""
 
-import logging
 import tempfile
 import warnings
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from convit.export.check import Infer, Options
+from convit.export.check import Infer, Options, quiet
 from convit.export.torch_program import exported_program
 
 
@@ -43,9 +42,7 @@ def write_openvino(deployed: nn.Module, batch: Tensor, path: Path, options: Opti
 def _save(deployed: nn.Module, batch: Tensor, path: Path, options: Options) -> None:
     import onnx
 
-    for name in ("torch.onnx", "onnxscript"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), quiet("torch.onnx", "onnxscript"):
         warnings.simplefilter("ignore")
         exported = exported_program(deployed, batch, options)
         program = torch.onnx.export(exported, opset_version=options.opset, verbose=False, input_names=["images"], output_names=["logits"])
