@@ -160,6 +160,8 @@ def test_an_image_is_checked_with_its_mirror_image(photographs):
         (lambda: torch.nn.Linear(2, 2), "torchscript", {}, "must be a convit.ConViT, got Linear; load its checkpoint"),
         (small, "torchscript", {"int8_data": "."}, "--int8 is for onnx and openvino, got --format torchscript"),
         (small, "torchscript", {"opset": 24}, "opset must be in 18..23, got 24"),
+        (lambda: small(img_size=(30, 47), dynamic_img_pad=True), "torchscript", {}, r"pads its 30 x 47: set_input_size\(\(32, 48\)\)"),
+        (small, "torchscript", {"images": []}, "at least one image file, or be None"),
         (small, "mindir", {}, "use convit.export.mindir.export_mindir"),
     ],
 )
@@ -223,7 +225,7 @@ def test_one_row_and_one_column(tmp_path, photographs, size):
     model = small(img_size=size)
     with pytest.raises(ValueError, match=f"two rows and two columns.*size is {size[0]} x {size[1]}.*set_input_size"):
         export(model, tmp_path / "out" / "model.pt2", "torch-export", images=photographs, dynamic_size=True)
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
     for format, dynamic_size in (("torch-export", False), ("torchscript", True)):
         report = export(model, tmp_path / f"model{SUFFIXES[format]}", format, images=photographs, dynamic_size=dynamic_size)
         assert report.difference <= exporting.TOLERANCE and report.sizes[0] == size
@@ -276,7 +278,7 @@ def test_every_batch_and_size_is_compared(tmp_path, wrong, monkeypatch):
         return lambda made: made.write_bytes(b"model") and made.with_suffix(".bin").write_bytes(b"weights") and function
 
     with pytest.raises(ValueError, match="differs from the eager model by"):
-        write_checked(tmp_path / "m.pt", "torchscript", write(infer), eager, batches)
+        write_checked(tmp_path / "out" / "deeper" / "m.pt", "torchscript", write(infer), eager, batches)
     assert not list(tmp_path.iterdir())
     moved, move = [], os.replace
     monkeypatch.setattr(os, "replace", lambda source, target: moved.append(target) or move(source, target))

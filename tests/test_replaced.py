@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import types
+import warnings
 import weakref
 
 import pytest
@@ -228,6 +229,10 @@ def test_ours_never_lays_patches_otherwise_than_the_image():
     expected = ours(x)
     ours.blocks[0].attn = Alone(ours.blocks[0].attn)
     ours.blocks[0].attn.forward = lambda x: ours.blocks[0].attn.module(x)
+    close(ours(x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it says that timm's are laid otherwise
+        convit.accelerate(ours)
     close(ours(x), expected)
     with pytest.raises(
         ValueError, match="Alone takes x alone, so the attention in it would lay the patches on 2 x 8, where the image has 8 x 2"

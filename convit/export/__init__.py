@@ -66,8 +66,8 @@ def export(
         int8_data: A folder of images to quantise the file with ("onnx" and "openvino"): ``convit.export.int8``.
 
     Raises:
-        ValueError: Unknown format, another suffix, opset out of range, an image cannot be read, or the file's logits differ; the int8
-            file is slower here than the float one, or another model.
+        ValueError: Unknown format, another suffix, opset out of range, an image cannot be read, the model pads images of its size, or the
+            file's logits differ; the int8 file is slower here than the float one, or another model.
         ImportError: A package of the format, or the quantiser, is not installed.
     """
     import torch
@@ -85,6 +85,12 @@ def export(
     if int8_data is not None:
         check_int8(format, int8_data)
     size, patch = model.patch_embed.img_size, model.patch_embed.patch_size
+    if any(side % part for side, part in zip(size, patch, strict=True)):
+        height, width = (-(-side // part) * part for side, part in zip(size, patch, strict=True))
+        raise ValueError(
+            f"exported files take images of whole patches of {patch[0]} x {patch[1]}, and the model pads its {size[0]} x {size[1]}: "
+            f"set_input_size(({height}, {width})) first"
+        )
     sizes = [size] + ([(size[0] + patch[0], size[1] + 2 * patch[1])] if dynamic_size else [])
     preparation = Preparation.of(model)
     names = list(classes or model.pretrained_cfg.get("label_names") or [])

@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,7 +108,7 @@ def check_images(files: Sequence[str | os.PathLike[str]] | None, preparation: Pr
 
     Raises:
         ImportError: No files are given and scikit-learn is not installed.
-        ValueError: A file is no image.
+        ValueError: A file is no image, or there are none.
     """
     if files is None:
         try:
@@ -117,6 +117,8 @@ def check_images(files: Sequence[str | os.PathLike[str]] | None, preparation: Pr
             raise ImportError("to check the export, pass images with --images, or install scikit-learn for its photographs") from None
         folder = Path(sklearn.datasets.__file__).parent / "images"
         files = [folder / "china.jpg", folder / "flower.jpg"]
+    if not files:
+        raise ValueError("images must name at least one image file, or be None for the photographs in scikit-learn")
     images = [preparation(read_named(file, len(preparation.mean))) for file in files]
     if len(images) == 1:
         images.append(np.ascontiguousarray(images[0][:, :, ::-1]))
@@ -144,8 +146,7 @@ def write_checked(
     Raises:
         ValueError: The logits differ; what was at ``path`` is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
+    with _folder(path.parent), tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
         made = Path(folder) / path.name
         infer = write(made)
         difference, counts = 0.0, sorted({1, len(batches[0])})
@@ -161,6 +162,20 @@ def write_checked(
             os.replace(file, path.with_name(file.name))
         sizes = [(int(batch.shape[2]), int(batch.shape[3])) for batch in batches]
         return Report([path.with_name(file.name) for file in reversed(files)], difference, counts, sizes, int8)
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """The folder ``path``; what of it has to be made goes again with a failure."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for each in missing:
+            with suppress(OSError):  # something else is in it by now
+                each.rmdir()
+        raise
 
 
 def _difference(found: np.ndarray, expected: np.ndarray) -> float:

@@ -139,7 +139,7 @@ def accelerate(model: Model, grid: Literal["square", "image"] = "square") -> Mod
         if isinstance(module, GPSA) and hasattr(module, _THEIRS):
             module.image_grid = grids[name]
     _register_with_timm()
-    _warn_of_other_grids(grids.values())
+    _warn_of_other_grids(grids[name] for name, module, ours in candidates if ours is GPSA and hasattr(module, _THEIRS))
     done = accelerated(model)
     logger.log(logging.WARNING if done.left else logging.INFO, "accelerate: %s", done)
     return model
