@@ -1,9 +1,12 @@
 """The Triton kernels without a GPU: numerics in the interpreter, machine code by ahead-of-time compilation, and the refusals."""
 
+import contextlib
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,13 +30,12 @@ sys.exit(pytest.main(sys.argv[3:], plugins=[Part()]))
 """
 
 
-@pytest.mark.parametrize(
-    ("file", "part", "of"), [*(("triton_interpreted.py", part, 3) for part in range(3)), ("triton_memory.py", 0, 1)], ids=str
-)
-def test_in_the_interpreter(file, part, of):
+@pytest.mark.parametrize("part", [0, 1])
+def test_in_the_interpreter(part):
     """Every kernel and every gradient against float64, and every address; in processes of their own, see the files."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _PART, str(part), str(of), "-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly", str(HERE / file)]
+    files = [str(HERE / name) for name in ("triton_interpreted.py", "triton_memory.py")]
+    command = [sys.executable, "-c", _PART, str(part), "2", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly", *files]
     done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
@@ -74,6 +76,74 @@ def test_xpu_is_asked_for_what_it_needs(monkeypatch):
     configs._no_xpu.cache_clear()
     assert torch._C._dispatch_has_kernel_for_dispatch_key("convit::gpsa", configs.DEVICES["xpu"].key)
     assert configs.choose("fwd_loop", "xpu", "half", 64) and configs.choose("mix", "xpu", "ieee", 128)
+
+
+def test_a_gpu_takes_the_rows_of_its_family_and_an_old_one_none(monkeypatch):
+    from convit.kernels.gpsa.gpu_triton import configs
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    family, refusal = configs._gpu_family.__wrapped__, configs._no_gpu.__wrapped__
+    for capability, expected in (((8, 0), "sm80"), ((8, 9), "sm80"), ((9, 0), "sm90"), ((10, 3), "sm100")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0, capability=capability: capability)
+        assert family(0) == expected and refusal() is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (7, 5))
+    assert "compute capability 7.5 is older than 8.0" in refusal()
+    with pytest.raises(RuntimeError, match="cuda:1 has compute capability 7.5, and the Triton kernels need 8.0"):
+        family(1)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-"))
+    assert family(0) == "gfx942" and refusal() is None
+
+
+def test_how_a_launch_reaches_a_device(monkeypatch):
+    """Past Triton's own launch where nothing but alignment chooses the compiled kernel; always with fused multiply-add."""
+    from convit.kernels.gpsa.gpu_triton import configs
+
+    def direct(hip, version):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(configs.triton, "__version__", version)
+        spec = importlib.util.spec_from_file_location("configs_of_another_machine", configs.__file__)
+        fresh = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(fresh)
+        return fresh.DEVICES["cuda"].direct
+
+    assert direct(None, "3.3.0") and not direct("6.4", "3.8.0") and not direct(None, "3.2.0")
+    for name in ("cuda", "xpu"):
+        options = configs.DEVICES[name].options(configs.Config(64, 32, 8, 3))
+        assert options == {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+
+
+def test_a_launch_of_more_programs_than_a_device_counts_is_refused():
+    from convit.kernels.gpsa.gpu_triton import configs, launch
+
+    q, w, gating = (torch.empty(shape, dtype=torch.float16, device="meta") for shape in ((3, 2, 15, 16), (2, 3), (2,)))
+    for programs, match in ((6, None), (5, "6 programs in a launch, and meta takes 5: use smaller batches or backend='sdpa'")):
+        refused = pytest.raises(RuntimeError, match=match) if match else contextlib.nullcontext()
+        with launch.trial(through=lambda *launched: None, devices={"meta": configs.NPU._replace(programs=programs)}), refused:
+            launch.forward(q, q, q, w, gating, 3, 5, 0.25)
+
+
+def test_a_trial_leaves_nothing_behind():
+    """Neither in the tables nor in what a call of the same shape launches afterwards."""
+    from convit.kernels.gpsa.gpu_triton import configs, launch
+
+    q = torch.empty(1, 2, 15, 16, dtype=torch.float16, device="meta")
+    tried = configs.Row("", "half", 128, configs.Config(16, 16, 2, 3))
+
+    def config():
+        return launch._plan(q, 3, 5, 0.25, *3 * (q.stride(),)).fwd_tile.config
+
+    def state():
+        rows = {kernel: list(rows) for kernel, rows in configs.CONFIGS.items()}
+        return rows, dict(configs.DEVICES), list(configs.CONTENT), launch._through
+
+    with launch.trial(devices={"meta": configs.NPU}):
+        before, usual = state(), config()
+        others = {"devices": {"other": configs.NPU}, "content": [configs.Content("", "half", 64, 1, "sdpa")], "through": print}
+        with pytest.raises(KeyError), launch.trial(rows={"fwd_tile": [tried]}, **others):
+            assert config() == tried.config and not any(now == then for now, then in zip(state(), before, strict=True))
+            raise KeyError
+        assert state() == before and config() == usual
 
 
 def test_every_device_finds_tiles_that_triton_compiles():

@@ -1,6 +1,8 @@
 """The Triton kernels in Triton's interpreter, on CPU tensors, against float64. Run by test_triton.py with TRITON_INTERPRET=1, which
-must be set before Triton is imported and changes the whole process."""
+must be set before Triton is imported and changes the whole process. Integers that overflow are triton_memory.py's, which checks every
+address: here the interpreter does not look for them."""
 
+import dataclasses
 import os
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
@@ -13,6 +15,7 @@ from gpsa_cases import Case, check, make_inputs, reference64, relative_error, ru
 from test_gpsa_numerics import check_gates, check_levels
 from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime import interpreter
+from triton_quickly import once_a_launch
 
 import convit
 from convit.dispatch import Problem
@@ -21,13 +24,22 @@ from convit.kernels.gpsa.gpu_triton import configs, launch
 from convit.kernels.gpsa.gpu_triton.common import reduce_kernel
 from convit.kernels.gpsa.gpu_triton.configs import Config, Content, Row
 
+once_a_launch()
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch):
+    builder = interpreter.interpreter_builder
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
+
+
 # Half precision: whole rows in one tile up to 256 padded slots, beyond them, or with a line of more than 64, the loop over blocks of 64
 # keys. float32: the loop over blocks of 32. Grids that pad badly, one row, one column, one patch, D that fills no tile, blocks that N
 # does not fill.
-FEW = [Case(1, 2, 16, (4, 5)), Case(1, 1, 16, (1, 1)), Case(1, 1, 33, (3, 16))]
+FEW = [Case(1, 2, 16, (4, 5)), Case(1, 1, 7, (1, 1)), Case(1, 1, 33, (3, 16))]
 TILE = [*FEW, Case(2, 2, 20, (7, 11)), Case(1, 1, 48, (14, 14))]
 HALF_LOOP = Case(1, 1, 16, (2, 65))
-LOOP = [Case(1, 2, 20, (1, 40)), Case(1, 1, 24, (40, 1)), Case(2, 1, 16, (3, 34))]
+LOOP = [Case(2, 1, 20, (1, 40)), Case(1, 1, 24, (40, 1)), Case(1, 1, 16, (3, 34))]
 
 
 def triton(*args):
@@ -79,7 +91,7 @@ def bfloat16(monkeypatch):
     monkeypatch.setattr(builder, "create_dot", create_dot)
 
 
-@pytest.mark.parametrize("case", [Case(2, 2, 20, (3, 7)), HALF_LOOP], ids=str)
+@pytest.mark.parametrize("case", [Case(2, 2, 20, (3, 7)), Case(1, 1, 16, (1, 65))], ids=str)
 def test_bfloat16(case, bfloat16):
     inputs, grad = make_inputs(case, dtype=torch.bfloat16)
     ours = run(torch_operator, inputs, grad, case.grid)
@@ -91,25 +103,27 @@ def torch_operator(q, k, v, pos_weight, gating, grid):
     return gpu_triton.gpsa(q, k, v, pos_weight, gating, grid, q.shape[-1] ** -0.5, 0.0)
 
 
-@pytest.mark.parametrize(
-    "case, dtype", [(Case(1, 4, 16, (4, 5)), torch.float16), (Case(1, 4, 16, (5, 7)), torch.float32)], ids=["tile", "loop"]
-)
-@pytest.mark.parametrize(
-    "scale, strength, gate", [(1e3, 1.0, 0.0), (1.0, 1e4, 0.0), (1.0, 1.0, 100.0), (1.0, 1.0, -100.0), (1.0, 1.0, float("inf"))]
-)
-def test_extreme_input_with_a_finite_answer(case, dtype, scale, strength, gate):
+SMALL = Case(1, 2, 16, (3, 5))  # float16 takes the tile kernels, float32 the loops
+KINDS = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["tile", "loop"])
+
+
+@KINDS
+def test_extreme_input_with_a_finite_answer(dtype):
+    """A head each: large scores, locality of 1e4, gates that are closed and open; one head does not spoil another."""
+    scales, strengths = torch.ones(6), torch.ones(6)
+    scales[0], strengths[1] = 1e3, 1e4
+    case = Case(1, 6, 16, SMALL.grid)
     inputs, grad = make_inputs(case, dtype=dtype)
     inputs = inputs._replace(
-        q=inputs.q * scale, pos_weight=inputs.pos_weight.sign() * strength, gating=torch.tensor([gate, -gate, gate / 2, 0.0])
+        q=inputs.q * scales.to(dtype)[:, None, None],
+        pos_weight=inputs.pos_weight.sign() * strengths[:, None],
+        gating=torch.tensor([0.0, 0.0, 100.0, -100.0, float("inf"), -float("inf")]),
     )
     ours = run(triton, inputs, grad, case.grid)
     assert all(value.isfinite().all() for value in ours.values())
     truth = convit.gpsa(*inputs.cast(torch.float64), case.grid, backend="reference")
-    assert relative_error(ours["out"], truth) <= (1e-4 if dtype == torch.float32 else 2e-3)
-
-
-SMALL = Case(1, 2, 16, (3, 5))  # float16 takes the tile kernels, float32 the loops
-KINDS = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["tile", "loop"])
+    for head in range(case.heads):
+        assert relative_error(ours["out"][:, head], truth[:, head]) <= (1e-4 if dtype == torch.float32 else 2e-3), head
 
 
 def with_scale(inputs, grad, grid, scale):
@@ -124,7 +138,9 @@ def with_scale(inputs, grad, grid, scale):
 @KINDS
 @pytest.mark.parametrize("scale", [-0.25, 0.0, -3.0])
 def test_zero_and_negative_scales(dtype, scale):
+    """With position weights of either sign: a positive one looks at the far ends of the grid, without it at one of them."""
     inputs, grad = make_inputs(SMALL, dtype=dtype)
+    inputs.pos_weight[:, 2] = torch.tensor([0.3, 0.0])
     ours, truth = with_scale(inputs, grad, SMALL.grid, scale)
     for name in ours:
         if truth[name].norm() == 0:
@@ -134,8 +150,8 @@ def test_zero_and_negative_scales(dtype, scale):
 
 
 def test_gates_from_closed_to_open(bfloat16):
-    check_gates(triton, torch.float32, SMALL.grid, step=10)  # the loops
-    check_gates(torch_operator, torch.bfloat16, SMALL.grid, step=10)  # the tiles
+    check_gates(triton, torch.float32, SMALL.grid, step=20)  # the loops
+    check_gates(torch_operator, torch.bfloat16, SMALL.grid, step=20)  # the tiles
 
 
 FROM_SDPA = [Content("", dtype, 256, 1, "sdpa") for dtype in ("half", "float32")]  # any number of patches, for the interpreter's sake
@@ -144,7 +160,7 @@ FROM_SDPA = [Content("", dtype, 256, 1, "sdpa") for dtype in ("half", "float32")
 @pytest.mark.parametrize(
     "case, dtype",
     [(case, torch.float32) for case in (*FEW[:2], Case(1, 1, 20, (2, 34)))]
-    + [(case, torch.float16) for case in (Case(1, 2, 20, (65, 1)), Case(1, 2, 130, (2, 3)))],
+    + [(case, torch.float16) for case in (Case(1, 1, 20, (65, 1)), Case(1, 2, 130, (2, 3)))],
     ids=str,
 )
 def test_content_from_the_framework(case, dtype):
@@ -175,7 +191,7 @@ def test_gates_with_content_from_the_framework(bfloat16, monkeypatch):
 
 
 def test_derivatives_with_content_from_the_framework():
-    """Under transforms, the compiler, autocast and a graph of the gradient."""
+    """Under transforms, autocast and a graph of the gradient."""
     grid = 2, 3
     inputs, grad = make_inputs(Case(2, 1, 16, grid))
 
@@ -183,37 +199,33 @@ def test_derivatives_with_content_from_the_framework():
         def one(q, k, v):
             return (function(q[None], k[None], v[None], *inputs[3:], grid) * grad[0]).sum()
 
-        def compiled(*args):
-            return torch.compile(lambda *args: function(*args, grid), fullgraph=True, backend="aot_eager")(*args[:-1])
-
         yield from torch.func.vmap(torch.func.grad(one, argnums=(0, 1, 2)))(*inputs[:3])
         yield torch.func.jvp(lambda q: function(q, *inputs[1:], grid), (inputs.q,), (grad,))[1]
         q = inputs.q.detach().requires_grad_()
         first = torch.autograd.grad(function(q, *inputs[1:], grid).square().sum(), q, create_graph=True)[0]
         yield torch.autograd.grad(first.square().sum(), q)[0]
-        yield from run(compiled, inputs, grad, grid).values()
 
     with launch.trial(content=FROM_SDPA):
         ours = list(found(triton))
         with torch.autocast("cpu", torch.float16):  # what the operator is given in float32 stays so
             ours += run(torch_operator, inputs, grad, grid).values()
-    truth = list(reference64(inputs, grad, grid).values())
-    expected = [*found(lambda *args: convit.gpsa(*args, backend="reference")), *truth]
+    expected = [*found(lambda *args: convit.gpsa(*args, backend="reference")), *reference64(inputs, grad, grid).values()]
     for mine, theirs in zip(ours, expected, strict=True):
         assert mine.dtype == torch.float32 and relative_error(mine, theirs) <= 3e-6
 
 
 def test_gradients_of_the_frameworks_content_under_hooks_and_modes():
     """Inside hooks on saved tensors, in a mode, and where a call is compiled ahead in inference mode."""
-    inputs, grad = make_inputs(SMALL)
+    case = Case(1, 1, 16, (2, 3))
+    inputs, grad = make_inputs(case)
     with launch.trial(content=FROM_SDPA):
-        expected = run(triton, inputs, grad, SMALL.grid)
+        expected = run(triton, inputs, grad, case.grid)
         for context in (torch.autograd.graph.save_on_cpu(), FlopCounterMode(display=False)):
             with context:
-                ours = run(triton, inputs, grad, SMALL.grid)
+                ours = run(triton, inputs, grad, case.grid)
             assert all(torch.equal(ours[name], expected[name]) for name in ours)
         with torch.inference_mode():
-            assert gpu_triton.compile_ahead(Problem("torch", "cpu", "float32", 1, 1, 6, 16, (2, 3))) > 0
+            assert gpu_triton.compile_ahead(Problem("torch", "cpu", "float32", 1, 1, 6, 16, case.grid)) > 0
 
 
 @pytest.mark.parametrize(
@@ -259,10 +271,9 @@ def test_logits_that_rise_and_fall(name):
     check_levels(triton, torch.float16, SMALL.grid, name)
 
 
-@KINDS
-def test_an_output_written_to_before_the_backward_pass(dtype):
+def test_an_output_written_to_before_the_backward_pass():
     """The operator saves it: autograd refuses, as for torch's own; with the saved tensor on the user's side the gradients are right."""
-    inputs, grad = make_inputs(SMALL, dtype=dtype)
+    inputs, grad = make_inputs(SMALL)  # the loops read it
     leaves = [value.clone().requires_grad_() for value in inputs]
     for change in (
         lambda out: out.mul_(0),
@@ -354,11 +365,11 @@ def test_persistent_programs_give_the_same_bits_for_any_input(few_cores, bfloat1
                 found.append(launch.forward(*inputs, *case.grid, scale))
         return found
 
-    case = Case(3, 2, 20, (3, 15))  # two blocks, of three heads each program
+    case = Case(1, 3, 20, (3, 15))  # two blocks, of two heads or one each program
     inputs, _ = make_inputs(case, dtype=torch.float16)
     apart = inputs._replace(q=inputs.q.contiguous(), k=inputs.k.transpose(-1, -2).contiguous().transpose(-1, -2))
-    gates = inputs._replace(gating=torch.tensor([40.0, -float("inf")]), q=inputs.q * 100)
-    tries = [(inputs, 0.2), (inputs, -3.0), (inputs, 0.0), (apart, 0.2), (gates, 1.0), (inputs.cast(torch.bfloat16), 0.2)]
+    gates = inputs._replace(gating=torch.tensor([40.0, 0.0, -float("inf")]), q=inputs.q * 100)
+    tries = [(apart, -3.0), (inputs, 0.0), (gates, 1.0), (inputs.cast(torch.bfloat16), 0.2)]
     for some, scale in tries:
         (out, lse), (expected, expected_lse) = outputs(some, case, scale)
         assert torch.equal(out, expected) and torch.equal(lse, expected_lse) and out.isfinite().all()
@@ -389,29 +400,38 @@ def test_a_reduction_of_more_parts_than_fit_into_one_step():
 
 @pytest.mark.parametrize("case, dtype", [(FEW[0], torch.float16), (Case(1, 1, 16, (1, 40)), torch.float32)], ids=["tile", "loop"])
 def test_same_bits_and_any_strides(case, dtype):
+    """Of the inputs; of what the backward pass is given, whoever made it: a compiler, or a hook that kept it elsewhere."""
+
+    def mirrored(x):
+        return x.mT.contiguous().mT
+
     inputs, grad = make_inputs(case, dtype=dtype)
     first = run(triton, inputs, grad, case.grid)
-    again = run(triton, inputs, grad, case.grid)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    apart = inputs._replace(q=inputs.q.contiguous(), k=inputs.k.transpose(-1, -2).contiguous().transpose(-1, -2))
+    apart = inputs._replace(q=inputs.q.repeat_interleave(2, -1)[..., ::2], k=mirrored(inputs.k), v=mirrored(inputs.v))
     apart = apart._replace(pos_weight=inputs.pos_weight.T.contiguous().T, gating=inputs.gating.repeat_interleave(2)[::2])
     moved = run(triton, apart, grad.contiguous(), case.grid)
     assert all(torch.equal(first[name], moved[name]) for name in first)
+    rest = *case.grid, case.head_dim**-0.5
+    out, lse = launch.forward(*inputs, *rest)
+    again = launch.backward(mirrored(grad), *inputs, out.contiguous(), lse.repeat_interleave(2, -1)[..., ::2], *rest)
+    assert all(torch.equal(first[f"d{name}"], mine) for name, mine in zip(inputs._fields, again, strict=True))
 
 
 def test_empty_batch():
     inputs, grad = make_inputs(Case(0, 2, 16, (3, 3)))
     ours = run(triton, inputs, grad, (3, 3))
-    assert ours["out"].shape == (0, 2, 9, 16) and not ours["dgating"].any()
+    assert ours["out"].shape == (0, 2, 9, 16) and not ours["dgating"].any() and not ours["dpos_weight"].any()
 
 
 def test_compiles_without_a_graph_break():
     case = FEW[0]
     inputs, grad = make_inputs(case)
     compiled = torch.compile(lambda *args: triton(*args, case.grid), fullgraph=True, backend="aot_eager")
-    ours = run(lambda *args: compiled(*args[:-1]), inputs, grad, case.grid)
-    expected = run(triton, inputs, grad, case.grid)
-    assert all(torch.equal(ours[name], expected[name]) for name in ours)
+    for content in ([], FROM_SDPA):
+        with launch.trial(content=content):
+            ours = run(lambda *args: compiled(*args[:-1]), inputs, grad, case.grid)
+            expected = run(triton, inputs, grad, case.grid)
+        assert all(torch.equal(ours[name], expected[name]) for name in ours)
 
 
 def test_a_tiny_convit_trains_as_with_the_reference():
@@ -421,10 +441,10 @@ def test_a_tiny_convit_trains_as_with_the_reference():
     for backend in ("reference", "triton"):
         torch.manual_seed(0)
         model = convit.ConViT(img_size=(16, 24), patch_size=8, num_classes=3, embed_dim=32, depth=2, num_heads=2, local_up_to_layer=1)
-        optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
         losses[backend] = []
         with convit.use_backend(backend):
-            for _ in range(4):
+            for _ in range(3):
                 optimiser.zero_grad()
                 loss = torch.nn.functional.cross_entropy(model(images), targets)
                 loss.backward()

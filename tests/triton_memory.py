@@ -1,6 +1,7 @@
 """Every address that the Triton kernels read or write, checked in the interpreter: inside its tensors, written before it is read, and
 no input written to. Run by test_triton.py with TRITON_INTERPRET=1."""
 
+import mmap
 import os
 from typing import NamedTuple
 
@@ -12,10 +13,13 @@ import pytest
 import torch
 from gpsa_cases import Case, make_inputs
 from triton.runtime.interpreter import InterpreterBuilder
+from triton_quickly import once_a_launch
 
-from convit.kernels.gpsa.gpu_triton import launch
+from convit.kernels.gpsa.gpu_triton import configs, launch
 from convit.kernels.gpsa.gpu_triton.configs import Config, Content, Row
 from convit.kernels.gpsa.gpu_triton.loop import mix_kernel
+
+once_a_launch()
 
 
 class Area(NamedTuple):
@@ -172,3 +176,26 @@ def test_a_kernel_that_is_left_out_is_noticed(watch):
     memory.launch = lambda call, *tensors: None if call.kernel is mix_kernel else real(call, *tensors)
     with pytest.raises(Exception, match="nothing wrote"):
         passes(watch(memory), case, inputs, grad, 0.25)
+
+
+@pytest.mark.parametrize("kind", ["tile", "loop"])
+def test_elements_further_apart_than_32_bits_count(kind, monkeypatch):
+    """Images and patches of views into large storage: the same bits as side by side. (Pages that nothing touches take no memory.)"""
+    if kind == "loop":
+        monkeypatch.setattr(configs, "padded_grid", lambda grid: None)
+    case, image, patch = Case(3, 1, 16, (1, 3)), 2**30, 2**30 + 4096
+    size = 2 * (2 * image + 2 * patch + 64)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
+    storage = torch.frombuffer(memory, dtype=torch.float16)
+    inputs, grad = make_inputs(case, dtype=torch.float16)
+    views = [storage[16 * i :].as_strided(grad.shape, (image, image, patch, 1)) for i in range(4)]
+    for view, x in zip(views, (*inputs[:3], grad), strict=True):
+        view.copy_(x)
+
+    def both(q, k, v, grad):
+        given = q, k, v, *inputs[3:]
+        with launch.trial():
+            out, lse = launch.forward(*given, *case.grid, 0.25)
+            return out, lse, *launch.backward(grad, *given, out, lse, *case.grid, 0.25)
+
+    assert all(map(torch.equal, both(*views), both(*inputs[:3], grad)))
