@@ -176,6 +176,10 @@ def _other_in(training):
     return change
 
 
+def _other_name(model):
+    model.blocks[0].attn.__class__ = type("LocalAttention", (timm.models.convit.GPSA,), {})
+
+
 def _further_method(model):
     class Mlp(torch.nn.Module):
         __init__, forward = timm.layers.Mlp.__init__, timm.layers.Mlp.forward
@@ -205,6 +209,7 @@ def _patched(model):
         (_lookalike, "computes something else"),
         (_other_in(training=True), "computes something else"),
         (_other_in(training=False), "computes something else"),
+        (_other_name, "LocalAttention is a class of its own"),
         (_further_method, "has methods that ours has not: width"),
         (_patched, "has been patched: forward"),
     ],
@@ -378,3 +383,14 @@ def test_timms_model_of_one_patch_is_itself_again_after_undo():
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
     convit.accelerated(model).undo()
     assert torch.equal(model(x), expected)
+    model.blocks[0].attn.rel_indices = torch.ones(1, 1, 1, 3)
+    assert "rel_indices of its own" in convit.accelerated(convit.accelerate(model)).left["blocks.0.attn"]
+
+
+def test_a_model_on_the_meta_device_gets_its_weights_afterwards():
+    theirs = timm_model().eval()
+    with torch.device("meta"):
+        model = timm_model().eval()
+    assert not convit.accelerated(convit.accelerate(model)).left
+    model.to_empty(device="cpu").load_state_dict(theirs.state_dict())
+    close(model(X), theirs(X))

@@ -229,6 +229,7 @@ def test_one_row_and_one_column(tmp_path, photographs, size):
     for format, dynamic_size in (("torch-export", False), ("torchscript", True)):
         report = export(model, tmp_path / f"model{SUFFIXES[format]}", format, images=photographs, dynamic_size=dynamic_size)
         assert report.difference <= exporting.TOLERANCE and report.sizes[0] == size
+    assert json.loads(facts(format, report.files[0])["classes"]) == list("01234")  # nobody has named them
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -373,8 +374,8 @@ def test_the_command_hands_on_what_it_is_asked(tmp_path, monkeypatch, capsys):
 
     def exported(model, path, format, **options):
         asked.update(options, outputs=model.num_classes, size=model.patch_embed.img_size, path=path.name, format=format)
-        path.write_bytes(b"x")
-        return Report([path], 0.0, [1], [(32, 48)])
+        path.write_bytes(bytes(1_500_000))
+        return Report([path], 2e-6, [1, 3], [(32, 48), (48, 32)], "measured so")
 
     monkeypatch.setattr(exporting, "export", exported)
     monkeypatch.chdir(tmp_path)
@@ -382,4 +383,7 @@ def test_the_command_hands_on_what_it_is_asked(tmp_path, monkeypatch, capsys):
     assert main(["export", "convit_tiny", *words]) == 0
     options = {"images": [Path("a")], "dynamic_size": True, "opset": 21, "int8_data": None}
     assert asked == options | {"outputs": 3, "size": (32, 48), "path": "convit_tiny.pt", "format": "torchscript"}
-    assert "the weights are the initial ones" in capsys.readouterr().out
+    told = "batch 1 and 3, 32 x 48 and 48 x 32: largest difference to the eager model 2.0e-06 of the largest logit\nmeasured so\n"
+    shown = capsys.readouterr().out
+    assert "the weights are the initial ones" in shown and "convit_tiny.pt: 1.5 MB\n" in shown and shown.endswith(told)
+    assert main(["export", "convit_tiny", *words]) == 1 and main(["export", "convit_tiny", *words, "--force"]) == 0
