@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import inspect
+import sys
 import warnings
 
 import pytest
@@ -123,6 +125,43 @@ def test_the_images_own_grid(image, layout):
     close(torch.jit.script(moved)(x.mT), ours(x.mT))
 
 
+def copied(cls, old="", new=""):
+    """The class as a repository has it that has copied timm's file, and changed ``old`` to ``new``."""
+    source = inspect.getsource(cls)
+    assert old in source
+    home = {**vars(sys.modules[cls.__module__]), "__name__": "copied"}
+    exec(source.replace(old, new) if old else source, home)
+    return home[cls.__name__]
+
+
+def test_copies_of_timms_classes_are_swapped():
+    model = timm_model().eval()
+    expected = model(X)
+    for block in model.blocks:
+        block.attn.__class__, block.mlp.__class__ = copied(type(block.attn)), copied(type(block.mlp))
+    done = convit.accelerated(convit.accelerate(model))
+    assert set(done.swapped.values()) == {"copied.GPSA", "copied.MHSA", "copied.Mlp"} and not done.left
+    close(model(X), expected)
+
+
+def test_a_copy_that_makes_other_positions_is_left():
+    """Before it has made any, too."""
+    model = timm_model().eval()
+    for block in model.blocks[:3]:
+        block.attn.__class__ = copied(type(block.attn), "indx ** 2 + indy ** 2", "(indx ** 2 + indy ** 2) / 4")
+    expected = copy.deepcopy(model)(X)
+    assert len(convit.accelerated(convit.accelerate(model)).left) == 3
+    close(model(X), expected)
+
+
+def _changed(part, old, new):
+    def change(model):
+        module = getattr(model.blocks[0], part)
+        module.__class__ = copied(type(module), old, new)
+
+    return change
+
+
 def _own_method(model):
     model.blocks[0].attn.get_attention = model.blocks[0].attn.get_attention
 
@@ -152,28 +191,8 @@ def _further_indices(model):
     model.blocks[0].attn.rel_indices = model.blocks[0].attn.rel_indices * 2
 
 
-def _lookalike(model):
-    class Mlp(torch.nn.Module):
-        __init__ = timm.layers.Mlp.__init__
-
-        def forward(self, x):
-            return self.fc2(self.act(self.fc1(x))) * 1.01
-
-    model.blocks[0].mlp.__class__ = Mlp
-
-
-def _other_in(training):
-    def change(model):
-        class Mlp(torch.nn.Module):
-            __init__ = timm.layers.Mlp.__init__
-
-            def forward(self, x):
-                x = self.drop1(self.act(self.fc1(x)))
-                return self.drop2(self.fc2(x * 1.5 if self.training is training else x))
-
-        model.blocks[0].mlp.__class__ = Mlp
-
-    return change
+def _untried(model):
+    model.blocks[0].mlp.__class__ = type("Mlp", (torch.nn.Module,), {"forward": timm.layers.Mlp.forward})
 
 
 def _other_name(model):
@@ -181,14 +200,8 @@ def _other_name(model):
 
 
 def _further_method(model):
-    class Mlp(torch.nn.Module):
-        __init__, forward = timm.layers.Mlp.__init__, timm.layers.Mlp.forward
-
-        @property
-        def width(self):
-            return self.fc1.out_features
-
-    model.blocks[0].mlp.__class__ = Mlp
+    model.blocks[0].mlp.__class__ = copied(timm.layers.Mlp)
+    type(model.blocks[0].mlp).width = property(lambda self: self.fc1.out_features)
 
 
 def _patched(model):
@@ -206,9 +219,13 @@ def _patched(model):
         (_further_layer, "holds more than ours: middle"),
         (_further_parameter, "holds more than ours: temperature"),
         (_further_indices, "has rel_indices of its own"),
-        (_lookalike, "computes something else"),
-        (_other_in(training=True), "computes something else"),
-        (_other_in(training=False), "computes something else"),
+        (_untried, "computes something else"),
+        (_changed("mlp", "self.fc2(x)", "self.fc2(x * 1.01)"), "copied.Mlp computes something else"),
+        (_changed("mlp", "self.fc2(x)", "self.fc2(x * 1.5 if self.training else x)"), "copied.Mlp computes something else"),
+        (_changed("mlp", "self.fc2(x)", "self.fc2(x if self.training else x * 1.5)"), "copied.Mlp computes something else"),
+        (_changed("mlp", "self.drop2(x)", "x"), "copied.Mlp computes something else"),
+        (_changed("attn", "self.gating_param.view", "self.gating_param.flip(0).view"), "copied.GPSA computes something else"),
+        (_changed("attn", "self.attn_drop(attn)", "attn"), "copied.GPSA computes something else"),
         (_other_name, "LocalAttention is a class of its own"),
         (_further_method, "has methods that ours has not: width"),
         (_patched, "has been patched: forward"),

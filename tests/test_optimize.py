@@ -310,10 +310,6 @@ class Scaled(nn.LayerNorm):
         return 2 * super().forward(x)
 
 
-class Subclass(convit.ConViT):
-    pass
-
-
 def hooked(model):
     model.blocks[2].attn.proj.register_forward_hook(lambda *args: None)
 
@@ -363,7 +359,7 @@ def grown(model):
 
 
 def subclassed(model):
-    model.__class__ = Subclass
+    model.__class__ = type("Subclass", (convit.ConViT,), {})
 
 
 class Other(torch.Tensor):
@@ -431,6 +427,8 @@ def test_a_class_changed_underneath_is_refused(monkeypatch):
         convit.optimize(model)
     with pytest.raises(ValueError, match="convit.accelerate"):
         convit.optimize(theirs(img_size=(32, 128)))
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"on \(4, 4\), not on the image's \(2, 8\): convit.accelerate"):
+        convit.optimize(convit.accelerate(theirs(img_size=(32, 128))))
     with pytest.raises(ValueError, match="never joins"):
         convit.optimize(theirs(local_up_to_layer=4))
 
