@@ -1,6 +1,7 @@
 """Every launch once through Triton and once directly, on a driver that launches nothing. Run by test_triton_aot.py."""
 
 import sys
+import time
 
 import launch as bench  # bench/launch.py: the test puts its folder on the path
 import torch
@@ -56,12 +57,12 @@ def compare(seen: list[tuple]) -> None:
     # a tensor that begins between multiples of 16 bytes needs another kernel, and comes back to the first one after it
     case = Case(1, 2, 16, (4, 5))
     inputs, _ = make_inputs(case, dtype=torch.bfloat16)
-    odd = torch.empty(inputs.q.numel() + 1, dtype=torch.bfloat16)[1:].view(1, 20, 2, 16).transpose(1, 2)
+    odd, eighth = (torch.empty(inputs.q.numel() + some, dtype=torch.bfloat16)[some:].view(1, 20, 2, 16).transpose(1, 2) for some in (1, 4))
     aligned = inputs._replace(q=odd.clone())
-    for arguments in (aligned, aligned, inputs._replace(q=odd), aligned):
+    for arguments in (aligned, aligned, inputs._replace(q=odd), inputs._replace(q=eighth), aligned):
         convit.gpsa(*arguments, case.grid)
-    first, second, other, last = seen
-    assert first[4] == second[4] == last[4] != other[4]
+    first, second, other, half_way, last = seen
+    assert first[4] == second[4] == last[4] != other[4] == half_way[4]
     assert isinstance(other[9], torch.Tensor) and not isinstance(last[9], torch.Tensor)
 
     # so does another type of the same shape, in whatever order they come
@@ -77,8 +78,10 @@ def compare(seen: list[tuple]) -> None:
     def compiled() -> int:
         return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
 
-    before = compiled()
-    assert compile_ahead(Problem("torch", "cpu", "bfloat16", 2, 3, 42, 16, (6, 7))) > 0
+    problem, before, began = Problem("torch", "cpu", "bfloat16", 2, 3, 42, 16, (6, 7)), compiled(), time.perf_counter()
+    seconds = compile_ahead(problem, training=False)
+    assert 0 < seconds <= time.perf_counter() - began and compiled() == before + 1  # the forward pass alone
+    compile_ahead(problem)
     ahead = compiled()
     assert ahead >= before + 3
     with torch.autocast("cpu", torch.bfloat16):
