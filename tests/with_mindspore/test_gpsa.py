@@ -9,6 +9,7 @@ import convit.mindspore
 from convit import use_backend, why_not
 from convit.dispatch import Problem
 from convit.kernels import aot
+from convit.kernels.gpsa import cpu_aot
 from convit.kernels.gpsa.definition import gpsa, gpsa_with_gradients, relative_error
 from convit.mindspore.ops import attention_packed, gpsa_packed
 
@@ -119,6 +120,17 @@ def test_plain_attention_is_the_same_kernel_with_the_gate_shut(mode):
         assert np.abs(x - y).max() <= 1e-5 * np.abs(y).max()
 
 
+def test_a_forced_backend_is_plain_attentions_too(monkeypatch):
+    qkv, seen = Tensor(np.random.default_rng(0).standard_normal((1, 5, 3, 2, 8)), ms.float32), []
+    plain = cpu_aot.attention_packed
+    monkeypatch.setattr(cpu_aot, "attention_packed", lambda *args: (seen.append(1), plain(*args))[1])
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    for backend, calls in ((None, 1), ("aot", 2), ("reference", 2), ("blocks", 2)):
+        with use_backend(backend):
+            attention_packed(qkv, 0.4, 0.0)
+        assert len(seen) == calls, backend
+
+
 def problem(**changes):
     return Problem(**{"framework": "mindspore", "device": "cpu", "dtype": "float32", "batch": 1, "heads": 2, "tokens": 4,
                       "head_dim": 8, "grid": (2, 2)} | changes)  # fmt: skip
@@ -139,6 +151,8 @@ def test_automatic_choice_and_refusal(mode):
     automatic = convit.mindspore.gpsa(q, k, v, pos_weight, gating, (5, 3))
     forced = convit.mindspore.gpsa(q, k, v, pos_weight, gating, (5, 3), backend="aot")
     assert (automatic.asnumpy() == forced.asnumpy()).all()
+    scaled = convit.mindspore.gpsa(q, k, v, pos_weight, gating, (5, 3), scale=8**-0.5)
+    np.testing.assert_allclose(automatic.asnumpy(), scaled.asnumpy(), rtol=1e-6)  # the default: D ** -0.5
     half = [x.astype(ms.float16) for x in (q, k, v)]
     assert convit.mindspore.gpsa(*half, pos_weight, gating, (5, 3)).dtype == ms.float16
     with pytest.raises(RuntimeError, match=r"backend 'aot' cannot run[\s\S]*float16 is not supported[\s\S]*reference +can run it"):
@@ -155,12 +169,17 @@ def test_automatic_choice_and_refusal(mode):
         ({"k": np.zeros((2, 4, 14, 8))}, ValueError, "k must have the shape of q"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\)"),
         ({"backend": "aott"}, ValueError, "did you mean 'aot'"),
+        ({"k": np.zeros((2, 4, 15, 8), np.float16)}, TypeError, "q, k and v must have one dtype, got Float32, Float16 and Float32"),
+        ({"gating": np.zeros(4, np.int32)}, TypeError, "gating must be floating point, got Int32"),
+        ({"q": np.zeros((4, 15, 8))}, ValueError, r"q must be \[B, H, N, D\], got shape \[4, 15, 8\]"),
+        ({name: np.zeros((2, 4, 15, 0)) for name in "qkv"}, ValueError, "at least one channel per head, got D = 0"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else None,
 )
 def test_bad_arguments(mode, change, error, message):
     values = dict(zip(NAMES[1:], arguments(SHAPES[0]), strict=False)) | {"grid": (5, 3)} | change
-    tensors = {name: Tensor(x, ms.float32) if isinstance(x, np.ndarray) else x for name, x in values.items()}
+    narrow = {np.dtype("float64"): np.float32}
+    tensors = {name: Tensor(x.astype(narrow.get(x.dtype, x.dtype))) if isinstance(x, np.ndarray) else x for name, x in values.items()}
     with pytest.raises(error, match=message):
         convit.mindspore.gpsa(**tensors)
 

@@ -1,12 +1,16 @@
 """The model against its peers: MindCV cell by cell and step by step, timm by its stored logits; and what users can get wrong."""
 
+from collections import Counter
+
 import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
 import convit.mindspore
-from convit.mindspore.layers import GELU, LayerNorm
+from convit.engine.mindspore.trained import trained_model
+from convit.mindspore.layers import GELU, DropPath, LayerNorm, Mlp
+from convit.weights.load import read_file, write_file
 
 # largest difference of logits, relative to the largest logit or 1. Against float64, over four batches, ours are off by 0.4e-6 to 0.8e-6 and
 # MindCV's by as much for convit_tiny (they differ by 0.7e-6 to 0.85e-6), by 0.7e-6 to 1.1e-6 and 0.95e-6 to 1.2e-6 for convit_tiny_plus.
@@ -40,6 +44,31 @@ def peers(name, **kwargs):
 def test_names_and_shapes_are_mindcvs():
     theirs, ours = peers("convit_tiny")
     assert {p.name: p.shape for p in theirs.get_parameters()} == {p.name: p.shape for p in ours.get_parameters()}
+
+
+def test_initial_weights_are_mindcvs():
+    """The local initialisation to the number; what is drawn, by its spread."""
+    theirs = pytest.importorskip("mindcv.models.convit").ConViT
+    keys = {
+        "depth": 2,
+        "local_up_to_layer": 1,
+        "locality_strength": 3.0,
+        "image_size": 64,
+        "qkv_bias": True,
+        "embed_dim": 60,
+        "num_heads": 10,
+    }
+    ours = {p.name: p.asnumpy() for p in convit.mindspore.ConViT(**keys).get_parameters()}
+    for p in theirs(**keys).get_parameters():
+        name = p.name if p.name in ours else next(name for name in ours if name.endswith(p.name))
+        mine, other = ours.pop(name), p.asnumpy()
+        if name.endswith("pos_proj.weight"):  # nine heads look at the points of a square, the tenth is drawn
+            assert np.array_equal(mine[:9], other[:9]) and abs(mine[9]).max() < 0.3
+        elif np.ptp(other) == 0 or name == "blocks.0.attn.v.weight":
+            assert np.array_equal(mine, other), name
+        elif not name.startswith("patch_embed"):
+            assert mine.std() == pytest.approx(other.std(), rel=0.35), name
+    assert not ours
 
 
 @pytest.mark.parametrize("name", ["convit_tiny", "convit_tiny_plus"])
@@ -111,6 +140,10 @@ def test_mindcv_checkpoint_loads_strictly(tmp_path):
     not_loaded, _ = ms.load_param_into_net(ours, ms.load_checkpoint(str(tmp_path / "convit.ckpt")), strict_load=True)
     assert not not_loaded
     again = convit.mindspore.create_model("convit_tiny", pretrained=tmp_path / "convit.ckpt", **SHORT)
+    other = convit.mindspore.create_model(
+        "convit_tiny", pretrained=tmp_path / "convit.ckpt", **SHORT | {"num_classes": 3}
+    )  # a head of its own
+    assert other.classifier.weight.shape == (3, 192) and np.array_equal(other.cls_token.asnumpy(), again.cls_token.asnumpy())
     for model in (ours, again):
         model.set_train(False)
         assert close(model(images()).asnumpy(), expected)
@@ -176,10 +209,65 @@ def test_a_dynamic_batch_in_graph_mode():
 
 
 def test_attention_map():
+    """It is the one that the cell applies to its values."""
+    ms.set_context(mode=ms.PYNATIVE_MODE)
     cell = convit.mindspore.GPSA(16, 4)
     cell.local_init()
-    attention = cell.get_attention(Tensor(np.random.default_rng(0).standard_normal((2, 6, 16)), ms.float32), (2, 3)).asnumpy()
+    rng = np.random.default_rng(0)
+    for p in (cell.q.weight, cell.k.weight, cell.v.weight, cell.gating_param):
+        p.set_data(Tensor(rng.standard_normal(p.shape), ms.float32))
+    x = Tensor(rng.standard_normal((2, 6, 16)), ms.float32)
+    attention = cell.get_attention(x, (2, 3)).asnumpy()
     assert attention.shape == (2, 4, 6, 6) and np.allclose(attention.sum(-1), 1, atol=1e-5)
+    values = cell.v(x).asnumpy().reshape(2, 6, 4, 4).transpose(0, 2, 1, 3)
+    out = cell.proj(Tensor((attention @ values).transpose(0, 2, 1, 3).reshape(2, 6, 16)))
+    np.testing.assert_allclose(cell(x, (2, 3)).asnumpy(), out.asnumpy(), atol=2e-5)
+
+
+def test_dropout_acts_where_it_should_and_while_training_alone(monkeypatch):
+    """drop_rate after the position embedding, both projections and both layers of a perceptron; attn_drop on either attention."""
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    calls, plain = Counter(), nn.Dropout.construct
+    monkeypatch.setattr(nn.Dropout, "construct", lambda self, x: (calls.update([self.p]), plain(self, x))[1])
+    keys = {"image_size": 32, "embed_dim": 16, "num_heads": 4, "drop_path_rate": 0.0, **SHORT}
+    x = images(2, (32, 32))
+    for more, drops in (({"drop_rate": 0.5}, 1 + 2 + 2 * 2), ({}, 0)):
+        calls.clear()
+        model = convit.mindspore.ConViT(**keys, **more).set_train(True)
+        model(x)
+        assert calls[0.5] == drops
+    for cell in (convit.mindspore.GPSA(16, 4, attn_drop=0.5), convit.mindspore.MHSA(16, 4, attn_drop=0.5)):
+        plain_cell = type(cell)(16, 4)
+        for mine, other in zip(plain_cell.get_parameters(), cell.get_parameters(), strict=True):
+            mine.set_data(other)
+        tokens = Tensor(np.random.default_rng(0).standard_normal((1, 9, 16)), ms.float32)
+        many = Tensor(np.repeat(tokens.asnumpy(), 2000, 0))
+        expected = plain_cell(tokens).asnumpy()[0]
+        np.testing.assert_allclose(cell.set_train(False)(tokens).asnumpy()[0], expected, atol=1e-6)
+        drawn = cell.set_train(True)(many).asnumpy()
+        spread = drawn.std(0)
+        assert (spread > 0).all() and (np.abs(drawn.mean(0) - expected) < 5 * spread / 2000**0.5).all()  # kept ones are scaled
+    mlp = Mlp(8, 16, 0.5, True).set_train(True)
+    assert 0.4 < (mlp(Tensor(np.ones((500, 8)), ms.float32)).asnumpy() == 0).mean() < 0.6
+
+
+def test_drop_path():
+    """Rates grow linearly to the last block; each branch drops samples for itself and scales the kept ones, while training alone."""
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    model = convit.mindspore.ConViT(image_size=32, embed_dim=16, num_heads=4, drop_path_rate=0.3, depth=4, local_up_to_layer=2)
+    np.testing.assert_allclose([block.drop_path.p for block in model.blocks], [0, 0.1, 0.2, 0.3], rtol=1e-12)
+    x = Tensor(np.ones((2000, 3)), ms.float32)
+    for drawn in (False, True):  # by MindSpore, or by whoever trains
+        cell = DropPath(0.25).set_train(True)
+        if drawn:
+            cell.take_draws(2100, "draws")
+            cell.draw(np.random.default_rng(0))
+        branches = [cell(x, branch).asnumpy() for branch in (0, 1)]
+        for out in branches:
+            assert (out == out[:, :1]).all() and set(np.unique(out)) == {np.float32(0), np.float32(1 / 0.75)}
+            assert out.mean() == pytest.approx(1, abs=0.05)
+        assert abs(np.corrcoef(branches[0][:, 0], branches[1][:, 0])[0, 1]) < 0.1
+        assert np.array_equal(cell.set_train(False)(x, 0).asnumpy(), x.asnumpy())
 
 
 def test_bad_arguments(mode):
@@ -204,6 +292,35 @@ def test_unfit_checkpoint_changes_nothing(request):
     with pytest.raises(ValueError, match="does not fit this model"):
         convit.mindspore.load_checkpoint(model, request.path.parent / "data" / "timm_convit.safetensors")
     assert all((p.asnumpy() == x).all() for p, x in zip(model.get_parameters(), before, strict=True))
+    for p in model.get_parameters():
+        p.set_dtype(ms.float16)
+    before[0][0, 0, 0] = 1e5
+    ms.save_checkpoint([{"name": p.name, "data": Tensor(x)} for p, x in zip(model.get_parameters(), before, strict=True)], "large.ckpt")
+    with pytest.raises(ValueError, match="does not fit the model's type, in which it would be infinite: cls_token reaches 1e"):
+        convit.mindspore.load_checkpoint(model, "large.ckpt")
+
+
+def test_weights_in_float16_take_images_in_float32():
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    norm, x = LayerNorm(16, 1e-6), Tensor(np.random.default_rng(0).standard_normal((3, 16)), ms.float32)
+    expected = norm(x).asnumpy()
+    for p in norm.get_parameters():
+        p.set_dtype(ms.float16)
+    np.testing.assert_allclose(norm(x).asnumpy(), expected, atol=1e-6)
+
+
+def test_models_that_mindspores_cannot_be_are_refused(request, tmp_path):
+    """A checkpoint with register tokens, or one whose patches are pooled."""
+    tensors, settings = read_file(request.path.parent / "data" / "timm_convit.safetensors")
+    write_file(tmp_path / "model.safetensors", tensors, settings)
+    assert trained_model(tmp_path)[0].embed_dim == 16
+    (tmp_path / "config.json").write_text('{"global_pool": "avg"}')
+    with pytest.raises(ValueError, match="register tokens or pools its patches"):
+        trained_model(tmp_path)
+    (tmp_path / "config.json").unlink()
+    write_file(tmp_path / "model.safetensors", tensors | {"reg_token": np.zeros((1, 2, 16), np.float32)}, settings)
+    with pytest.raises(ValueError, match="register tokens or pools its patches"):
+        trained_model(tmp_path)
 
 
 @pytest.mark.parametrize(
