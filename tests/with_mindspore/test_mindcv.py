@@ -226,7 +226,16 @@ def test_a_fixed_scale_that_overflows_stops_the_run(images, tmp_path, monkeypatc
     assert not list((tmp_path / "run").glob("*.ckpt"))
 
 
-PLAIN = {"weight_decay": 0.1, "lr": 0.005, "ema": False, "clip_grad": False, "scheduler": "constant", "num_samples": 16, "eps": 1e-8}
+PLAIN = {
+    "momentum": 0.8,
+    "weight_decay": 0.1,
+    "lr": 0.005,
+    "ema": False,
+    "clip_grad": False,
+    "scheduler": "constant",
+    "num_samples": 16,
+    "eps": 1e-8,
+}
 STEPS = {
     "nadam": PLAIN | {"weight_decay_filter": "disable"},
     "sgd": PLAIN,
@@ -269,7 +278,7 @@ def mindcvs(recipe, steps, **more):
     theirs = build_model(recipe, 2)
     keys = {"min_lr": recipe.min_lr, "warmup_epochs": 0, "decay_epochs": 1, "decay_rate": recipe.decay_rate, "num_epochs": 1}
     schedule = create_scheduler(steps, recipe.scheduler, lr=recipe.lr, **keys)
-    keys = {name: getattr(recipe, name) for name in ("opt", "weight_decay", "weight_decay_filter", "eps")}
+    keys = {name: getattr(recipe, name) for name in ("opt", "momentum", "weight_decay", "weight_decay_filter", "eps")}
     optimizer = create_optimizer(theirs, lr=schedule, nesterov=recipe.use_nesterov, **keys)
     loss = create_loss(recipe.loss, label_smoothing=recipe.label_smoothing)
     keys = {name: getattr(recipe, name) for name in ("ema", "ema_decay", "clip_grad", "clip_value", "loss_scale", "loss_scale_type")}

@@ -1,6 +1,7 @@
 """Training in MindSpore with the recipe and the command of PyTorch; runs in an environment that has MindSpore and MindCV."""
 
 import json
+import logging
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,10 @@ pytest.importorskip("mindcv")
 np = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image")
 
+from mindspore.train.mind_ir_pb2 import ModelProto  # noqa: E402
+
 from convit import cli  # noqa: E402
+from convit.engine.mindspore import checkpoint  # noqa: E402
 from convit.engine.mindspore import train as train_module  # noqa: E402
 from convit.engine.mindspore.train import MindSporeRun, train  # noqa: E402
 from convit.engine.recipe import load_recipe  # noqa: E402
@@ -48,12 +52,15 @@ def records(output, kind):
     return [r for line in (output / "log.jsonl").read_text().splitlines() if (r := json.loads(line))["kind"] == kind]
 
 
-GRAPH = {"ema": True, "clip_grad": True, "ckpt_save_steps": 1}
+GRAPH = {"ema": True, "clip_grad": True, "ckpt_save_steps": 1, "crop_pct": 0.8}
 
 
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
-    return train(recipe(folder, **GRAPH), tmp_path_factory.mktemp("run") / "run", progress=False)
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    result = train(recipe(folder, **GRAPH), tmp_path_factory.mktemp("run") / "run", progress=False)
+    assert ms.get_context("mode") == ms.GRAPH_MODE  # the recipe's
+    return result
 
 
 def test_mindcvs_recipe_trains(finished):
@@ -64,6 +71,10 @@ def test_mindcvs_recipe_trains(finished):
     assert [record["epoch"] for record in epochs] == [0, 1] and len(records(finished.output, "step")) == 4
     assert all(np.isfinite(record["train_loss"]) for record in epochs)
     assert len(epochs[0]["gate"]) == 1 and finished.best_top1 >= 50
+    kept, _ = contents(finished.output / "epoch_2.ckpt")
+    own = finished.model.parameters_dict()  # the moving average
+    assert all(np.array_equal(own[name].asnumpy(), value) for name, value in kept.items())
+    assert epochs[1]["gate"] == [pytest.approx((1 / (1 + np.exp(-kept["blocks.0.attn.gating_param"]))).tolist(), abs=1e-5)]
 
 
 def test_a_run_validates_without_its_recipe(finished, folder, capsys):
@@ -107,7 +118,9 @@ def test_a_run_exports_to_mindir(finished, folder, tmp_path, capsys):
     """The run's best weights, at another image size; the export compares the file with the model itself."""
     words = ["--format", "mindir", "-o", str(tmp_path / "m.mindir"), "--image_resize", "48", "--images", str(folder / "val/red/00.jpg")]
     assert cli.main(["export", str(finished.output), *words]) == 0
-    assert "48 x 48" in capsys.readouterr().out and (tmp_path / "m.mindir").stat().st_size > 10000
+    assert "48 x 48" in capsys.readouterr().out
+    facts = {name: json.loads(value) for name, value in ModelProto.FromString((tmp_path / "m.mindir").read_bytes()).user_info.items()}
+    assert (facts["convit.classes"], facts["convit.crop_pct"], facts["convit.size"]) == (["blue", "red"], 0.8, [48, 48])
 
 
 @pytest.mark.parametrize(
@@ -133,7 +146,9 @@ WHOLE |= {"opt": "adam"}  # as much state as adamw, one operator a parameter
 def whole(folder, tmp_path_factory):
     """A run of 3 epochs of 2 steps that nothing interrupts."""
     output = tmp_path_factory.mktemp("whole") / "run"
+    ms.set_context(mode=ms.GRAPH_MODE)
     train(recipe(folder, **WHOLE), output, progress=False)
+    assert ms.get_context("mode") == ms.PYNATIVE_MODE
     return output
 
 
@@ -313,6 +328,8 @@ def test_classes_are_matched_by_name(finished, folder, tmp_path):
         parts.append(validate(recipe(tmp_path / name, **keys), progress=False))
     assert sum(part["samples"] * part["loss"] for part in parts) / 6 == pytest.approx(whole["loss"], rel=1e-5)
     assert sum(part["samples"] * part["top1"] for part in parts) / 6 == pytest.approx(whole["top1"])
+    narrow = validate(recipe(folder, **keys, val_amp_level="O3"), progress=False)
+    assert 0 < abs(narrow["loss"] - whole["loss"]) < 2e-2
     (tmp_path / "red/val/red").rename(tmp_path / "red/val/rot")
     with pytest.raises(ValueError, match="1 of its 1 classes are not among the 2"):
         validate(recipe(tmp_path / "red", **keys), progress=False)
@@ -320,10 +337,16 @@ def test_classes_are_matched_by_name(finished, folder, tmp_path):
 
 def test_another_optimiser_starts_its_state_anew(folder, tmp_path, caplog):
     caplog.set_level("INFO", "convit")
-    keys = {"mode": 1, "val_while_train": False}
-    train(recipe(folder, epoch_size=1, opt="adamw", **keys), tmp_path / "run", progress=False)
-    result = train(recipe(folder, epoch_size=2, opt="momentum", **keys), tmp_path / "run", resume=True, progress=False)
+    keys = {"mode": 1, "val_while_train": False, "ema": True, "ema_warmup": False}
+    train(recipe(folder, epoch_size=1, opt="adamw", ema_decay=0.5, **keys), tmp_path / "run", progress=False)
+    before, _ = saved(tmp_path / "run")
+    keys |= {"opt": "momentum", "lr": 0.0, "min_lr": 0.0, "ema_decay": 1.0, "epoch_size": 2}  # nothing moves from here
+    result = train(recipe(folder, **keys), tmp_path / "run", resume=True, progress=False)
     assert "the state of adamw is of no use to momentum: it starts anew" in caplog.text and result.epochs == 2
+    after, _ = saved(tmp_path / "run")
+    kept = {name.removeprefix("ema.") for name in before if name.startswith("ema.")}
+    assert all(np.array_equal(before[name], after[name]) for one in kept for name in (one, f"ema.{one}"))
+    assert int(before["global_step"].item()) == 2 and int(after["global_step"].item()) == 4  # the schedule goes on
 
 
 def test_a_full_disk_stops_the_run_and_loses_nothing(whole, folder, tmp_path):
@@ -355,7 +378,7 @@ def test_unreadable_images_are_replaced_counted_and_named(folder, tmp_path, capl
 
 
 def test_resuming_inside_an_epoch_needs_the_same_batch(folder, tmp_path, monkeypatch, caplog):
-    step, keys = MindSporeRun._step, {"mode": 1, "epoch_size": 1, "val_while_train": False}
+    step, keys = MindSporeRun._step, {"mode": 1, "epoch_size": 1, "val_while_train": False, "scale_lr": True, "scale_lr_batch": 16}
 
     def signalling_step(self, batches):
         done = step(self, batches)
@@ -369,8 +392,13 @@ def test_resuming_inside_an_epoch_needs_the_same_batch(folder, tmp_path, monkeyp
     with pytest.raises(ValueError, match="stands inside an epoch with a global batch of 8, and this run has 2"):
         train(recipe(folder, **keys, batch_size=2), tmp_path / "run", resume=True, progress=False)
     caplog.set_level("INFO", "convit")
-    train(recipe(folder, **keys, lr=0.02), tmp_path / "run", resume=True, progress=False)
-    assert "resuming with other keys: lr 0.01 -> 0.02" in caplog.text
+    before, _ = saved(tmp_path / "run")
+    train(recipe(folder, **keys, lr=0.0, min_lr=0.0, loss_scale=4.0), tmp_path / "run", resume=True, progress=False)
+    assert "resuming with other keys: loss_scale 1.0 -> 4.0, lr 0.01 -> 0.0" in caplog.text
+    assert [record["lr"] for record in records(tmp_path / "run", "step")] == [0.005, 0.0]
+    after, progress = saved(tmp_path / "run")
+    assert progress["updates"] == 2 and after["loss_scale"] == 4 and before["loss_scale"] == 1
+    assert all(np.array_equal(after[name], value) for name, value in before.items() if name.startswith(("blocks", "patch", "cls", "pos")))
 
 
 @pytest.mark.parametrize(
@@ -388,12 +416,21 @@ def test_options_train(folder, tmp_path, keys):
 
 
 def test_a_step_is_that_of_mindcvs_engine(folder, tmp_path, monkeypatch):
-    """Our two graphs and MindCV's train step, which MindSpore's own loop runs for accelerators, give one run."""
+    """Our two graphs, and the one that MindSpore's own loop runs for accelerators, give one run; each epoch trains, not only the first."""
     keys = {"drop_path_rate": 0.0, "mixup": 0, "cutmix": 0, "amp_level": "O0", "shuffle": False, "re_prob": 0, "color_jitter": None}
     keys |= {"mode": 1, "opt": "momentum", "hflip": 0, "scale": [1.0, 1.0], "ratio": [1.0, 1.0], "interpolation": "bilinear"}
+    keys |= {"ema": True, "clip_grad": True, "clip_value": 0.1}
     ours = train(recipe(folder, **keys), tmp_path / "ours", progress=False)
     monkeypatch.setattr(train_module, "sinks", lambda recipe: True)
+    construct, training = train_module.WholeStep.construct, []
+
+    def recording(self, *batch):
+        training.append({cell.training for _, cell in self.cells_and_names()})
+        return construct(self, *batch)
+
+    monkeypatch.setattr(train_module.WholeStep, "construct", recording)
     theirs = train(recipe(folder, **keys), tmp_path / "theirs", progress=False)
+    assert training == [{True}] * 4
     for one, other in zip(ours.history, theirs.history, strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
     for one, other in zip(ours.model.get_parameters(), theirs.model.get_parameters(), strict=False):
@@ -401,21 +438,26 @@ def test_a_step_is_that_of_mindcvs_engine(folder, tmp_path, monkeypatch):
         np.testing.assert_allclose(one.asnumpy(), other.asnumpy(), atol=1e-4)
 
 
-def test_training_leaves_nothing_behind(folder, tmp_path):
+def test_training_leaves_nothing_behind(folder, tmp_path, monkeypatch):
     """As in PyTorch: no reseeded generator, no handler; nor does validation."""
     import random
 
     from convit.engine.mindspore.validate import validate
 
+    (messages := logging.getLogger("mindcv.optim.optim_factory")).setLevel(logging.INFO)
+
     def state():
         drawn = [int(value) for value in ms.get_rng_state().asnumpy()]
         handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
-        return random.getstate(), np.random.get_state()[1].tolist(), ms.get_seed(), ms.dataset.config.get_seed(), drawn, handlers
+        seeds = ms.get_seed(), ms.dataset.config.get_seed(), drawn
+        return random.getstate(), np.random.get_state()[1].tolist(), seeds, handlers, messages.level
 
     random.seed(1), np.random.seed(1)
     before = state()
     train(recipe(folder, mode=1, epoch_size=1, val_while_train=False), tmp_path / "run", progress=False)
     assert state() == before
+    monkeypatch.setitem(vars(sys.modules["mindspore.common.seed"]), "_GLOBAL_SEED", 5)
+    before = state()
     validate(recipe(folder, mode=1, amp_level="O0", ckpt_path=str(tmp_path / "run/last.ckpt")), progress=False)
     assert state() == before
 
@@ -423,6 +465,8 @@ def test_training_leaves_nothing_behind(folder, tmp_path):
 def test_a_run_is_not_overwritten_by_accident(finished, folder):
     with pytest.raises(FileExistsError, match="already holds a run"):
         train(recipe(folder), finished.output, progress=False)
+    with pytest.raises(ValueError, match=r"no checkpoint of a training run \(last.ckpt is\); to start from its weights use --ckpt_path"):
+        checkpoint.load(finished.output / "best.ckpt")
 
 
 @pytest.mark.parametrize(

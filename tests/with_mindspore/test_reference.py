@@ -1,7 +1,9 @@
-"""What a recipe names, beside MindCV's own code: schedules at every step, groups, eps, moving average, mixing. Its train step is in
-``test_mindcv.py``."""
+"""What a recipe names, beside MindCV's own code: schedules at every step, groups, eps, moving average, mixing, precision; and what becomes
+of a step that is not finite, uneven or drawn. The train step of MindCV is in ``test_mindcv.py``."""
 
 import itertools
+import json
+import signal
 
 import pytest
 
@@ -12,14 +14,18 @@ pytest.importorskip("sklearn")
 
 from mindspore import Parameter, Tensor, nn  # noqa: E402
 
-from convit.engine.mindspore import build, steps  # noqa: E402
+from convit.engine.mindspore import build, checkpoint, steps  # noqa: E402
+from convit.engine.mindspore import train as train_module  # noqa: E402
 from convit.engine.mindspore.build import build_model, build_step, check_precision, first_scale, sinks  # noqa: E402
 from convit.engine.mindspore.data import Data  # noqa: E402
 from convit.engine.mindspore.steps import Average, LossScale, Update, WholeStep  # noqa: E402
+from convit.engine.mindspore.train import MindSporeRun, train  # noqa: E402
 from convit.engine.order import mix_seed  # noqa: E402
 from convit.engine.recipe import FIELDS, load_recipe  # noqa: E402
+from convit.engine.run import Interrupted  # noqa: E402
 from convit.engine.schedule import average_decay, rates  # noqa: E402
 from convit.engine.world import World  # noqa: E402
+from convit.mindspore.layers import DropPath  # noqa: E402
 
 TINY = {"framework": "mindspore", "mode": 1, "embed_dim": 16, "depth": 2, "num_heads": 2, "local_up_to_layer": 1, "patch_size": 8}
 
@@ -202,7 +208,8 @@ def test_a_dynamic_loss_scale(monkeypatch):
 
 
 def test_a_whole_step_that_is_not_finite_changes_no_weight():
-    """Two such steps and a good one, in MindSpore's own loop: counted, the longest row kept, the schedule goes on, the average waits."""
+    """Two such steps, a good one and another, in MindSpore's own loop: counted, the longest row kept, the schedule goes on, the average
+    waits."""
     recipe = small(opt="momentum", ema=True, image_resize=16)
     step = build_step(recipe, model := build_model(recipe, 10), [0.1] * 4)
     average = Average(model.get_parameters())
@@ -212,9 +219,72 @@ def test_a_whole_step_that_is_not_finite_changes_no_weight():
     for _ in range(2):
         whole(images * float("nan"), targets)
     assert all(np.array_equal(p.asnumpy(), before[p.name]) for p in model.get_parameters())
-    whole(images, targets)
+    whole(images, targets), whole(images * float("nan"), targets)
     counts = [int(count.asnumpy()) for count in (whole.skipped, whole.skipped_in_row, whole.longest_row, whole.updates)]
-    assert counts == [2, 0, 2, 1] and int(step.optimizer.global_step.asnumpy().item()) == 3
+    assert counts == [3, 1, 2, 1] and int(step.optimizer.global_step.asnumpy().item()) == 4
     for p, mean in zip(model.get_parameters(), average.average, strict=True):
         np.testing.assert_allclose(mean.asnumpy(), (before[p.name] + p.asnumpy()) / 2, rtol=1e-5, atol=1e-7)
     assert not np.array_equal(model.classifier.weight.asnumpy(), before["classifier.weight"])
+
+
+# a run of two steps an epoch
+SHORT = {
+    "num_samples": 16,
+    "batch_size": 8,
+    "epoch_size": 1,
+    "warmup_epochs": 0,
+    "decay_epochs": 1,
+    "val_while_train": False,
+    "log_interval": 1,
+}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_weights_that_are_not_finite_stop_the_run(tmp_path, monkeypatch, whole):
+    monkeypatch.setattr(train_module, "sinks", lambda recipe: whole)
+    with pytest.raises(FloatingPointError, match="the weights are not finite"):
+        train(small(**SHORT, lr=3e38, scheduler="constant"), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run/last.ckpt").exists()
+
+
+def test_a_signal_ends_mindspores_own_loop_after_its_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "sinks", lambda recipe: True)
+    diagnose = MindSporeRun.diagnose
+    monkeypatch.setattr(MindSporeRun, "diagnose", lambda self: (signal.raise_signal(signal.SIGTERM), diagnose(self))[1])
+    with pytest.raises(Interrupted, match="stopped by SIGTERM; saved"):
+        train(small(**SHORT | {"epoch_size": 3}), tmp_path / "run", progress=False)
+    assert checkpoint.load(tmp_path / "run/last.ckpt")["progress"]["epoch"] == 1
+
+
+def test_uneven_parts_weigh_by_their_images(tmp_path):
+    """Of a last step of 5 images: in parts of 3 and 2 as in one. The body is that of a model of other classes."""
+    ms.save_checkpoint(build_model(small(), 4), str(tmp_path / "four.ckpt"))
+    keys = SHORT | {"num_samples": 13, "drop_remainder": False, "opt": "momentum", "ckpt_path": str(tmp_path / "four.ckpt")}
+    found = []
+    for more in ({"batch_size": 8}, {"batch_size": 4, "gradient_accumulation_steps": 2}):
+        output = tmp_path / str(more["batch_size"])
+        model = train(small(**keys | more), output, progress=False).model
+        steps = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+        found.append(([step["loss"] for step in steps if step["kind"] == "step"], {p.name: p.asnumpy() for p in model.get_parameters()}))
+    (losses, weights), (others, parts) = found
+    assert len(losses) == 2 and losses == pytest.approx(others, rel=1e-5)
+    for name, value in weights.items():
+        np.testing.assert_allclose(parts[name], value, atol=2e-6, err_msg=name)
+
+
+def test_stochastic_depth_is_drawn_anew_by_epoch_step_process_and_part(tmp_path, monkeypatch):
+    gradients, draw, seen = MindSporeRun.gradients, DropPath.draw, []
+    monkeypatch.setattr(DropPath, "draw", lambda self, random: (seen.append(str(random.bit_generator.state)), draw(self, random))[1])
+
+    def two_processes(self, batches):
+        parts, world = [next(batches) for _ in range(2)], self.world
+        self.step_gradients = lambda *_: (Tensor(1.0), tuple(ms.ops.zeros_like(p) for p in self.trained))
+        for rank in (1, 0):
+            self.world = world._replace(rank=rank)
+            found = gradients(self, iter(parts))
+        return found
+
+    monkeypatch.setattr(MindSporeRun, "gradients", two_processes)
+    keys = {"epoch_size": 2, "batch_size": 4, "gradient_accumulation_steps": 2, "drop_path_rate": 0.5}
+    train(small(**SHORT | keys), tmp_path / "run", progress=False)
+    assert len(seen) == 16 and len(set(seen)) == 16
