@@ -250,7 +250,13 @@ def test_weights_that_are_not_finite_stop_the_run(tmp_path, monkeypatch, whole):
 def test_a_signal_ends_mindspores_own_loop_after_its_epoch(tmp_path, monkeypatch):
     monkeypatch.setattr(train_module, "sinks", lambda recipe: True)
     diagnose = MindSporeRun.diagnose
-    monkeypatch.setattr(MindSporeRun, "diagnose", lambda self: (signal.raise_signal(signal.SIGTERM), diagnose(self))[1])
+
+    def signalling(self):
+        if self.progress.epoch == 0:
+            signal.raise_signal(signal.SIGTERM)
+        return diagnose(self)
+
+    monkeypatch.setattr(MindSporeRun, "diagnose", signalling)
     with pytest.raises(Interrupted, match="stopped by SIGTERM; saved"):
         train(small(**SHORT | {"epoch_size": 3}), tmp_path / "run", progress=False)
     assert checkpoint.load(tmp_path / "run/last.ckpt")["progress"]["epoch"] == 1
