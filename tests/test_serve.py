@@ -252,7 +252,7 @@ def test_batches_are_bounded_and_a_failure_is_everyones_of_its_batch(model):
     prepared, forward = [classifier.prepare(data) for data in images], classifier.fast
 
     async def ask():
-        return await asyncio.wait_for(asyncio.gather(*map(classifier.probabilities, prepared), return_exceptions=True), 60)
+        return await asyncio.wait_for(asyncio.gather(*map(classifier.probabilities, prepared), return_exceptions=True), 20)
 
     def failing(batch):
         classifier.fast = forward
