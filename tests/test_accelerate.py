@@ -11,6 +11,7 @@ import torch
 from tolerances import MODEL
 
 import convit
+from convit.kernels.gpsa.reference import relative_positions
 
 timm = pytest.importorskip("timm")
 
@@ -112,7 +113,7 @@ def test_the_images_own_grid(image, layout):
     has laid, a second may lay otherwise, as the warning says."""
     model, x = nonsquare(image)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore" if layout == "image" else "error")  # of 2 x 3 patches timm makes no square
         convit.accelerate(model)
     ours = convit.ConViT(img_size=image, num_classes=7, embed_dim=48, depth=4, num_heads=4, local_up_to_layer=3).eval()
     ours.load_state_dict(model.state_dict())
@@ -152,6 +153,15 @@ def test_a_copy_that_makes_other_positions_is_left():
     expected = copy.deepcopy(model)(X)
     assert len(convit.accelerated(convit.accelerate(model)).left) == 3
     close(model(X), expected)
+
+
+def test_positions_on_a_rectangle_that_timm_was_given_are_kept():
+    model, x = nonsquare((32, 48))
+    for block in model.blocks[:3]:
+        block.attn.rel_indices = relative_positions((2, 3))[None].float()
+    expected = model(x)
+    assert list(convit.accelerated(convit.accelerate(model)).left) == [f"blocks.{i}.attn" for i in range(3)]
+    close(model(x), expected)
 
 
 def _changed(part, old, new):
@@ -314,7 +324,13 @@ def test_the_grid_is_that_of_the_innermost_patch_embed():
     around.patch_embed.grid_size = (8, 2)
     convit.accelerate(around, grid="image")
     ours, _ = nonsquare()
-    close(inner(x), convit.accelerate(ours, grid="image")(x))
+    expected = convit.accelerate(ours, grid="image")(x)
+    close(inner(x), expected)
+    knows_none, _ = nonsquare()
+    del knows_none.patch_embed.grid_size
+    around.patch_embed.grid_size, around.inner = (2, 8), knows_none
+    convit.accelerate(around, grid="image")
+    close(knows_none(x), expected)
 
 
 def test_norms_and_hooks_inside_an_mlp_act():
@@ -380,6 +396,10 @@ def test_fair_like_modules():
     for block in model.blocks[:2]:
         x = torch.randn(3, 48)
         close(torch.jit.script(block.mlp)(x), block.mlp(x))
+    assert not any("rel_indices" in vars(module) for module in model.modules())  # N x N
+    convit.accelerated(model).undo()
+    assert type(model.blocks[0].attn) is GPSA
+    close(model(X), expected)
 
 
 def test_errors():

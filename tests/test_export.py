@@ -133,15 +133,16 @@ def test_export(tmp_path, photographs, format, dynamic_size):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
 def test_what_is_given_goes_before_what_the_model_has(tmp_path, photographs):
-    """Names of classes; and a model in another type and in training, with dropout, is exported in float32 and as evaluated, and stays."""
-    model = small(proj_drop_rate=0.5, attn_drop_rate=0.5, drop_path_rate=0.5).bfloat16().train()
+    """Names of classes; and a model of grey images, in another type and in training, with dropout, is exported in float32 and as evaluated,
+    and stays."""
+    model = small(in_chans=1, proj_drop_rate=0.5, attn_drop_rate=0.5, drop_path_rate=0.5).bfloat16().train()
     model.pretrained_cfg = {"label_names": list("vwxyz")}
     report = export(model, tmp_path / "m.pt", "torchscript", images=photographs[:1], classes=list("abcde"))
     assert report.batches == [1, 2]  # one photograph comes with its mirror image
     assert json.loads(facts("torchscript", tmp_path / "m.pt")["classes"]) == list("abcde")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and all(module.training for module in model.modules())
     assert model.pretrained_cfg == {"label_names": list("vwxyz")}
-    images = torch.randn(2, 3, 32, 48)
+    images = torch.randn(2, 1, 32, 48)
     with torch.no_grad():
         torch.testing.assert_close(
             run_file("torchscript", tmp_path / "m.pt", images), model.float().eval()(images).numpy(), rtol=1e-4, atol=1e-5
@@ -278,6 +279,16 @@ def test_every_batch_and_size_is_compared(tmp_path, wrong, monkeypatch):
     def write(function):
         return lambda made: made.write_bytes(b"model") and made.with_suffix(".bin").write_bytes(b"weights") and function
 
+    def disturbed(made):
+        assert made.parents[1] == tmp_path / "out"  # on the disk that it is moved on
+        (tmp_path / "out" / "another's").write_bytes(b"")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_checked(tmp_path / "out" / "m.pt", "torchscript", disturbed, eager, batches)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["another's"]
+    (tmp_path / "out" / "another's").unlink()
+    (tmp_path / "out").rmdir()
     with pytest.raises(ValueError, match="differs from the eager model by"):
         write_checked(tmp_path / "out" / "deeper" / "m.pt", "torchscript", write(infer), eager, batches)
     assert not list(tmp_path.iterdir())

@@ -131,22 +131,25 @@ def test_what_does_not_pay_is_refused_with_the_figures(tmp_path, pictures, monke
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"] and path.read_bytes() == b"before"
 
 
-def test_agreement_is_with_the_float_file_on_every_image_to_compare(tmp_path, monkeypatch):
+@pytest.mark.parametrize("format", SUFFIXES)
+def test_agreement_is_with_the_float_file_on_every_image_to_compare(tmp_path, monkeypatch, format):
     """A stand-in for the quantised model that is wrong about three images of twelve, the last one among them. What agrees has to be
     faster at every batch, not only as fast."""
     right = lambda images: np.stack([images, -images], -1)  # noqa: E731
     monkeypatch.setattr(int8, "_timed", timed((1.5, 1.5)))
     monkeypatch.setattr(int8, "_with_onnxruntime", lambda path, made, images: made)
+    monkeypatch.setattr(int8, "_with_nncf", lambda path, images: path)
     monkeypatch.setattr(int8, "_onnxruntime", lambda path: right)
+    monkeypatch.setattr(int8, "_openvino", lambda path, config: right if config else lambda images: right(-images))  # in bfloat16
     monkeypatch.setattr(int8, "_floats", lambda path, form: {"float": right})
     monkeypatch.setattr(int8, "_runs", lambda made, form: {"int8": lambda images: right(np.where(abs(images) < 2, images, -images))})
     compare = np.array([1.0, -1, 1, 3, -1, 1, 1, 1, -3, -1, 1, 3])
     (tmp_path / "inner").mkdir()
     with pytest.raises(ValueError, match=r"another model(?s:.)* 75\.0% of 12 others"):
-        int8.quantise(tmp_path / "inner" / "a.onnx", "onnx", np.ones(5), compare)
+        int8.quantise(tmp_path / "inner" / "a.onnx", format, np.ones(5), compare)
     monkeypatch.setattr(int8, "_timed", timed((1.5, 1.0)))
     with pytest.raises(ValueError, match=r"not faster on this machine(?s:.)* 100\.0% of 12 others"):
-        int8.quantise(tmp_path / "inner" / "a.onnx", "onnx", np.ones(5), compare[abs(compare) < 2].repeat(2)[:12])
+        int8.quantise(tmp_path / "inner" / "a.onnx", format, np.ones(5), compare[abs(compare) < 2].repeat(2)[:12])
     assert not list((tmp_path / "inner").iterdir())
 
 

@@ -209,11 +209,12 @@ def test_eight_clients_at_once_share_batches(service, model):
 
 
 def test_the_service_by_default_and_at_its_limits():
-    """In this process, on a picture that is no square: the five most probable classes, equals by number, the middle patch, exact limits."""
+    """In this process, in grey, on a picture that is no square: the five most probable classes, equals by number, the middle patch, exact
+    limits."""
     testclient = pytest.importorskip("starlette.testclient")
     torch.manual_seed(0)
     shape = {"img_size": (24, 40), "patch_size": 8, "embed_dim": 16, "num_heads": 2, "depth": 2, "local_up_to_layer": 1, "num_classes": 8}
-    served = convit.ConViT(**shape).eval()
+    served = convit.ConViT(in_chans=1, **shape).eval()
     torch.nn.init.zeros_(served.head.weight)
     with torch.no_grad():
         served.head.bias.copy_(torch.tensor([0.0, 2.0, 0.0, 1.0, 2.0, 0.0, 0.0, -1.0]))
