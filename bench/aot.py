@@ -37,7 +37,8 @@ TARGETS = {
     "sm100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED = {"sm80": 166912, "sm90": 232448, "sm100": 232448, "gfx942": 65536}  # bytes a block may have
+# bytes a block may have; an A100 has 166912, but sm_86 and sm_89 take the same rows
+SHARED = {"sm80": 101376, "sm90": 232448, "sm100": 232448, "gfx942": 65536}
 CORES = 132  # multiprocessors of an H100
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
