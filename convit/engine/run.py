@@ -308,12 +308,18 @@ class Run(ABC):
         return self.model
 
     def loop(self) -> None:
-        at, patience = self.progress, self.recipe.early_stop
+        at = self.progress
         while at.epoch < self.recipe.epoch_size:
-            if patience and at.epoch - 1 - max(at.best_epoch, 0) >= patience:
-                self.say(f"stopped after {at.epoch} epochs: no better top-1 in the last {patience}")
+            if self.stale:
+                self.say(f"stopped after {at.epoch} epochs: no better top-1 in the last {self.recipe.early_stop}")
                 return
             self._epoch()
+
+    @property
+    def stale(self) -> bool:
+        """Whether ``early_stop`` ends the run here."""
+        at, patience = self.progress, self.recipe.early_stop
+        return patience is not None and at.epoch - 1 - max(at.best_epoch, 0) >= patience
 
     def _epoch(self) -> None:
         at, recipe, steps = self.progress, self.recipe, self.plan.steps

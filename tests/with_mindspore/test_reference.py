@@ -262,6 +262,17 @@ def test_a_signal_ends_mindspores_own_loop_after_its_epoch(tmp_path, monkeypatch
     assert checkpoint.load(tmp_path / "run/last.ckpt")["progress"]["epoch"] == 1
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_run_that_gets_no_better_stops_early(tmp_path, monkeypatch, caplog, whole):
+    """In MindSpore's own loop too."""
+    caplog.set_level("INFO", "convit")
+    monkeypatch.setattr(train_module, "sinks", lambda recipe: whole)
+    monkeypatch.setattr(MindSporeRun, "evaluate", lambda self: {"val_loss": 1.0, "top1": 50.0, "top5": 100.0})
+    keys = SHORT | {"epoch_size": 4, "val_while_train": True, "early_stop": 1, "num_samples": 8}
+    assert train(small(**keys), tmp_path / "run", progress=False).epochs == 2
+    assert caplog.text.count("stopped after 2 epochs: no better top-1 in the last 1") == 1
+
+
 def test_uneven_parts_weigh_by_their_images(tmp_path):
     """Of a last step of 5 images: in parts of 3 and 2 as in one. The body is that of a model of other classes."""
     ms.save_checkpoint(build_model(small(), 4), str(tmp_path / "four.ckpt"))

@@ -128,7 +128,7 @@ class MindSporeRun(Run):
 
     def loop(self) -> None:
         at, recipe = self.progress, self.recipe
-        if self.sink and at.epoch < recipe.epoch_size:
+        if self.sink and at.epoch < recipe.epoch_size and not self.stale:
             pipeline = self.data.pipeline(at.epoch)
             self.network.set_train(True)
             ms.Model(self.network).train(recipe.epoch_size, pipeline, [_watch(self)], dataset_sink_mode=True, initial_epoch=at.epoch)
@@ -239,7 +239,7 @@ def _watch(run: MindSporeRun) -> Any:
                 raise run.diverged("the weights are not finite")
             run.finish_epoch(run.plan.steps, time.perf_counter() - self.began)
             network.set_train(True)
-            if run.signals.noted:
+            if run.signals.noted or run.stale:
                 run_context.request_stop()
 
     return Watch()
