@@ -9,11 +9,13 @@ import pytest
 import torch
 from gpsa_cases import Case, Inputs, check, make_inputs, run
 from torch import Tensor
+from triton_quickly import once_a_launch
 
 import convit
 from convit.dispatch import Problem, choose, order
 from convit.kernels.gpsa.gpu_triton import configs, launch
 
+once_a_launch()
 chips = ctypes.CDLL(os.environ["NPU_LIBRARY"])
 
 

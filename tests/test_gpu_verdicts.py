@@ -233,7 +233,7 @@ def test_the_sweep_times_only_what_passes_the_gates(gpu, monkeypatch):
 
 @pytest.mark.parametrize(
     "large, small, wrong, tokens, timed",
-    [(2.0, 2.0, 0.0, 257, 2), (2.0, 1.0, 0.0, 3136, 2), (1.0, 2.0, 0.0, None, 1), (2.0, 2.0, 0.1, None, 1)],
+    [(2.0, 2.0, 0, 257, 2), (2.0, 1.0, 0, 3136, 2), (1.0, 2.0, 0, None, 1), (2.0, 2.0, 56, None, 1), (2.0, 2.0, 28, None, 2)],
 )
 def test_content_is_the_frameworks_from_where_it_is_faster_on(gpu, monkeypatch, large, small, wrong, tokens, timed):
     sweep = gpu("sweep")
@@ -241,7 +241,10 @@ def test_content_is_the_frameworks_from_where_it_is_faster_on(gpu, monkeypatch, 
 
     def passed(kind, case, dtype, device, source, rows):
         gain = 1.0 if source == "loop" else large if case.grid == (56, 56) else small
-        return [torch.ones(1, 1, 2, 2) * (1 if source == "loop" else 1 + wrong)], {"fwd": 1 / gain, "fwd+bwd": 3 / gain}
+        return [torch.ones(1, 1, 2, 2) * (1.1 if source == "sdpa" and case.grid[0] == wrong else 1.0)], {
+            "fwd": 1 / gain,
+            "fwd+bwd": 3 / gain,
+        }
 
     monkeypatch.setattr(sweep, "_pass", passed)
     found = sweep._content("bfloat16", 48, 64, "sm90", "cpu", False, {})
