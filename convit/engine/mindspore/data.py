@@ -80,6 +80,7 @@ class Data:
         self.per_epoch = self.order.steps * self.parts
         self.digits = _Digits(self.source, recipe) if isinstance(self.source, DigitsSource) else None
         self.transforms = [] if self.digits else train_transforms(recipe)
+        self.tells = False
         self.mixup: Callable[..., Any] | None = None
         if recipe.mixup + recipe.cutmix > 0:
             from mindcv.data.mixup import Mixup
@@ -113,6 +114,9 @@ class Data:
                 images.append(transformed(image, self.transforms, self.recipe.seed, epoch, int(position)))
                 bad += more
             targets.append(self.source.targets[index])
+        if self.tells:
+            for one in bad:
+                logger.warning("replaced the unreadable image %s (%s)", one.name, one.reason)
         found = np.stack(images), np.array(targets, np.int32)
         if self.mixup is not None:
             found = self._mix(*found, epoch, step, part)
@@ -135,7 +139,8 @@ class Data:
             yield Tensor(images), Tensor(targets), bad
 
     def pipeline(self, epoch: int) -> Any:
-        """MindSpore's dataset of images and targets; iterated over once more, it is the next epoch."""
+        """MindSpore's dataset of images and targets; iterated over once more, it is the next epoch. What is replaced is logged here."""
+        self.tells = True
         return _dataset(self, _Epochs(epoch, self.per_epoch), self.recipe).project(["image", "label"])
 
 
