@@ -12,6 +12,7 @@ the issue rate of an H100 (132 SM x 4 a clock, 1.7 GHz): a lower bound that igno
 
 import argparse
 import collections
+import functools
 import json
 import os
 import re
@@ -94,6 +95,7 @@ SETS["versions"] = [
 SETS["tiny"] = [Case(1, 1, (2, 3), 16, "float32")]
 SETS["profile"] = [Case(128, 9, (14, 14), 48), Case(4, 9, (56, 56), 48)]  # of bench/gpu.sh
 SETS["models"] = [*SETS["tile"], *SETS["loop"]]
+SETS["chips"] = [*SETS["tile"][1::2], *SETS["loop"][::2]]  # each kernel of the models
 SETS["all"] = [case for name in ("tile", "loop", "dtypes", "wide", "odd", "one") for case in SETS[name]]
 
 
@@ -224,7 +226,7 @@ def compile_launch(launch: Launch, case: Case, chip: str) -> dict:
     if rare:  # branches that no or few programs take would be counted
         usual = launch._replace(constants=launch.constants | rare)
         compiled = triton.compile(source(usual), target=TARGETS[chip], options=options)
-    count = instructions(disassembled(compiled)[1], trips(launch, case))
+    count = instructions(disassembled(compiled.asm["cubin"])[1], trips(launch, case))
     total = sum(count.values())
     exps = count["MUFU"]
     rate = CORES * 4 * 1.7e9
@@ -242,20 +244,21 @@ def resources(compiled: Any, chip: str, warps: int) -> dict:
         field = {k: int(re.search(rf"\.{k}:\s*(\d+)", text)[1]) for k in ("vgpr_count", "private_segment_fixed_size")}
         mma = len(re.findall(r"\bv_mfma_", text))
         return row | {"registers": field["vgpr_count"], "stack": field["private_segment_fixed_size"], "mma": mma}
-    usage, sass = disassembled(compiled)
+    usage, sass = disassembled(compiled.asm["cubin"])
     row["registers"], row["stack"] = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
     row["mma"] = len(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA|UTCQMMA|QGMMA)\b", sass))
     row["wgmma"] = len(re.findall(r"\b(?:HGMMA|UTCHMMA)\b", sass))
     return row | ({"hazard": hazard(compiled.asm["ptx"], warps)} if chip == "sm90" else {})
 
 
-def disassembled(compiled: Any) -> tuple[str, str]:
+@functools.lru_cache(maxsize=2)  # a kernel is looked at for its resources, then for its issue time
+def disassembled(cubin: bytes) -> tuple[str, str]:
     """What cuobjdump says of a compiled kernel's resources, and its machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage = subprocess.check_output([BINARIES / "cuobjdump", "--dump-resource-usage", file.name], text=True)
-        disassemble = [BINARIES / "nvdisasm", "-c", file.name]
+        disassemble = [BINARIES / "nvdisasm", "--print-code", "--no-dataflow", file.name]
         return usage, subprocess.run(disassemble, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
 
 
@@ -313,7 +316,8 @@ def rows(cases: list[Case], chips: list[str], kernels: str = "") -> list[dict]:
     found, seen = [], set()
     for chip in chips:
         for case in cases:
-            for launch in with_baselines(launches(case, chip)):
+            recorded = launches(case, chip)
+            for launch in with_baselines(recorded) if chip == "sm90" else recorded:
                 key = (chip, source(launch).hash(), launch.config)
                 if key not in seen and re.search(kernels, launch.kernel.__name__):
                     seen.add(key)

@@ -112,7 +112,7 @@ def check(problem: Core | Model, peer, outputs: tuple) -> dict[str, float]:
     """
     key = replace(problem, threads=1)  # one answer serves every thread count
     if isinstance(problem, Model):
-        key = replace(key, device="cpu")
+        key = replace(key, device="cpu", train=False)  # nor do its logits depend on the step
         logits, error = _expected_logits(key, peer.truth)
         if peer.computes(problem) != problem.dtype:  # the same function, judged by what the eager model loses in that type
             error = _expected_logits(replace(key, dtype=peer.computes(problem)), peer.truth)[1]

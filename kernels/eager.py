@@ -114,29 +114,35 @@ def profiled() -> bool:
     return _profiler is None or bool(_profiler())
 
 
+def _constant(function: Callable[..., bool]) -> Callable[..., bool]:
+    """As ``torch.compiler.assume_constant_result``, without importing the compiler: one that traces calls the function."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def _told() -> bool:
     return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
 
 
 # Whether a program is being traced for ``torch.export``; up to torch 2.7, whose strict export sets no flag, or for ``torch.compile``.
 # From 2.8 to 2.11 the compiler takes ``is_exporting()`` for true whatever it traces for, so it is told what the function says.
-exporting = torch.compiler.assume_constant_result(_told) if torch.__version__ >= "2.8" else _told
+exporting = _constant(_told) if torch.__version__ >= "2.8" else _told
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def exporting_to_onnx() -> bool:
     """Whether ``torch.onnx.export`` traces, in either of its ways: ONNX knows torch's operators only."""
     onnx = sys.modules.get("torch.onnx")
     return onnx is not None and bool(onnx.is_in_onnx_export())
 
 
-@torch.compiler.assume_constant_result  # of the call being traced; the compiler guards on the transforms by itself
+@_constant  # of the call being traced; the compiler guards on the transforms by itself
 def transformed() -> bool:
     """Whether the call stands inside ``torch.func``: grad, vjp, jvp, vmap and what is made of them."""
     return bool(_transforms()) if _transforms is not None else False
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def functionalized() -> bool:
     """Whether one of those transforms is ``torch.func.functionalize``, which takes no ``autograd.Function``."""
     if not transformed():
@@ -146,7 +152,7 @@ def functionalized() -> bool:
     return any(each.key() == _functionalize for each in _transform_stack() or ())
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def tangents() -> bool:
     """Whether the call may carry tangents of forward-mode differentiation."""
     return getattr(forward_ad, "_current_level", 0) >= 0

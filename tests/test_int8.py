@@ -191,11 +191,11 @@ def test_the_clock(monkeypatch):
     def lasts(seconds):
         return lambda images: time.sleep(seconds * len(images))
 
-    monkeypatch.setattr(int8, "SECONDS", 0.3)
-    runs, floats = {"slow int8": lasts(0.06), "int8": lasts(0.01)}, {"float": lasts(0.03), "slow float": lasts(0.09)}
+    monkeypatch.setattr(int8, "SECONDS", 0.1)
+    runs, floats = {"slow int8": lasts(0.024), "int8": lasts(0.004)}, {"float": lasts(0.012), "slow float": lasts(0.036)}
     int8_name, against, timings = int8._timed(runs, floats, np.zeros((3, 1)))
     assert (int8_name, against, [t.batch for t in timings]) == ("int8", "float", [1, 8])
-    assert all(t.ratio > 1.2 and t.milliseconds >= 10 * t.batch and t.float_milliseconds >= 30 * t.batch for t in timings)
+    assert all(t.ratio > 1.2 and t.milliseconds >= 4 * t.batch and t.float_milliseconds >= 12 * t.batch for t in timings)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,8 @@ def compile_for(chips: list[str], cases: str, out: Path, **environment: str) -> 
 
 @pytest.mark.parametrize("chip", ["sm80", "sm90", "sm100", "gfx942"])
 def test_the_models_shapes(chip, tmp_path):
-    found = {(row["case"], row["kernel"]): row for row in compile_for([chip], "models", tmp_path / "models.json")}
+    cases = "models" if chip == "sm90" else "chips"
+    found = {(row["case"], row["kernel"]): row for row in compile_for([chip], cases, tmp_path / "models.json")}
     kernels = {kernel for _, kernel in found}
     assert {"fwd_tile", "dq_tile", "dkdv_tile", "fwd_loop", "dq_loop", "dkdv_loop"} <= kernels
     assert all(row["mma"] for row in found.values() if row["matrix"])
