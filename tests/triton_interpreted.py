@@ -150,8 +150,8 @@ def test_zero_and_negative_scales(dtype, scale):
 
 
 def test_gates_from_closed_to_open(bfloat16):
-    check_gates(triton, torch.float32, SMALL.grid, step=20)  # the loops
-    check_gates(torch_operator, torch.bfloat16, SMALL.grid, step=20)  # the tiles
+    check_gates(triton, torch.float32, SMALL.grid, step=10)  # the loops
+    check_gates(torch_operator, torch.bfloat16, SMALL.grid, step=10)  # the tiles
 
 
 FROM_SDPA = [Content("", dtype, 256, 1, "sdpa") for dtype in ("half", "float32")]  # any number of patches, for the interpreter's sake
@@ -183,7 +183,7 @@ def test_scales_with_content_from_the_framework(scale):
 def test_gates_with_content_from_the_framework(bfloat16, monkeypatch):
     monkeypatch.setattr(configs, "padded_grid", lambda grid: None)  # no tiles
     with launch.trial(content=FROM_SDPA):
-        check_gates(triton, torch.float32, SMALL.grid, step=20)
+        check_gates(triton, torch.float32, SMALL.grid, step=10)
         check_gates(torch_operator, torch.bfloat16, SMALL.grid, step=40)
         inputs, grad = make_inputs(SMALL)
         inputs = inputs._replace(gating=torch.tensor([float("inf"), -100.0]))

@@ -31,7 +31,7 @@ import measure  # noqa: E402
 import predicted  # noqa: E402
 import summary  # noqa: E402
 import sweep  # noqa: E402
-from stage import MORE, STAGES, Stage, following, one_call, plan  # noqa: E402
+from stage import MORE, STAGES, Stage, following, interpret, one_call, plan  # noqa: E402
 
 WORK = {"environment": measure.environment, "correctness": correctness.correctness, "roofline": measure.roofline, "sweep": sweep.sweep}
 WORK |= {"sanitizer": correctness.sanitizer, "profile": predicted.profile}
@@ -78,7 +78,7 @@ def work(stage: Stage) -> int:
         if stage.name in os.environ.get("CONVIT_GPU_FAIL", "").split(","):
             raise RuntimeError("CONVIT_GPU_FAIL names this stage")
         if stage.rehearse:
-            os.environ["TRITON_INTERPRET"] = "1"
+            interpret()
         more = WORK[stage.name](stage)
     except Exception as error:
         traceback.print_exc()

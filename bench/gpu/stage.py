@@ -124,6 +124,14 @@ def watched(command: list[str], seconds: float, **variables: str) -> tuple[int |
         return "out of time", (error.stdout or b"").decode(errors="replace")
 
 
+def interpret() -> None:
+    """Let this process, and those that it starts, run kernels in Triton's interpreter."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    from triton_quickly import once_a_launch
+
+    once_a_launch()
+
+
 def pooled(stage: Stage, work: Callable, jobs: list, workers: int, seconds: float, fresh: bool = False) -> list:
     """``work(job)`` for each job in processes of their own; a job without an answer in time, or whose process died, yields an error.
 
@@ -131,7 +139,7 @@ def pooled(stage: Stage, work: Callable, jobs: list, workers: int, seconds: floa
     """
     end = time.monotonic() + min(seconds, stage.left() - 5)
     results: list = [f"no answer within {seconds:.0f} s"] * len(jobs)
-    pool = multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1 if fresh else None)
+    pool = multiprocessing.get_context("spawn").Pool(workers, interpret if stage.rehearse else None, maxtasksperchild=1 if fresh else None)
     try:
         handles = dict(enumerate([pool.apply_async(work, (job,)) for job in jobs]))
         while handles and time.monotonic() < end:
