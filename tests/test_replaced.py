@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import logging
 import types
 import warnings
 import weakref
@@ -188,7 +189,8 @@ def test_the_grid_is_that_of_the_patch_embed_of_now(way):
         close(model(x), expected)
 
 
-def test_the_grid_holds_no_model_and_outlives_it():
+def test_the_grid_holds_no_model_and_outlives_it(caplog):
+    caplog.set_level(logging.INFO, "convit")  # nor does what is logged, which the fixture keeps
     model, _ = nonsquare()
     names = list(dict(model.named_modules()))
     block = convit.accelerate(model, grid="image").blocks[0]

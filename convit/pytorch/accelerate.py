@@ -141,7 +141,7 @@ def accelerate(model: Model, grid: Literal["square", "image"] = "square") -> Mod
     _register_with_timm()
     _warn_of_other_grids(grids[name] for name, module, ours in candidates if ours is GPSA and hasattr(module, _THEIRS))
     done = accelerated(model)
-    logger.log(logging.WARNING if done.left else logging.INFO, "accelerate: %s", done)
+    logger.log(logging.WARNING if done.left else logging.INFO, "accelerate: %s", str(done))  # what keeps the record keeps no model
     return model
 
 

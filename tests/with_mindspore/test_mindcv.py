@@ -18,7 +18,7 @@ from mindspore import Tensor, ops  # noqa: E402
 from convit.engine.mindspore import train as train_module  # noqa: E402
 from convit.engine.mindspore.build import build_model, build_step  # noqa: E402
 from convit.engine.mindspore.data import Data  # noqa: E402
-from convit.engine.mindspore.steps import Update  # noqa: E402
+from convit.engine.mindspore.steps import Gradients, LossScale, Update  # noqa: E402
 from convit.engine.mindspore.train import MindSporeRun, train  # noqa: E402
 from convit.engine.recipe import MOOT, load_recipe, packaged_recipes, recipe_from  # noqa: E402
 from convit.engine.world import World  # noqa: E402
@@ -313,6 +313,21 @@ def test_ten_steps_are_those_of_mindcvs_trainer(painted, tmp_path, recorded, cas
         batch = [ops.cat(tensors) for tensors in zip(*parts, strict=True)]
         assert loss == pytest.approx(float(step(*batch).asnumpy()), rel=1e-4)
     assert_same_weights(tmp_path / "run", theirs, step)
+
+
+def test_gradients_of_binary_cross_entropy_are_those_of_their_own_batch(images):
+    """In PyNative mode MindSpore 2.10 divides those of its mean by the size of the first batch that the process has seen."""
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    recipe = tiny(images, loss="BCE", label_smoothing=0.1, **PLAIN)
+    for count in (8, 4, 3):
+        model = build_model(recipe, 2)
+        step = build_step(recipe, model, [0.1])
+        x = Tensor(np.random.default_rng(count).standard_normal((count, 3, recipe.image_resize, recipe.image_resize)).astype(np.float32))
+        targets = np.arange(count) % 3 % 2
+        found = Gradients(step, LossScale(1.0, False))(x, Tensor(targets, ms.int32), Tensor(1.0, ms.float32))[1]
+        excess = 1 / (1 + np.exp(-model(x).asnumpy().astype(float))) - (0.9 * np.eye(2)[targets] + 0.05)
+        mine = next(gradient for gradient in found if gradient.shape == (2,))  # of the classifier's bias
+        np.testing.assert_allclose(mine.asnumpy(), excess.sum(0) / (2 * count), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("opt", STEPS)

@@ -18,6 +18,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 import convit.mindspore
+from convit.engine.mindspore.steps import EachMean
 from convit.engine.recipe import FIELDS, Recipe
 from convit.engine.schedule import share_and_decay
 from convit.engine.world import World, find_world, rendezvous
@@ -172,6 +173,8 @@ def build_step(recipe: Recipe, model: nn.Cell, schedule: list[float]) -> Any:
         # compiled, as some of MindCV's are, it would leave every operator after it to MindSpore's threads: see start()
         optimizer.construct = types.MethodType(plain, optimizer)
     loss = create_loss(recipe.loss, label_smoothing=recipe.label_smoothing)
+    if recipe.loss == "BCE":
+        loss = EachMean(loss)
     return create_trainer(model, loss, optimizer, None, recipe.amp_level, recipe.amp_cast_list, "fixed").train_network
 
 

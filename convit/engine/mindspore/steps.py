@@ -28,6 +28,21 @@ class LossScale(nn.Cell):
         return finite
 
 
+class EachMean(nn.Cell):
+    """The mean of MindCV's binary cross-entropy over batch and classes.
+
+    In PyNative mode MindSpore 2.10 divides the gradients of its own mean by the size of the first batch that the process has seen.
+    """
+
+    def __init__(self, loss: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.loss = loss
+        loss.reduction = "none"
+
+    def construct(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return self.loss(logits, targets).mean()
+
+
 class Gradients(nn.Cell):
     """Images and targets to the loss and its gradients times ``share``, with the network and weights of a train step of MindCV's."""
 
