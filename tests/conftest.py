@@ -1,8 +1,10 @@
 """What every test runs under: poisoned memory, and no backend forced from outside."""
 
+import importlib
 import importlib.metadata
 import importlib.util
 import platform
+from pathlib import Path
 
 import pytest
 from forks import end_all_children, inherit_orphans
@@ -38,6 +40,15 @@ def poisoned_memory(monkeypatch):
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The modules of bench and bench/gpu by name."""
+    bench = Path(__file__).resolve().parent.parent / "bench"
+    monkeypatch.syspath_prepend(bench)
+    monkeypatch.syspath_prepend(bench / "gpu")
+    return importlib.import_module
 
 
 @pytest.fixture

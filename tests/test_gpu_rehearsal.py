@@ -1,7 +1,6 @@
 """``bench/gpu.sh`` without a GPU: every stage runs in Triton's interpreter, and none takes the others along when it fails."""
 
 import contextlib
-import importlib
 import json
 import os
 import re
@@ -16,14 +15,6 @@ for module in ("triton", "timm", "matplotlib"):
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 STAGES = ["environment", "correctness", "roofline", "sanitizer", "profile", "sweep", "core", "models", "plots"]
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """The modules of bench/gpu by name."""
-    monkeypatch.syspath_prepend(BENCH)
-    monkeypatch.syspath_prepend(BENCH / "gpu")
-    return importlib.import_module
 
 
 def rehearse(out: Path, *arguments: str, **variables: str) -> tuple[subprocess.CompletedProcess, dict]:

@@ -1,6 +1,5 @@
 """What ``bench/aot.py`` and ``bench/gpu`` judge, count and choose, on figures that are known: no kernel is compiled or run."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -20,14 +19,6 @@ pytest.importorskip("matplotlib")
 from convit.kernels.gpsa.gpu_triton import configs, launch
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """The modules of bench and bench/gpu by name."""
-    monkeypatch.syspath_prepend(BENCH)
-    monkeypatch.syspath_prepend(BENCH / "gpu")
-    return importlib.import_module
 
 
 @pytest.fixture

@@ -65,10 +65,9 @@ def test_an_int8_file(tmp_path, pictures, format, monkeypatch):
     floats = int8._floats
     monkeypatch.setattr(int8, "_timed", timed((1.5, 1.2)))
     monkeypatch.setattr(int8, "_floats", lambda path, form: shutil.copytree(path.parent, plain.parent) and floats(path, form))
-    logging.disable(logging.DEBUG)
+    monkeypatch.setattr(logging.root.manager, "disable", logging.DEBUG)
     found = export(model(), path, format, int8_data=pictures).int8
     assert logging.root.manager.disable == logging.DEBUG and logging.getLogger("nncf").level != logging.ERROR
-    logging.disable(logging.NOTSET)
     assert found.agreement == 1.0 and (found.calibrated, found.compared) == (20, 40)
     assert "100.0% of 40 others" in str(found) and "batch 8 2.0 ms to 2.4 (1.20 times as fast)" in str(found)
     images = (np.random.default_rng(1).standard_normal((3, 3, 32, 32)) * 0.3).astype(np.float32) + np.float32(

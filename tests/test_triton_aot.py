@@ -1,6 +1,5 @@
 """The Triton kernels compiled for GPUs that are not here: no stack, shared memory within the chip's, matrix instructions in use."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -56,9 +55,8 @@ $L__BB0_1:
 """
 
 
-def test_hazards_on_hopper_are_seen(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "bench")
-    aot = importlib.import_module("aot")
+def test_hazards_on_hopper_are_seen(gpu, monkeypatch):
+    aot = gpu("aot")
     monkeypatch.setattr(aot, "TRITON", (3, 6, 0))
     assert "fence.proxy.async" in aot.hazard(LOOP.format(fence=""), 4)
     assert aot.hazard(LOOP.format(fence="fence.proxy.async.shared::cta;"), 4) is None
@@ -92,9 +90,8 @@ def test_persistent_rows_are_passed_over_where_they_do_not_serve(monkeypatch):
 
 
 @pytest.mark.parametrize("grid, forward, backward", [((14, 14), 1, 3), ((17, 17), 3, 7), ((1, 300), 2, 6), ((300, 1), 2, 7)])
-def test_as_few_launches_as_stated(grid, forward, backward, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "bench")
-    aot = importlib.import_module("aot")
+def test_as_few_launches_as_stated(grid, forward, backward, gpu):
+    aot = gpu("aot")
     launches = aot.launches(aot.Case(2, 2, grid, 5), "sm90")
     assert all(launch.constants.get("BD", 16) == 16 for launch in launches)  # the least that a matrix product takes
     names = [launch.kernel.__name__ for launch in launches]
@@ -103,10 +100,9 @@ def test_as_few_launches_as_stated(grid, forward, backward, monkeypatch):
 
 
 @pytest.mark.parametrize(("batch", "heads", "several"), [(32, 16, True), (1, 512, True), (73, 7, False), (511, 1, False)])
-def test_programs_take_several_blocks_where_there_are_512_heads_or_more(batch, heads, several, monkeypatch):
+def test_programs_take_several_blocks_where_there_are_512_heads_or_more(batch, heads, several, gpu):
     """Fewer leave multiprocessors without work."""
-    monkeypatch.syspath_prepend(ROOT / "bench")
-    aot = importlib.import_module("aot")
+    aot = gpu("aot")
     forward = next(launch for launch in aot.launches(aot.Case(batch, heads, (14, 14), 64), "sm90"))
     blocks = -(-14 // (forward.constants["BM"] // forward.constants["GWP"]))
     assert blocks > 1 and (forward.programs < blocks * batch * heads) == several

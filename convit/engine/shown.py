@@ -1,11 +1,27 @@
-"""What a run shows: TensorBoard, Weights & Biases, a progress bar. Imports no framework unless the recipe asks for its board."""
+"""What is shown: TensorBoard, Weights & Biases, a progress bar; what is not. Imports no framework unless the recipe asks for its board."""
 
 import dataclasses
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from convit.engine.recipe import Recipe
+
+
+@contextmanager
+def quiet(*names: str) -> Iterator[None]:
+    """What these loggers have to say below an error is not said meanwhile."""
+    levels = {each: each.level for each in map(logging.getLogger, names)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 class Boards:

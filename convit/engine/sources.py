@@ -6,6 +6,7 @@ import logging
 import re
 import tarfile
 from collections import Counter
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -392,6 +393,12 @@ def read_sample(source: Any, index: int, channels: int) -> Image.Image | BadImag
             return read_image(file, channels)
     except (OSError, ValueError) as error:
         return BadImage(source.name(index), str(error))
+
+
+def tell_replaced(bad: Iterable[BadImage]) -> None:
+    """Log what ``read_some`` has replaced."""
+    for image in bad:
+        logger.warning("replaced the unreadable image %s (%s)", image.name, image.reason)
 
 
 def read_some(source: Any, chosen: list[int], which: int, channels: int) -> tuple[Image.Image, int, list[BadImage]]:

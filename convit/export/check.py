@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -82,19 +81,6 @@ def check_request(name: str, path: Path | None = None, opset: int = OPSETS[0], d
         except ImportError as error:
             raise ImportError(f"--format {name} needs {package} ({error}): pip install '.[{form.extra}]' in the source folder") from error
     return form
-
-
-@contextmanager
-def quiet(*names: str) -> Iterator[None]:
-    """What these loggers have to say below an error is not said meanwhile."""
-    levels = {each: each.level for each in map(logging.getLogger, names)}
-    for logger in levels:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in levels.items():
-            logger.setLevel(level)
 
 
 def facts_of(preparation: Preparation, classes: Sequence[str]) -> dict[str, str]:

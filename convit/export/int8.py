@@ -22,7 +22,8 @@ import numpy as np
 
 from convit.engine.images import images_below, read_named
 from convit.engine.preparation import Preparation
-from convit.export.check import Infer, quiet
+from convit.engine.shown import quiet
+from convit.export.check import Infer
 
 FORMATS = {"onnx": ("onnxruntime.quantization", "export"), "openvino": ("nncf", "int8")}  # the tool, and the extra that brings it
 FEWEST, CALIBRATE, COMPARE = 48, 128, 256  # images: at least in the folder, at most for either purpose

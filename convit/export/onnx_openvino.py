@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from convit.export.check import Infer, Options, quiet
+from convit.engine.shown import quiet
+from convit.export.check import Infer, Options
 from convit.export.torch_program import exported_program
 
 

@@ -1,7 +1,6 @@
 """What a recipe describes, in MindSpore: the device, the model, and from MindCV the optimiser, loss and train step."""
 
 import importlib
-import logging
 import os
 import random
 import socket
@@ -21,6 +20,7 @@ import convit.mindspore
 from convit.engine.mindspore.steps import EachMean
 from convit.engine.recipe import FIELDS, Recipe
 from convit.engine.schedule import share_and_decay
+from convit.engine.shown import quiet
 from convit.engine.world import World, find_world, rendezvous
 
 # keys that this engine cannot honour, with the only value it takes
@@ -153,19 +153,16 @@ def build_step(recipe: Recipe, model: nn.Cell, schedule: list[float]) -> Any:
         for (share, _), group in zip(groups, trained, strict=True):
             group["lr"] = [rate * share for rate in schedule]
     trained.append({"order_params": model.trainable_params()})
-    messages = logging.getLogger("mindcv.optim.optim_factory")
-    level = messages.level
-    messages.setLevel(logging.ERROR)  # it warns that nobody says what has no weight decay
-    optimizer = create_optimizer(
-        trained,
-        opt=recipe.opt,
-        lr=schedule,
-        momentum=recipe.momentum,
-        nesterov=recipe.use_nesterov,
-        weight_decay_filter="auto",  # the groups say
-        eps=recipe.eps,
-    )
-    messages.setLevel(level)
+    with quiet("mindcv.optim.optim_factory"):  # it warns that nobody says what has no weight decay
+        optimizer = create_optimizer(
+            trained,
+            opt=recipe.opt,
+            lr=schedule,
+            momentum=recipe.momentum,
+            nesterov=recipe.use_nesterov,
+            weight_decay_filter="auto",  # the groups say
+            eps=recipe.eps,
+        )
     if recipe.opt in ("adam", "adamw", "nadam", "lamb"):  # MindCV hands eps to rmsprop alone
         optimizer.eps = Tensor(np.full(optimizer.eps.shape, recipe.eps, np.float32))
     plain = getattr(type(optimizer).construct, "__wrapped__", None)

@@ -5,7 +5,6 @@ process, part). So any step of any epoch can be the first, and neither the numbe
 """
 
 import json
-import logging
 import multiprocessing
 import random
 import threading
@@ -23,10 +22,8 @@ from convit.engine.images import BadImage
 from convit.engine.order import Order, mix_seed
 from convit.engine.preparation import full_scale
 from convit.engine.recipe import Recipe
-from convit.engine.sources import DigitsSource, choose_samples, match_imagenet, open_source, read_sample, read_some
+from convit.engine.sources import DigitsSource, choose_samples, match_imagenet, open_source, read_sample, read_some, tell_replaced
 from convit.engine.world import World
-
-logger = logging.getLogger("convit")
 
 _DRAWING = threading.Lock()
 
@@ -115,8 +112,7 @@ class Data:
                 bad += more
             targets.append(self.source.targets[index])
         if self.tells:
-            for one in bad:
-                logger.warning("replaced the unreadable image %s (%s)", one.name, one.reason)
+            tell_replaced(bad)
         found = np.stack(images), np.array(targets, np.int32)
         if self.mixup is not None:
             found = self._mix(*found, epoch, step, part)

@@ -29,6 +29,7 @@ from convit.engine.mindspore.validate import evaluate, total
 from convit.engine.recipe import Recipe, load_recipe
 from convit.engine.run import Interrupted, Plan, Result, Run
 from convit.engine.schedule import average_decay, rates
+from convit.engine.sources import tell_replaced
 from convit.mindspore.layers import DropPath
 
 logger = logging.getLogger("convit")
@@ -151,8 +152,7 @@ class MindSporeRun(Run):
         value, unreadable, whole = 0.0, 0, self.data.order.size(at.step)
         self.summed: Any = None
         for part, (images, targets, bad) in enumerate(parts):
-            for image in bad:
-                logger.warning("replaced the unreadable image %s (%s)", image.name, image.reason)
+            tell_replaced(bad)
             unreadable += len(bad)
             share = len(images) / whole
             draws = np.random.default_rng([self.recipe.seed, at.epoch, at.step, self.world.rank, part])

@@ -26,6 +26,7 @@ from convit.engine.pytorch.validate import evaluate
 from convit.engine.recipe import Recipe, load_recipe
 from convit.engine.run import Plan, Result, Run
 from convit.engine.schedule import average_decay, rates
+from convit.engine.sources import tell_replaced
 from convit.pytorch.diagnostics import diagnose
 from convit.weights.load import settings_of
 
@@ -176,8 +177,7 @@ class TorchRun(Run):
             images = batch.images.to(self.device, non_blocking=True)
             targets = batch.targets.to(self.device, non_blocking=True)
             waited += time.perf_counter() - began
-            for image in batch.bad:
-                logger.warning("replaced the unreadable image %s (%s)", image.name, image.reason)
+            tell_replaced(batch.bad)
             bad += len(batch.bad)
             if self.mixup is not None:
                 images, targets = self._mix(images, targets, part)
