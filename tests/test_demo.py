@@ -12,6 +12,7 @@ pytest.importorskip("sklearn")
 @pytest.mark.parametrize("quick", [True, False])
 def test_demo(quick, tmp_path, monkeypatch, capsys):
     from convit.cli import demo, main
+    from convit.engine.pytorch import validate
     from convit.engine.recipe import load_recipe
     from convit.weights import load
 
@@ -21,6 +22,8 @@ def test_demo(quick, tmp_path, monkeypatch, capsys):
         raise OSError("no network in this test. Pass a file")
 
     monkeypatch.setattr(load, "fetch", offline)
+    read_back, measure = [], validate.validate
+    monkeypatch.setattr(validate, "validate", lambda *args, **options: read_back.append(measure(*args, **options)) or read_back[-1])
     monkeypatch.setattr(demo, "ROUNDS", 1)
     monkeypatch.setattr(demo, "_contestants", lambda device: ["timm, eager", "sdpa"])
     monkeypatch.setattr(demo, "DIGITS_EPOCHS", 6)
@@ -36,7 +39,7 @@ def test_demo(quick, tmp_path, monkeypatch, capsys):
         assert (tmp_path / "attention.png").stat().st_size > 10_000
         assert not (tmp_path / "digits.safetensors").exists()
     else:
-        assert "360 digits it has not seen" in printed
+        assert "360 digits it has not seen" in printed and read_back[0]["precision"] == "float32"  # as it was trained
         recipe = load_recipe(tmp_path / "digits" / "recipe.yaml")
         assert recipe.warmup_epochs + recipe.decay_epochs == recipe.epoch_size == 6  # the schedule ends with the run
         for name in ("history.png", "gates.png", "digits_attention.png", "digits.safetensors", "digits/log.jsonl"):
